@@ -1,0 +1,41 @@
+# make reproduce   everything at the configured scale into results/
+# make test        lint, types, unit tests, the whole workflow at smoke scale, dry runs of every scale
+# Both create .venv first. Without a GPU, point pip at PyTorch's CPU wheels to save a download of some gigabytes:
+#   PIP_EXTRA_INDEX_URL=<the CPU index from PyTorch's install page> make reproduce
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS ?= workflow,test
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+comma := ,
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: reproduce test env lint benchmark clean
+
+reproduce: env
+	$(BIN)/snakemake --cores all
+
+test: env lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $(STAMP)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check --compact-diff Snakefile workflow
+	$(BIN)/snakemake --lint
+
+benchmark: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_loop.py
+
+clean:
+	rm -rf $(VENV) .snakemake runs
