@@ -1,0 +1,60 @@
+"""Parallel multi-token prediction: one extra transformer layer per further token (Gloeckle et al., arXiv 2404.19737).
+
+trunk --> norm --> output layer            x_(t+1)
+  |--> layer 2 --> norm --> output layer   x_(t+2)      all layers read the trunk's last hidden state
+  '--> layer 3 --> norm --> output layer   x_(t+3)      before the final norm; norm and output layer are shared
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mutor.checks import setting
+from mutor.method import AuxiliarySettings, Method
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mutor.layout import Layout
+
+
+@dataclass(frozen=True)
+class ParallelMTPConfig(AuxiliarySettings):
+    """Settings of parallel_mtp; defaults are the paper's (d_max 2, a 0.1)."""
+
+    d_max: int = setting(2, doc="furthest token predicted; d_max - 1 extra layers", low=2)
+
+
+class ParallelMTP(Method):
+    """Loss (1 - a) L_1 + a mean_k L_k, the heads trained one at a time in the memory of one."""
+
+    Config = ParallelMTPConfig
+    config: ParallelMTPConfig
+
+    def add_parameters(self) -> None:
+        """d_max - 1 layers of the model's own kind."""
+        from torch import nn
+
+        self.heads = nn.ModuleList(self.trunk.new_layer() for _ in range(self.config.d_max - 1))
+        self.trunk.add(nn.ModuleDict({"heads": self.heads}))
+
+    def losses(self, model: Any, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each head's loss is a mean over its own tokens; heads are averaged."""
+        from mutor.layout import IGNORE, ahead
+        from mutor.loss import one_at_a_time
+
+        out = self.trunk(model, layout)
+        plain = self.loss_at(out.normed, layout, self.predicts(layout))
+
+        def head_loss(head: nn.Module, target: Tensor) -> Any:
+            return lambda hidden: self.loss_at(
+                self.trunk.norm(out.through(head, hidden)), layout, target != IGNORE, target
+            )
+
+        losses = [head_loss(head, ahead(layout, k)) for k, head in enumerate(self.heads, start=2)]
+        shared = [*self.trunk.norm.parameters(), *self.trunk.head.parameters()]
+        extra, values = one_at_a_time(losses, out.hidden, [*self.heads.parameters(), *shared])
+        parts = {f"head_{k}": value for k, value in enumerate(values, start=2)}
+        a = self.config.a
+        return (1 - a) * plain + a * extra, {"next_token": plain.detach(), **parts}

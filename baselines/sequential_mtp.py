@@ -1,0 +1,77 @@
+"""Sequential multi-token prediction: DeepSeek-V3's modules (arXiv 2412.19437, section 2.2).
+
+Module k (k = 1 .. d_max - 1) keeps the causal chain, with the model's own embedding, final norm and output layer:
+
+    h'_i = M_k [RMSNorm(h^(k-1)_i); RMSNorm(Emb(x_(i+k)))]      M_k: d x 2d, hidden first as the paper writes it
+    h^k  = Layer_k(h')                                          h^0: the trunk's last hidden state before its norm
+    p(x_(i+k+1)) = Output(Norm(h^k_i))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mutor.checks import setting
+from mutor.method import AuxiliarySettings, Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mutor.layout import Layout
+
+
+@dataclass(frozen=True)
+class SequentialMTPConfig(AuxiliarySettings):
+    """Settings of sequential_mtp; defaults are the paper's (d_max 2, a 0.1)."""
+
+    d_max: int = setting(2, doc="furthest token predicted; d_max - 1 modules", low=2)
+
+
+class SequentialMTP(Method):
+    """Loss (1 - a) L_1 + a mean_k L_k over the modules' depths.
+
+    A prefix-LM stays free of leaks: losses are read from the last prefix token on, and a token at depth k holds no
+    embedding beyond x_(i+k), while its target is x_(i+k+1).
+    """
+
+    Config = SequentialMTPConfig
+    config: SequentialMTPConfig
+
+    def add_parameters(self) -> None:
+        """d_max - 1 modules: two norms, a projection of 2d to d, one layer of the model's kind."""
+        import torch
+        from torch import nn
+
+        trunk, width = self.trunk, self.trunk.width
+        modules: list[Any] = []
+        for _ in range(self.config.d_max - 1):
+            with torch.device(trunk.embedding.weight.device):
+                projection = nn.Linear(2 * width, width, bias=False)
+                parts = {"hidden_norm": nn.RMSNorm(width, eps=1e-6), "token_norm": nn.RMSNorm(width, eps=1e-6)}
+            if trunk.initialise is not None:
+                trunk.initialise(projection)
+            elif not trunk.meta:
+                trunk.model._init_weights(projection)
+            modules.append(nn.ModuleDict({**parts, "projection": projection, "layer": trunk.new_layer()}))
+        self.depths = modules
+        trunk.add(nn.ModuleDict({"depths": nn.ModuleList(modules)}))
+
+    def losses(self, model: Any, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each depth's loss is a mean over its own tokens; depths are averaged."""
+        import torch
+
+        from mutor.layout import IGNORE, ahead
+
+        out = self.trunk(model, layout)
+        plain = self.loss_at(out.normed, layout, self.predicts(layout))
+        hidden, losses = out.hidden, []
+        for k, depth in enumerate(self.depths, start=1):
+            token = self.trunk.embedding(layout.ids.roll(-k, dims=1))  # what wraps around stands where no loss is
+            joined = torch.cat([depth["hidden_norm"](hidden), depth["token_norm"](token)], dim=-1)
+            hidden = out.through(depth["layer"], depth["projection"](joined))
+            target = ahead(layout, k + 1)
+            losses.append(self.loss_at(self.trunk.norm(hidden), layout, target != IGNORE, target))
+        a = self.config.a
+        parts = {f"depth_{k}": loss.detach() for k, loss in enumerate(losses, start=1)}
+        return (1 - a) * plain + a * torch.stack(losses).mean(), {"next_token": plain.detach(), **parts}

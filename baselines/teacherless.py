@@ -1,0 +1,41 @@
+"""Teacherless training: all answer tokens predicted at once from dummy inputs (Bachmann, Nagarajan, arXiv 2403.06963).
+
+ids      Q  Q  $  $  $  $       the answer's inputs are replaced by a dummy token (the padding token,
+target   .  A  B  C  D  .       which stands nowhere else)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mutor.method import Context, Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mutor.layout import Layout, Rows
+
+
+@dataclass(frozen=True)
+class TeacherlessConfig:
+    """No settings."""
+
+
+class Teacherless(Method):
+    """Scored as trained: one pass over prefix and dummies gives the whole answer."""
+
+    Config = TeacherlessConfig
+
+    def inputs(self, rows: Rows, context: Context) -> Layout:
+        """The plain rows with every answer token replaced by the dummy."""
+        from dataclasses import replace
+
+        layout = super().inputs(rows, context)
+        return replace(layout, ids=layout.ids.masked_fill(rows.answer, context.pad_id))
+
+    def generate(self, model: Any, prefix: Tensor, length: int, context: Context) -> Tensor:
+        """int64 [B, length]: the argmax at the last prefix token and at length - 1 dummies after it."""
+        from mutor.generate import in_one_pass
+
+        return in_one_pass(model, prefix, length, context.pad_id, prefix_lm=context.prefix_lm)

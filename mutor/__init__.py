@@ -1,0 +1,14 @@
+"""Multi-token prediction with registers, and everything its benchmark shares."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["MuToR", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MuToR":  # imported when asked for, so that planning never imports torch
+        from mutor.mutor import MuToR
+
+        return MuToR
+    raise AttributeError(f"module 'mutor' has no attribute {name!r}")

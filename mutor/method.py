@@ -1,0 +1,120 @@
+"""What a training method is: its settings, the parameters it adds, the layout it feeds, the losses it reads off.
+
+The training loop, the evaluation and the workflow know this interface and no method's name:
+
+    method = load(METHODS, "mutor")(from_mapping(Config, {"d_max": 4}, "mutor"))
+    method.attach(model)                          # adds parameters under model.mtp
+    layout = method.layout(rows, context)         # on the CPU, in the data loader
+    total, parts = method.losses(model, layout)   # on the device
+    method.export(model, folder)                  # a plain checkpoint of the base architecture
+
+This module and the methods' files import torch inside functions only, so that plans are made without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mutor.checks import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mutor.layout import Layout, Rows
+    from mutor.trunk import Trunk
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a layout may depend on besides the rows: the run's seed, the dummy token and the kind of prefix."""
+
+    seed: int = 0
+    pad_id: int = 0
+    prefix_lm: bool = False
+
+
+@dataclass(frozen=True)
+class AuxiliarySettings:
+    """The two settings that every method with an auxiliary loss shares."""
+
+    d_max: int = setting(2, doc="furthest token predicted: x_(t + d_max)", low=1)
+    a: float = setting(0.1, doc="weight of the auxiliary loss, 1 - a that of next-token", low=0, high=1, open_ends=True)
+
+
+class Method:
+    """Base of all methods: plain next-token prediction without added parameters."""
+
+    Config: ClassVar[type]
+    trunk: Trunk
+
+    def __init__(self, config: Any, *, per_sequence: bool = False):
+        """config: an instance of `Config`; per_sequence: losses are means inside each sequence first."""
+        self.config, self.per_sequence = config, per_sequence
+
+    def attach(self, model: Any, initialise: Callable[[nn.Module], None] | None = None) -> Any:
+        """Add the method's parameters to `model` and return it. Raises ValueError for a model it can't train."""
+        from mutor.trunk import Trunk
+
+        self.trunk = Trunk(model, initialise)
+        self.add_parameters()
+        return model
+
+    def add_parameters(self) -> None:
+        """Build what the method adds, through `self.trunk.add`."""
+
+    def inputs(self, rows: Rows, context: Context) -> Layout:
+        """What the trained model is fed for these rows, auxiliary tokens left out: the plain rows."""
+        from mutor.layout import regular
+
+        return regular(rows, prefix_lm=context.prefix_lm)
+
+    def layout(self, rows: Rows, context: Context) -> Layout:
+        """What the model is fed in training."""
+        return self.inputs(rows, context)
+
+    def losses(self, model: Any, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise (a scalar) and its parts, detached scalars by name, for the log."""
+        out = self.trunk(model, layout)
+        loss = self.loss_at(out.normed, layout, self.predicts(layout))
+        return loss, {"next_token": loss.detach()}
+
+    def predicts(self, layout: Layout) -> Tensor:
+        """bool [B, L]: the regular tokens that have a target."""
+        from mutor.layout import IGNORE
+
+        return (layout.target != IGNORE) & ~layout.register
+
+    def loss_at(self, normed: Tensor, layout: Layout, where: Tensor, target: Tensor | None = None) -> Tensor:
+        """Mean cross entropy of the output layer at `where` (bool [B, L]), by default of the layout's target."""
+        from mutor.loss import mean_loss
+
+        target = layout.target if target is None else target
+        group = None
+        if self.per_sequence:
+            import torch
+
+            row = torch.arange(layout.ids.shape[0], device=where.device)[:, None]
+            group = (row * layout.ids.shape[1] + layout.document)[where]
+        return mean_loss(self.trunk.logits(normed[where]), target[where], group)
+
+    def added_parameters(self, model: nn.Module) -> int:
+        """Number of parameters that the method added."""
+        from mutor.trunk import EXTRA
+
+        return sum(p.numel() for p in getattr(model, EXTRA).parameters()) if hasattr(model, EXTRA) else 0
+
+    def generate(self, model: Any, prefix: Tensor, length: int, context: Context) -> Tensor:
+        """int64 [B, length]: the answer to `prefix` [B, P] as this method's models answer, greedily."""
+        from mutor.generate import greedy
+
+        return greedy(model, prefix, length, prefix_lm=context.prefix_lm)
+
+    def export(self, model: Any, folder: Path) -> None:
+        """Save the plain base architecture, which `AutoModelForCausalLM.from_pretrained(folder)` loads."""
+        from mutor.trunk import EXTRA
+
+        state = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{EXTRA}.")}
+        model.save_pretrained(folder, state_dict=state)

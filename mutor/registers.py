@@ -1,0 +1,109 @@
+"""Where registers stand and what they predict: pure tensor functions.
+
+Paper, section 3. Tokens x_1 .. x_T; a register behind x_t with offset d predicts x_(t+d) from position id
+t + d - 1. Indices below count from 0, so the register behind `ids[p]` has target `ids[p + d]` and position
+`position[p] + d - 1`:
+
+    index         0  1  2  3  4  5
+    ids           Q  Q  A  B  C  D        prefix Q Q, answer A B C D
+    register         r  r  r  r           behind the last prefix token .. the last but one answer token
+    target d=2       B  C  D  -           "-": runs past the end, the register is left out
+    position d=2     2  3  4  -
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BLOCK = 4096
+# independent streams of one seed, so that adding a draw never shifts another
+STREAMS = {"offset": 1, "placement": 2, "shuffle": 3}
+
+
+@lru_cache(maxsize=8)
+def _block(seed: int, stream: int, block: int) -> np.ndarray:
+    return np.random.default_rng([stream, block, seed]).random(_BLOCK)
+
+
+def uniform(seed: int, stream: str, counters: Tensor) -> Tensor:
+    """Numbers in [0, 1), one for each sample counter: a function of (seed, stream, counter) alone.
+
+    counters: int64 tensor of any shape, counting every sample ever drawn. Returns float64, same shape, on CPU.
+    Never touches a global generator, so a resumed or re-batched run draws the same numbers.
+    """
+    flat = counters.reshape(-1).cpu().numpy()
+    out = np.empty(flat.shape)
+    for block in np.unique(flat // _BLOCK):
+        rows = flat // _BLOCK == block
+        out[rows] = _block(seed, STREAMS[stream], int(block))[flat[rows] % _BLOCK]
+    return torch.from_numpy(out).view(counters.shape)
+
+
+def offsets(counters: Tensor, *, seed: int, d_min: int, d_max: int, mixed: bool = False) -> Tensor:
+    """Offsets drawn uniformly from {d_min .. d_max}.
+
+    counters: [B, T] the counter of the sample that each token belongs to. Returns int64 [B, T]: one draw per
+    sample, or one per token of a sample with `mixed` (paper, section 3: allowed, not used there).
+    """
+    if mixed:
+        u = _per_token(counters, seed, "offset")
+    else:
+        u = uniform(seed, "offset", counters)
+    return d_min + (u * (d_max - d_min + 1)).long()
+
+
+def _per_token(counters: Tensor, seed: int, stream: str) -> Tensor:
+    """float64 [B, T]: the k-th token of sample c gets the k-th number of a generator of its own."""
+    out = torch.empty(counters.shape, dtype=torch.float64)
+    for row, line in enumerate(counters.tolist()):
+        for c in sorted(set(line)):
+            at = [i for i, value in enumerate(line) if value == c]
+            numbers = np.random.default_rng([STREAMS[stream], 2**32 - 1, seed, c]).random(len(at))
+            out[row, at] = torch.from_numpy(numbers)
+    return out
+
+
+def anchors(document: Tensor, answer: Tensor) -> Tensor:
+    """bool [B, T]: behind which tokens a register may stand, which is where an answer token is predicted next.
+
+    document: [B, T] number of the document a token belongs to, -1 for padding. answer: bool [B, T].
+    """
+    out = torch.zeros_like(answer)
+    out[:, :-1] = answer[:, 1:] & (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
+    return out
+
+
+def placed(anchor: Tensor, document: Tensor, counters: Tensor, *, placement: str, registers: int, seed: int) -> Tensor:
+    """bool [B, T]: the anchors that keep their register.
+
+    placement "all": every one. "every": every `registers`-th of a document, its first included (the rebuttal's
+    sparse registers with 2). "random": `registers` random ones of each document, drawn anew for each sample.
+    """
+    if placement == "all":
+        return anchor
+    out = torch.zeros_like(anchor)
+    score = _per_token(counters, seed, "placement") if placement == "random" else None
+    for row in range(anchor.shape[0]):
+        for number in document[row][anchor[row]].unique():
+            at = torch.nonzero(anchor[row] & (document[row] == number)).squeeze(1)
+            if score is None:
+                out[row, at[::registers]] = True
+            else:
+                out[row, at[score[row, at].argsort()[:registers]]] = True
+    return out
+
+
+def targets(ids: Tensor, document: Tensor, answer: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """What a register behind each token would predict.
+
+    offset: int64 [B, T]. Returns (target ids [B, T], bool [B, T] whether that target exists): it does where the
+    token `offset` further on is an answer token of the same document.
+    """
+    length = ids.shape[1]
+    index = torch.arange(length) + offset
+    inside = index < length
+    index = index.clamp(max=length - 1)
+    exists = inside & (document.gather(1, index) == document) & answer.gather(1, index) & (document >= 0)
+    return ids.gather(1, index), exists
