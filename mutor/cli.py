@@ -1,0 +1,135 @@
+"""Commands of `python -m mutor`: run, collect, plan, stale, cleanup."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mutor import config as c
+from mutor import results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; what the user got wrong is one line on stderr and exit status 2."""
+    args = _parser().parse_args(arguments)
+    try:
+        root = c.find_root()
+        project = c.load_project(root, {"scale": args.scale} if args.scale else None)
+        for folder in ("runs", "results"):
+            if getattr(args, folder, None):
+                project = replace(project, **{folder: getattr(args, folder)})
+        return args.command(args, root, project) or 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mutor", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        sub.add_argument("--scale", help="a file of config/scales (default: config.yaml's)")
+        sub.add_argument("--runs", help="folder of the runs (default: config.yaml's)")
+        return sub
+
+    one = command("run", run, "train and evaluate one setting, its seeds one after the other")
+    one.add_argument("--data", required=True, help="a dataset of the scale")
+    one.add_argument("--model", required=True, help="a model of the scale")
+    one.add_argument(
+        "--method", required=True, help="next_token, mutor, parallel_mtp, sequential_mtp, teacherless, ..."
+    )
+    one.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the method")
+    one.add_argument("--seeds", nargs="+", type=int, help="seeds (default: the scale's)")
+    one.add_argument("--label", default="", help="printed in front of each line of progress")
+    one.add_argument("--threads", type=int, help="CPU threads (default: the scale's)")
+    one.add_argument("--rerun-stale", action="store_true", help="run again what was made by older code")
+
+    draw = command("collect", collect, "build a table or figure from whatever runs exist")
+    draw.add_argument("artifact", nargs="+", help="files of config/tables, or `runs` for runs.csv")
+    draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's)")
+
+    look = command("plan", plan, "runs to do, their time, disk and memory")
+    look.add_argument("target", nargs="*", help="tables and figures (default: config.yaml's)")
+
+    command("stale", stale, "list results older than the code they depend on")
+    command("cleanup", cleanup, "delete a scale's checkpoints and models; metrics stay")
+    return parser
+
+
+def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+    """Train and evaluate one setting."""
+    from mutor.run import Workplace
+    from mutor.run import run as run_setting
+
+    scale = c.load_scale(root, project.scale)
+    settings = {}
+    for pair in args.set:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair!r}: expected KEY=VALUE")
+        settings[key] = c.yaml.safe_load(value)
+    spec = c.make_spec(scale, args.data, args.model, args.method, settings)
+    place = Workplace(
+        root=root, runs=root / project.runs, device=scale.device, threads=args.threads or scale.threads,
+        label=args.label, rerun_stale=args.rerun_stale or project.rerun_stale,
+    )  # fmt: skip
+    run_setting(spec, tuple(args.seeds or spec.seeds), place)
+
+
+def collect(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+    """Build artifacts."""
+    from mutor.tables import collect_artifact, collect_runs
+
+    scale = c.load_scale(root, project.scale)
+    for name in args.artifact:
+        if name == "runs":
+            files = collect_runs(root / project.runs, scale.name, root / project.results)
+        else:
+            table = c.load_table(root, name)
+            files = collect_artifact(
+                table, scale, root / project.runs, root / project.results, root / "config/reported.csv"
+            )
+        for file in files:
+            print(file.relative_to(root) if file.is_relative_to(root) else file)
+
+
+def plan(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+    """Print what a target takes."""
+    from mutor.plan import lines
+
+    scale = c.load_scale(root, project.scale)
+    chosen = [c.load_table(root, str(name)) for name in (args.target or project.artifacts)]
+    print("\n".join(lines(chosen, scale, root / project.runs)))
+
+
+def stale(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+    """Print runs made by older code, with the modules that changed."""
+    count = 0
+    for file in sorted((root / project.runs / project.scale).glob("*/*/*/*/seed*/metrics.json")):
+        changed = results.changed_code(results.read(file), root)
+        if changed:
+            count += 1
+            print(f"{file.relative_to(root)}: {', '.join(changed)}")
+    print(
+        f"{count} stale runs at scale {project.scale}"
+        + ("; --config rerun_stale=true runs them again" if count else "")
+    )
+
+
+def cleanup(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+    """Delete checkpoints and models of a scale."""
+    freed = 0
+    for folder in (root / project.runs / project.scale).glob("*/*/*/*/seed*"):
+        for name in ("checkpoints", "last", "best"):
+            part = folder / name
+            if part.exists() and (name == "checkpoints" or (folder / "metrics.json").exists()):
+                freed += sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
+                shutil.rmtree(part)
+    print(f"freed {freed / 1e6:.1f} MB at scale {project.scale}; metrics.json files are kept")

@@ -1,0 +1,291 @@
+"""What to run: config.yaml, scales and tables, checked and expanded to runs, without importing torch.
+
+    project = load_project(root, {"scale": "smoke"})
+    scale = load_scale(root, project.scale)
+    for cell in cells(load_table(root, "figure4"), scale): print(cell.spec.path)
+
+A table names published roles (gemma-2b, star_graph); a scale says which model and dataset stand there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mutor.checks import choose, from_mapping, not_default, setting
+from mutor.models.build import ModelConfig
+from mutor.recipe import Recipe
+from mutor.registry import METHODS, TASKS, load
+
+UNITS = {"loss": "nats", "precision": "fraction", "recall": "fraction"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """config/config.yaml."""
+
+    scale: str = setting("laptop", doc="which file of config/scales to run")
+    artifacts: tuple = setting(("figure4",), doc="tables and figures wanted, names of files in config/tables")
+    seeds: tuple | None = setting(None, doc="seeds of every run, instead of the scale's own")
+    runs: str = setting("runs", doc="folder of the runs")
+    results: str = setting("results", doc="folder of tables and figures")
+    rerun_stale: bool = setting(False, doc="run again what was made by older code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset of a scale, and the settings that each method is run with on it."""
+
+    role: str = setting(doc="the published dataset whose place it takes")
+    task: str = setting(doc="a registered task")
+    options: dict = setting({}, doc="the task's own settings")
+    recipe: str = setting(doc="a recipe of this scale")
+    recipe_changes: dict = setting({}, doc="changes of the recipe for this dataset, the same for all methods")
+    settings: dict = setting({}, doc="method -> its settings here; a list runs each")
+    controls: bool = setting(True, doc="whether rows marked `control` run here")
+    seeds: tuple | None = setting(None, doc="seeds here, instead of the scale's")
+    stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A file of config/scales."""
+
+    description: str = setting(doc="one line for people")
+    device: str = setting("auto", doc="where runs take place", choices=("auto", "cpu", "cuda"))
+    threads: int = setting(1, doc="CPU threads a run", low=1)
+    gpus: int = setting(0, doc="GPUs a run", low=0)
+    memory_mb: int = setting(2000, doc="memory a run is scheduled with", low=100)
+    minutes: int = setting(60, doc="longest time a run with its seeds is scheduled with", low=1)
+    seeds: tuple = setting((42, 43, 44), doc="seeds of every run")
+    models: dict = setting({}, doc="name -> model")
+    datasets: dict = setting({}, doc="name -> dataset")
+    recipes: dict = setting({}, doc="name -> recipe")
+    name: str = setting("", doc="the file's name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Some cells of a table: a method on a model and dataset, by role."""
+
+    model: str = setting(doc="role of the model")
+    train_data: str = setting(doc="role of the training data")
+    method: str = setting(doc="a registered method")
+    settings: dict = setting({}, doc="settings on top of the dataset's own for this method")
+    label: str = setting("", doc="name in figures, by default the method's")
+    control: bool = setting(False, doc="a control, run only on datasets with `controls`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A file of config/tables: one table or figure."""
+
+    title: str = setting(doc="title of the artifact")
+    caption: str = setting(doc="what it shows; also the caption in reports")
+    draw: str = setting("table", doc="how it is drawn", choices=("table", "solve_rates"))
+    metrics: tuple = setting(doc="metrics, one cell each")
+    checkpoint: str = setting("last", doc="which checkpoint's numbers are shown", choices=("last", "best"))
+    reported: tuple = setting((), doc="artifacts of config/reported.csv whose values stand beside")
+    notes: tuple = setting((), doc="notes printed below")
+    rows: tuple = setting(doc="the rows")
+    name: str = setting("", doc="the file's name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One setting: everything that decides a run but its seed."""
+
+    scale: str
+    data: str
+    model: str
+    method: str
+    settings: dict[str, Any]  # what differs from the method's defaults
+    dataset: Dataset
+    model_config: ModelConfig
+    recipe: Recipe
+    task_config: Any
+    method_config: Any
+    seeds: tuple[int, ...] = field(compare=False)
+
+    @property
+    def path(self) -> str:
+        """Folder below `runs`: scale/data/model/method/settings."""
+        return "/".join([self.scale, self.data, self.model, self.method, settings_name(self.settings)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that decides the numbers, as plain values."""
+        return {
+            "task": self.dataset.task,
+            "task_options": asdict(self.task_config),
+            "model": {k: v for k, v in asdict(self.model_config).items() if k not in ("role", "stands_in_for")},
+            "method": self.method,
+            "settings": asdict(self.method_config),
+            "recipe": asdict(self.recipe),
+        }
+
+    @property
+    def config_hash(self) -> str:
+        """Hash of `as_dict`: runs with another one are another experiment."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def stands_in_for(self) -> str:
+        """What to say beside a result that is not the published experiment; empty if it is."""
+        return "; ".join(s for s in (self.model_config.stands_in_for, self.dataset.stands_in_for) if s)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: a run's metric, averaged over seeds."""
+
+    row: Row
+    spec: Spec
+    metric: str
+
+    @property
+    def unit(self) -> str:
+        """Rates are in percent, as published."""
+        return UNITS.get(self.metric, "percent")
+
+
+def settings_name(settings: Mapping[str, Any]) -> str:
+    """Sorted key=value of what is not default, or `default`."""
+    texts = {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in settings.items()}
+    return ",".join(f"{k}={texts[k]}" for k in sorted(texts)) or "default"
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The project's folder: the nearest one upwards, from here or from this file, that has config/config.yaml."""
+    for base in (start or Path.cwd(), Path(__file__).parent):
+        for folder in (base, *base.parents):
+            if (folder / "config" / "config.yaml").exists():
+                return folder
+    raise ValueError("no config/config.yaml found in this folder or above it; call from the project's folder")
+
+
+def _read(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not valid YAML: {error}") from None
+
+
+def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Project:
+    """config/config.yaml with `changes` (what Snakemake's --config gives) on top."""
+    changes = dict(changes or {})
+    if isinstance(changes.get("artifacts"), str):
+        changes["artifacts"] = [part for part in changes["artifacts"].split(",") if part]
+    project = from_mapping(Project, {**_read(root / "config/config.yaml"), **changes}, "config/config.yaml")
+    choose(project.scale, scales(root), "scale")
+    for name in project.artifacts:
+        choose(str(name), tables(root), "artifacts")
+    return project
+
+
+def scales(root: Path) -> list[str]:
+    """Names of the scales there are."""
+    return sorted(file.stem for file in (root / "config/scales").glob("*.yaml"))
+
+
+def tables(root: Path) -> list[str]:
+    """Names of the tables and figures there are."""
+    return sorted(file.stem for file in (root / "config/tables").glob("*.yaml"))
+
+
+def load_scale(root: Path, name: str) -> Scale:
+    """A scale with its models, datasets and recipes checked."""
+    choose(name, scales(root), "scale")
+    where = f"config/scales/{name}.yaml"
+    scale = from_mapping(Scale, {**_read(root / where), "name": name}, where)
+    for key, value in scale.models.items():
+        scale.models[key] = from_mapping(ModelConfig, value, f"{where}: models: {key}")
+    for key, value in scale.datasets.items():
+        dataset = from_mapping(Dataset, value, f"{where}: datasets: {key}")
+        here = f"{where}: datasets: {key}"
+        choose(dataset.recipe, scale.recipes, f"{here}: recipe")
+        for method in dataset.settings:
+            choose(method, METHODS, f"{here}: settings")
+        scale.datasets[key] = dataset
+    for dataset_name, dataset in scale.datasets.items():  # a wrong value is found even if no table asks for it
+        _task_config(where, dataset_name, dataset)
+        _recipe(where, scale, dataset_name)
+        for method, variants in dataset.settings.items():
+            for variant in variants if isinstance(variants, list) else [variants]:
+                _method_config(f"{where}: datasets: {dataset_name}: settings: {method}", method, variant or {})
+    return scale
+
+
+def load_table(root: Path, name: str) -> Table:
+    """A table with its rows checked."""
+    choose(name, tables(root), "table")
+    where = f"config/tables/{name}.yaml"
+    table = from_mapping(Table, {**_read(root / where), "name": name}, where)
+    rows = []
+    for number, row in enumerate(table.rows, start=1):
+        rows.append(from_mapping(Row, row, f"{where}: row {number}"))
+        choose(rows[-1].method, METHODS, f"{where}: row {number}: method")
+    return from_mapping(Table, {**{k: getattr(table, k) for k in vars(table)}, "rows": tuple(rows)}, where)
+
+
+def _task_config(where: str, name: str, dataset: Dataset) -> Any:
+    task = load(TASKS, dataset.task, f"{where}: datasets: {name}: task")
+    return from_mapping(task.Config, dataset.options, f"{where}: datasets: {name}: options")
+
+
+def _recipe(where: str, scale: Scale, name: str) -> Recipe:
+    dataset = scale.datasets[name]
+    values = {**(scale.recipes[dataset.recipe] or {}), **dataset.recipe_changes}
+    return from_mapping(Recipe, values, f"{where}: recipes: {dataset.recipe} (for {name})")
+
+
+def _method_config(where: str, method: str, settings: Mapping[str, Any]) -> Any:
+    return from_mapping(load(METHODS, method, where).Config, settings, where)
+
+
+def make_spec(
+    scale: Scale, data: str, model: str, method: str, settings: Mapping[str, Any], seeds: tuple[int, ...] | None = None
+) -> Spec:
+    """One setting of a scale, by the names of its dataset and model, checked."""
+    where = f"config/scales/{scale.name}.yaml"
+    dataset = scale.datasets[choose(data, scale.datasets, f"{where}: dataset")]
+    model_config = scale.models[choose(model, scale.models, f"{where}: model")]
+    config = _method_config(f"{data}: {method}", method, settings)
+    task_config = _task_config(where, data, dataset)
+    load(TASKS, dataset.task, where).check_settings(task_config, config, f"{data}: {method}")
+    chosen = seeds or dataset.seeds or scale.seeds
+    return Spec(
+        scale=scale.name, data=data, model=model, method=method, settings=not_default(config), dataset=dataset,
+        model_config=model_config, recipe=_recipe(where, scale, data), task_config=task_config, method_config=config,
+        seeds=tuple(int(s) for s in chosen),
+    )  # fmt: skip
+
+
+def cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> list[Cell]:
+    """All cells of a table at a scale, in the table's order: rows, then datasets, then variants, then metrics.
+
+    A row whose roles the scale does not fill has no cells there.
+    """
+    out = []
+    for row in table.rows:
+        for data, dataset in scale.datasets.items():
+            if dataset.role != row.train_data or (row.control and not dataset.controls):
+                continue
+            for model, model_config in scale.models.items():
+                if model_config.role != row.model:
+                    continue
+                variants = dataset.settings.get(row.method) or {}
+                for variant in variants if isinstance(variants, list) else [variants]:
+                    spec = make_spec(scale, data, model, row.method, {**variant, **row.settings}, seeds)
+                    out += [Cell(row, spec, metric) for metric in table.metrics]
+    return out
+
+
+def specs(all_cells: list[Cell]) -> list[Spec]:
+    """The settings that cells need, each once."""
+    return list({cell.spec.path: cell.spec for cell in all_cells}.values())

@@ -1,0 +1,118 @@
+"""Models: stock Hugging Face causal LMs, from scratch with an initialisation that learns, or pretrained.
+
+build(ModelConfig(architecture="gpt2", config={"n_layer": 4, ...}), vocabulary=16, seed=0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mutor.checks import setting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RESIDUAL = ("o_proj", "down_proj", "c_proj", "out_proj", "dense_4h_to_h", "fc2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model of a scale: an architecture built from scratch, or a pretrained one by name or folder."""
+
+    role: str = setting(doc="the published model whose place it takes")
+    stands_in_for: str = setting("", doc="what is said beside its results when it is not the published model")
+    architecture: str | None = setting(
+        None, doc="a transformers model type, built from scratch: gpt2, llama, qwen3, ..."
+    )
+    config: dict = setting({}, doc="arguments of the architecture's transformers config")
+    init: str = setting(
+        "model", doc="initialisation from scratch: the model's own, or 1/sqrt(fan-in)", choices=("model", "fan_in")
+    )
+    embedding_std: float = setting(1.0, doc="with init fan_in: standard deviation of the embeddings", low=0)
+    pretrained: str | None = setting(None, doc="hub name or folder of a pretrained model")
+    revision: str | None = setting(None, doc="hub revision of the pretrained model")
+    dtype: str = setting("float32", doc="dtype of weights and training", choices=("float32", "bfloat16"))
+    attention: str = setting("sdpa", doc="attention implementation", choices=("sdpa", "eager", "flex_attention"))
+
+    def __post_init__(self) -> None:
+        if (self.architecture is None) == (self.pretrained is None):
+            raise ValueError("give either architecture (from scratch) or pretrained (hub name or folder)")
+
+
+def initialiser(config: ModelConfig) -> Callable[[nn.Module], None] | None:
+    """How layers are initialised that a method adds to this model; None: as the model's own class does it."""
+    if config.architecture is None or config.init == "model":
+        return None
+    return lambda module: fan_in(module, embedding_std=config.embedding_std)
+
+
+def fan_in(module: nn.Module, *, embedding_std: float = 1.0) -> None:
+    """Linear layers at 1/sqrt(fan-in), residual outputs and biases zero, embeddings at `embedding_std`, in place."""
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.no_grad():
+        for name, part in module.named_modules():
+            if isinstance(part, nn.Embedding):
+                part.weight.normal_(0, embedding_std)
+            elif isinstance(part, (nn.Linear, Conv1D)):
+                inputs = part.weight.shape[0 if isinstance(part, Conv1D) else 1]
+                residual = name.rsplit(".", 1)[-1] in RESIDUAL
+                part.weight.normal_(0, inputs**-0.5).mul_(0 if residual else 1)
+                if part.bias is not None:
+                    part.bias.zero_()
+            else:
+                for key, parameter in part.named_parameters(recurse=False):  # norms
+                    parameter.fill_(0.0 if key == "bias" else float(parameter.mean().round()))
+
+
+def build(config: ModelConfig, *, vocabulary: int | None, seed: int) -> Any:
+    """The model, ready to train. vocabulary: its size, for models from scratch.
+
+    Raises ValueError for an architecture that transformers does not have, an argument its config does not know, or a
+    pretrained model that can't be had, naming the setting that points to a local copy.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    from mutor.checks import choose
+
+    set_seed(seed)
+    dtype = getattr(torch, config.dtype)
+    if config.pretrained is not None:
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                config.pretrained, revision=config.revision, dtype=dtype, attn_implementation=config.attention
+            )
+        except OSError as error:
+            raise ValueError(
+                f"pretrained model {config.pretrained!r} can't be loaded ({str(error).splitlines()[0]}); with a hub, "
+                "ask for access on its page and log in with `hf auth login`; else set `pretrained` to a local folder"
+            ) from error
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    architecture = choose(config.architecture or "", CONFIG_MAPPING, "architecture")
+    known = CONFIG_MAPPING[architecture]()
+    for key in config.config:
+        if not hasattr(known, key):
+            raise ValueError(f"model config of {config.architecture}: unknown key {key!r}")
+    arguments = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | config.config
+    settings = AutoConfig.for_model(architecture, vocab_size=vocabulary, **arguments)
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation=config.attention, dtype=dtype)
+    initialise = initialiser(config)
+    if initialise is not None:
+        initialise(model)
+        model.tie_weights()
+    return model
+
+
+def tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of a pretrained model."""
+    from transformers import AutoTokenizer
+
+    if config.pretrained is None:
+        raise ValueError(f"model of role {config.role!r} is built from scratch and has no tokenizer of its own")
+    return AutoTokenizer.from_pretrained(config.pretrained, revision=config.revision)

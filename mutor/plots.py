@@ -1,0 +1,134 @@
+"""Figures, as .png and .svg."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from mutor import results
+from mutor.config import Scale, Table, cells
+
+STYLE: Any = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "mutor",
+    "svg.fonttype": "none",
+    "figure.dpi": 110, "savefig.dpi": 160, "legend.frameon": False,
+}  # fmt: skip
+# Okabe and Ito's palette, told apart by colour-blind readers
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000"]
+
+
+def save(figure: Any, folder: Path, name: str) -> list[Path]:
+    """Write a figure as .png and .svg without dates, so that the same data gives the same file."""
+    from mutor.tables import write
+
+    files = [folder / f"{name}.png", folder / f"{name}.svg"]
+    write(files[0], lambda f: figure.savefig(f, metadata={"Software": None}))
+    write(files[1], lambda f: figure.savefig(f, metadata={"Date": None}))
+    plt.close(figure)
+    return files
+
+
+def solve_rates(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """One panel a graph: every seed a point, mean and interval a bar, chance a dashed line, published a cross."""
+    frame = frame[frame["metric"] == "solve_rate"]
+    groups = list(dict.fromkeys(frame["train_data"].str.replace(" reversed", "")))
+    labels = list(dict.fromkeys(frame["label"].str.replace(r", d_max \d+$", "", regex=True)))
+    colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    with plt.rc_context(STYLE):
+        longest = max((len(_panel(frame, g)) for g in groups), default=1)
+        figure, axes = plt.subplots(
+            1, max(len(groups), 1), figsize=(1.2 + 4.1 * max(len(groups), 1), 1.3 + 0.38 * longest),
+            squeeze=False, layout="constrained",
+        )  # fmt: skip
+        for axis, group in zip(axes[0], groups, strict=False):
+            rows = _panel(frame, group)
+            for y, row in enumerate(rows):
+                own = colour[row["label"].split(", d_max")[0]]
+                if row["n_seeds"]:
+                    axis.barh(y, row["mean"], color=own, alpha=0.25, height=0.7)
+                    low, high = _or(row["ci_low"], row["mean"]), _or(row["ci_high"], row["mean"])
+                    error = [[row["mean"] - low], [high - row["mean"]]]
+                    axis.errorbar(row["mean"], y, xerr=error, color=own, capsize=3, lw=1)
+                    spread = [y + 0.16 * (i - (len(row["values"]) - 1) / 2) for i in range(len(row["values"]))]
+                    axis.plot(
+                        row["values"], spread, "o", color=own, ms=4, mec="white", mew=0.4, clip_on=False, zorder=3
+                    )
+                else:
+                    axis.text(1, y, "not run", va="center", color="#777777", style="italic")
+                if row["reported"] is not None and not pd.isna(row["reported"]):
+                    axis.plot(row["reported"], y, "x", color="black", ms=6, zorder=4)
+            if rows:
+                axis.axvline(rows[0]["chance"], color="#555555", ls="--", lw=1)
+                axis.text(rows[0]["chance"], -0.75, " chance 1/n", color="#555555", fontsize=7.5, va="center")
+            axis.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -1.05), xlabel="solve rate (%)", title=_graph(group))
+            axis.set_yticks(range(len(rows)), [f"{r['label']}  (n={r['n_seeds']})" for r in rows])
+        stands = "; ".join(sorted(set(filter(None, frame["stands_in_for"])))[:2])
+        figure.suptitle(f"{table.title} — scale {scale.name}", fontsize=10)
+        if stands:
+            figure.supxlabel("Stands in for " + _wrap(stands, 60 + 55 * len(groups)), fontsize=7, color="#555555")
+        return save(figure, folder, table.name)
+
+
+def _panel(frame: pd.DataFrame, group: str) -> list[dict[str, Any]]:
+    rows = frame[frame["train_data"].str.replace(" reversed", "") == group]
+    return [dict(row) for _, row in rows.iterrows()]
+
+
+def curves(table: Table, scale: Scale, runs: Path, folder: Path) -> list[Path]:
+    """Learning curves: a row a graph; validation solve rate, next-token loss and auxiliary losses over steps."""
+    chosen = {c.spec.path: c for c in cells(table, scale) if not c.row.control}
+    groups = list(dict.fromkeys(c.spec.data for c in chosen.values()))
+    labels = list(dict.fromkeys(c.row.label or c.row.method for c in chosen.values()))
+    panels = ["solve rate (%, validation)", "next-token loss (nats)", "auxiliary losses (nats)"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            max(len(groups), 1), 3, figsize=(11, 0.6 + 2.5 * max(len(groups), 1)), squeeze=False, layout="constrained"
+        )
+        for row, group in zip(axes, groups, strict=False):
+            for cell in (c for c in chosen.values() if c.spec.data == group):
+                label = cell.row.label or cell.row.method
+                own = COLOURS[labels.index(label) % len(COLOURS)]
+                for number, (_, record) in enumerate(results.records(runs, cell.spec)):
+                    _draw_curves(row, record, own, label if number == 0 else None)
+            for axis, name in zip(row, panels, strict=True):
+                axis.set(xlabel="step", ylabel=name)
+            row[0].set_title(group, loc="left")
+            row[0].set_ylim(0, 102)
+            if row[0].get_legend_handles_labels()[0]:
+                row[0].legend(fontsize=7, loc="upper left")
+        figure.suptitle(f"{table.title}: learning curves, a line a seed — scale {scale.name}", fontsize=10)
+        return save(figure, folder, f"{table.name}_curves")
+
+
+def _draw_curves(axes: Any, record: dict[str, Any], colour: str, label: str | None) -> None:
+    known = {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch", "step", "next_token"}
+    scores = [(e["step"], e["eval_solve_rate"]) for e in record["curve"] if "eval_solve_rate" in e]
+    losses = [e for e in record["curve"] if "next_token" in e]
+    axes[0].plot(*zip(*scores, strict=True), color=colour, lw=1.2, label=label)
+    axes[1].plot([e["step"] for e in losses], [e["next_token"] for e in losses], color=colour, lw=0.9)
+    for style, key in zip(("-", "--", ":", "-."), sorted({k for e in losses for k in e} - known), strict=False):
+        axes[2].plot([e["step"] for e in losses], [e.get(key) for e in losses], color=colour, lw=0.9, ls=style)
+
+
+def _or(value: Any, other: float) -> float:
+    return other if value is None or pd.isna(value) else value
+
+
+def _graph(name: str) -> str:
+    """ "star_graph n=3 l=3 labels=30" -> "G(3, 3), 30 labels"."""
+    values = dict(part.split("=") for part in name.split() if "=" in part)
+    return (
+        f"G({values['n']}, {values['l']}), {values['labels']} labels" if {"n", "l", "labels"} <= set(values) else name
+    )
+
+
+def _wrap(text: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width))

@@ -1,0 +1,40 @@
+"""How a model is trained: the same for every method of a comparison, fixed in the scale."""
+
+from dataclasses import dataclass
+
+from mutor.checks import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Optimiser, schedule, batch and how often a run looks up from its work."""
+
+    steps: int = setting(doc="optimiser steps", low=1)
+    batch_size: int = setting(doc="sequences an optimiser step", low=1)
+    accumulate: int = setting(1, doc="parts that a batch is computed in, one after the other", low=1)
+    optimizer: str = setting("adamw", doc="muon: Muon for matrices, AdamW for the rest", choices=("adamw", "muon"))
+    learning_rate: float = setting(doc="peak rate of AdamW", low=0, open_ends=True)
+    muon_rate: float = setting(0.02, doc="peak rate of Muon", low=0, open_ends=True)
+    betas: tuple = setting((0.9, 0.999), doc="AdamW's betas", low=0, high=1)
+    weight_decay: float = setting(0.0, doc="weight decay, not applied to norms and biases", low=0)
+    clip: float = setting(1.0, doc="gradient norm clipped to this", low=0, open_ends=True)
+    warmup: float = setting(0.0, doc="steps of linear warm-up; below 1: this share of all steps", low=0)
+    decay: str = setting("linear", doc="form of the decay after warm-up", choices=("linear", "cosine", "none"))
+    final_rate: float = setting(0.0, doc="share of the peak rate at the end of the decay", low=0, high=1)
+    loss_mean: str = setting(
+        "token", doc="mean over all tokens, or inside each sequence first", choices=("token", "sequence")
+    )
+    gradient_checkpointing: bool = setting(False, doc="recompute activations instead of keeping them")
+    log_every: int = setting(50, doc="steps between log lines", low=1)
+    eval_every: int = setting(500, doc="steps between scores on the validation set", low=1)
+    save_every: int = setting(500, doc="steps between checkpoints, a multiple of log_every", low=1)
+    eval_batch_size: int = setting(500, doc="sequences scored at once", low=1)
+    stop_at: float | None = setting(None, doc="end a run when the validation score reaches this, in percent")
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: {self.accumulate} does not divide batch_size {self.batch_size}")
+        if self.save_every % self.log_every:
+            raise ValueError(f"save_every: {self.save_every} is not a multiple of log_every {self.log_every}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas: {self.betas} are not two numbers")

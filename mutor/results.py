@@ -1,0 +1,157 @@
+"""Run records: one metrics.json a seeded run, small, versioned and self-describing.
+
+runs/<scale>/<training data>/<model>/<method>/<settings>/seed<n>/metrics.json holds the settings, every checkpoint's
+metrics, the learning curve, the scores of every problem, and what made it: code, data, versions, device.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mutor.config import Spec
+
+VERSION = 1
+PACKAGES = ("torch", "transformers", "accelerate", "numpy")
+# code that decides which runs there are and how they are shown, not what comes out of one
+NOT_IN_RESULTS = ("mutor.__main__", "mutor.cli", "mutor.config", "mutor.registry", "mutor.checks", "mutor.results")
+REQUIRED = ("version", "scale", "train_data", "model", "method", "settings", "seed", "config_hash", "checkpoints")
+
+
+def seed_folder(runs: Path, spec: Spec, seed: int) -> Path:
+    """Where a seeded run lives."""
+    return Path(runs) / spec.path / f"seed{seed}"
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write whole or not at all: to a temporary file beside it, then renamed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    os.replace(temporary, file)
+
+
+def pack(scores: np.ndarray) -> dict[str, Any]:
+    """Scores of all problems, packed: bool [N] as bits, others as float32."""
+    if scores.dtype == bool:
+        return {"count": len(scores), "bits": base64.b64encode(np.packbits(scores).tobytes()).decode()}
+    return {"count": len(scores), "float32": base64.b64encode(scores.astype("<f4").tobytes()).decode()}
+
+
+def unpack(packed: dict[str, Any]) -> np.ndarray:
+    """The inverse of `pack`."""
+    if "bits" in packed:
+        return np.unpackbits(np.frombuffer(base64.b64decode(packed["bits"]), np.uint8))[: packed["count"]].astype(bool)
+    return np.frombuffer(base64.b64decode(packed["float32"]), "<f4")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A run record, checked. Raises ValueError naming file and field for what is missing or nonsensical."""
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: not a run record: {error}") from None
+    for key in REQUIRED:
+        if key not in record:
+            raise ValueError(f"{file}: field {key!r} is missing")
+    if record["version"] != VERSION:
+        raise ValueError(f"{file}: field 'version' is {record['version']!r}, this program reads {VERSION}")
+    for checkpoint in record["checkpoints"]:
+        for metric, value in checkpoint["metrics"].items():
+            rate = metric.endswith("rate") or "accuracy" in metric
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or (rate and not 0 <= value <= 100):
+                raise ValueError(
+                    f"{file}: field {metric!r} is {value!r}, allowed: {'0 to 100' if rate else 'a number'}"
+                )
+    return record
+
+
+def records(runs: Path, spec: Spec) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """All readable records of a setting whose configuration is the one asked for, by seed."""
+    found = (Path(runs) / spec.path).glob("seed*/metrics.json")
+    for file in sorted(found, key=lambda f: int(f.parent.name.removeprefix("seed"))):
+        record = read(file)
+        if record["config_hash"] == spec.config_hash:
+            yield file, record
+
+
+def finished(runs: Path, spec: Spec, seed: int) -> bool:
+    """Whether this seeded run is done, in the configuration asked for."""
+    file = seed_folder(runs, spec, seed) / "metrics.json"
+    try:
+        return read(file)["config_hash"] == spec.config_hash
+    except ValueError:
+        return False
+
+
+def checkpoint_metrics(record: dict[str, Any], name: str) -> dict[str, float]:
+    """Test metrics of a record's checkpoint `last` or `best`."""
+    return next(c["metrics"] for c in record["checkpoints"] if name in c["names"])
+
+
+def meaning(file: Path) -> str:
+    """Hash of what a Python file does: comments, docstrings and formatting do not count."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            assert isinstance(body, list)
+            body[0] = ast.Pass()
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+
+
+def code_hashes() -> dict[str, str]:
+    """module -> hash of what it does, of every module of this project that this process has used in its runs."""
+    used = {}
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.split(".")[0] in ("mutor", "baselines") and file and name not in NOT_IN_RESULTS:
+            used[name] = meaning(Path(file))
+    return used
+
+
+def changed_code(record: dict[str, Any], root: Path) -> list[str]:
+    """Modules whose meaning differs from when the record was made."""
+    changed = []
+    for name, was in record.get("code", {}).items():
+        stem = root / Path(*name.split("."))
+        file = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+        if not file.exists() or meaning(file) != was:
+            changed.append(name)
+    return changed
+
+
+def provenance(root: Path) -> dict[str, Any]:
+    """What made a run: commit, versions, platform."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "git_commit": _git(root, "rev-parse", "HEAD"),
+        "git_changed": bool(_git(root, "status", "--porcelain", "-uno")),
+        "versions": versions,
+        "platform": platform.platform(),
+    }
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,288 @@
+"""Train and evaluate one setting, its seeds one after the other in one process.
+
+Each seed passes three stages, each finished whole or not at all, so a killed run goes on where it was:
+
+    checkpoints/    while it trains; gone afterwards
+    last/, best/    the plain models; last/training.json the learning curve
+    metrics.json    scores of the reloaded plain models: the run is done
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mutor import results
+from mutor.config import Spec, settings_name
+from mutor.registry import METHODS, TASKS, load
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and how runs take place: folders, device, threads, and how progress is said."""
+
+    root: Path
+    runs: Path
+    device: str = "cpu"
+    threads: int = 1
+    label: str = ""
+    rerun_stale: bool = False
+
+
+def run(spec: Spec, seeds: tuple[int, ...], place: Workplace) -> None:
+    """Finish every seed of a setting and write its index.json; finished seeds are left alone.
+
+    Raises ValueError, before any training, for what the configuration got wrong.
+    """
+    todo = []
+    for seed in seeds:
+        if results.finished(place.runs, spec, seed) and place.rerun_stale:
+            record = results.read(results.seed_folder(place.runs, spec, seed) / "metrics.json")
+            if results.changed_code(record, place.root):
+                _set_aside(results.seed_folder(place.runs, spec, seed))
+        if not results.finished(place.runs, spec, seed):
+            todo.append(seed)
+    if todo:
+        _run(spec, todo, place)
+    write_index(spec, seeds, place.runs)
+
+
+def write_index(spec: Spec, seeds: tuple[int, ...], runs: Path) -> None:
+    """index.json of a setting: its finished seeds, what the workflow waits for."""
+    folders = {seed: results.seed_folder(runs, spec, seed) / "metrics.json" for seed in seeds}
+    content = {"config_hash": spec.config_hash, "seeds": {str(s): f.stat().st_size for s, f in folders.items()}}
+    results.write_json(Path(runs) / spec.path / "index.json", content)
+
+
+def _run(spec: Spec, seeds: list[int], place: Workplace) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the runs beside this one
+    import torch
+    import transformers
+
+    torch.set_num_threads(place.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    from mutor.devices import choose_device
+    from mutor.models.build import tokenizer
+
+    device = choose_device(place.device)
+    task_class = load(TASKS, spec.dataset.task, "task")
+    own = tokenizer(spec.model_config) if getattr(spec.task_config, "tokens", None) == "model" else None
+    task = task_class(spec.task_config, own)
+    for number, seed in enumerate(seeds, start=1):
+        head = f"{place.label}{spec.data} {spec.model} {spec.method} {settings_name(spec.settings)}"
+        say = _speaker(f"{head} seed {seed} ({number}/{len(seeds)})")
+        folder = results.seed_folder(place.runs, spec, seed)
+        with _only_one(folder):
+            if not results.finished(place.runs, spec, seed):
+                _seed(spec, seed, folder, task, device, place, say)
+
+
+def _seed(
+    spec: Spec, seed: int, folder: Path, task: Any, device: str, place: Workplace, say: Callable[[str], None]
+) -> None:
+    import torch
+
+    from mutor.method import Context
+
+    _clear_foreign(folder, spec)
+    context = Context(seed=seed, pad_id=task.pad_id, prefix_lm=task.prefix_lm)
+    method = load(METHODS, spec.method, "method")(spec.method_config, per_sequence=spec.recipe.loss_mean == "sequence")
+    if not (folder / "last/training.json").exists():
+        _train(spec, seed, folder, task, method, context, device, say)
+    training = json.loads((folder / "last/training.json").read_text())
+    checkpoints, scores = _evaluate(spec, folder, task, method, context, device, training)
+    say("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    record = {
+        "version": results.VERSION, "scale": spec.scale, "train_data": spec.data, "model": spec.model,
+        "train_data_name": task.describe(spec.task_config), "train_data_role": spec.dataset.role,
+        "model_role": spec.model_config.role, "stands_in_for": spec.stands_in_for, "method": spec.method,
+        "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
+        "checkpoints": checkpoints, "scores": results.pack(scores), "curve": training["curve"],
+        "steps": training["steps"], "tokens": training["tokens"], "seconds_training": training["seconds"],
+        "trainable_parameters": training["trainable_parameters"], "added_parameters": training["added_parameters"],
+        "peak_memory_bytes": memory, "device": _device_name(device), "threads": place.threads,
+        "started": training["started"], "finished": _now(), "resumed": training["resumed"],
+        "data_hash": task.data_hash(), "weights_hash": training["weights_hash"], "code": results.code_hashes(),
+        **results.provenance(place.root),
+    }  # fmt: skip
+    results.write_json(folder / "metrics.json", record)
+
+
+def _train(
+    spec: Spec, seed: int, folder: Path, task: Any, method: Any, context: Any, device: str, say: Callable[[str], None]
+) -> None:
+    from mutor.data import Samples
+    from mutor.models.build import build, initialiser
+    from mutor.train import MethodTrainer, last_checkpoint
+    from mutor.trunk import evaluating
+
+    started, recipe = _now(), spec.recipe
+    model = build(spec.model_config, vocabulary=task.vocabulary, seed=seed)
+    method.attach(model, initialiser(spec.model_config))
+    goal = task.benchmark
+    best: dict[str, float] = {}
+
+    def score(model: Any) -> dict[str, float]:
+        with evaluating(model):
+            metrics, _ = task.evaluate(model, method, context, "valid", recipe.eval_batch_size)
+        if trainer.is_world_process_zero() and metrics[goal] > best.get(goal, _best_so_far(trainer, goal)):
+            best[goal] = metrics[goal]
+            with _whole(folder / "best") as target:
+                method.export(model, target)
+                results.write_json(target / "training.json", {"step": trainer.state.global_step, goal: metrics[goal]})
+        return metrics
+
+    samples = Samples(task.train(seed), recipe.steps * recipe.batch_size, seed)
+    resumed = last_checkpoint(folder / "checkpoints") is not None
+    trainer = MethodTrainer(
+        model, method, recipe, samples, context, folder / "checkpoints",
+        seed=seed, score=score, goal=goal, say=say, device=device,
+    )  # fmt: skip
+    trainer.resume()
+    plain = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_world_process_zero():
+        with _whole(folder / "last") as target:
+            method.export(plain, target)
+            curve = [entry for entry in trainer.state.log_history if "loss" in entry or f"eval_{goal}" in entry]
+            results.write_json(
+                target / "training.json",
+                {
+                    "curve": curve, "steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 3),
+                    "tokens": next((e["tokens"] for e in reversed(curve) if "tokens" in e), 0), "started": started,
+                    "resumed": resumed, "added_parameters": method.added_parameters(plain),
+                    "trainable_parameters": sum(p.numel() for p in plain.parameters() if p.requires_grad),
+                    "weights_hash": _weights_hash(target),
+                },
+            )  # fmt: skip
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _best_so_far(trainer: Any, goal: str) -> float:
+    return max((e[f"eval_{goal}"] for e in trainer.state.log_history if f"eval_{goal}" in e), default=float("-inf"))
+
+
+def _evaluate(
+    spec: Spec, folder: Path, task: Any, method: Any, context: Any, device: str, training: dict[str, Any]
+) -> tuple[list[dict[str, Any]], Any]:
+    """Test metrics of the best and the last checkpoint, as anyone would load them; the last one's scores."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    best = json.loads((folder / "best/training.json").read_text()) if (folder / "best").exists() else None
+    same = best is None or best["step"] == training["steps"]
+    found, scores = [], None
+    for name, step in (("best", best and best["step"]), ("last", training["steps"])):
+        if name == "best" and same:
+            continue
+        began = time.monotonic()
+        plain: Any = AutoModelForCausalLM.from_pretrained(
+            folder / name,
+            dtype=getattr(torch, spec.model_config.dtype),
+            attn_implementation=spec.model_config.attention,
+        )
+        plain.to(device)
+        plain.eval()
+        metrics, scores = task.evaluate(plain, method, context, "test", spec.recipe.eval_batch_size)
+        names = ["best", "last"] if name == "last" and same else [name]
+        seconds = round(time.monotonic() - began, 3)
+        found.append({"names": names, "step": step, "metrics": metrics, "seconds_evaluating": seconds})
+    return found, scores
+
+
+def _clear_foreign(folder: Path, spec: Spec) -> None:
+    """Keep what belongs to this configuration; set aside a record of another one, drop its checkpoints."""
+    mark = folder / "config_hash"
+    if mark.exists() and mark.read_text() == spec.config_hash:
+        return
+    _set_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(spec.config_hash)
+
+
+def _set_aside(folder: Path) -> None:
+    record = folder / "metrics.json"
+    if record.exists():
+        number = 1 + len(list(folder.glob("metrics.superseded-*.json")))
+        record.rename(folder / f"metrics.superseded-{number}.json")
+    for name in ("checkpoints", "last", "best"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when it is complete."""
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep two processes from working on one seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as handle:
+        if "LOCAL_RANK" not in os.environ:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"{folder}: another process is working on this run; wait for it or stop it") from None
+        yield
+
+
+def _speaker(head: str) -> Callable[[str], None]:
+    """Print progress, at most a line every ten seconds, but always a score."""
+    last = [0.0]
+
+    def say(line: str) -> None:
+        now = time.monotonic()
+        if "left" not in line or now - last[0] > 10:
+            last[0] = now
+            print(f"{head}: {line}", flush=True)
+
+    return say
+
+
+def _weights_hash(folder: Path) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _device_name(device: str) -> str:
+    import platform
+
+    import torch
+
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"cpu ({line.partition(':')[2].strip()})"
+    return f"cpu ({platform.processor() or platform.machine()})"
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,194 @@
+"""Artifacts from run records: a tidy CSV (one row a cell, the same columns in all), Markdown, LaTeX, figures.
+
+collect_artifact(load_table(root, "figure4"), scale, runs, results, reported_csv)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mutor import results
+from mutor.config import Cell, Scale, Table, cells
+from mutor.registry import TASKS, load
+from mutor.stats import summarise
+
+COLUMNS = [
+    "artifact", "scale", "role", "model", "method", "train_data", "benchmark", "metric", "unit", "d_max", "a",
+    "registers", "placement", "iterations", "epochs", "register_embedding", "added_params", "n_seeds", "mean", "std",
+    "ci_low", "ci_high", "reported", "reported_difference", "stands_in_for",
+]  # fmt: skip
+PUBLISHED_SETTINGS = ("d_max", "a", "registers", "placement", "register_embedding")
+
+
+def collect_artifact(table: Table, scale: Scale, runs: Path, folder: Path, reported_csv: Path) -> list[Path]:
+    """Build all files of one table or figure from whatever runs exist; returns them."""
+    reported = pd.read_csv(reported_csv, dtype=str, keep_default_na=False)
+    frame = cell_frame(table, scale, runs, reported)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{table.name}.{ending}" for ending in ("csv", "md", "tex")]
+    write(files[0], lambda f: frame[COLUMNS].to_csv(f, index=False, lineterminator="\n", float_format="%.6g"))
+    shown = published_shape(frame, table)
+    beside = published_rows(reported, table)
+    write(files[1], lambda f: f.write_text(markdown(table, scale, shown, beside)))
+    write(files[2], lambda f: f.write_text(latex(table, scale, shown)))
+    if table.draw == "solve_rates":
+        from mutor.plots import curves, solve_rates
+
+        files += solve_rates(table, scale, frame, folder)
+        files += curves(table, scale, runs, folder)
+    return files
+
+
+def write(file: Path, writer: Callable[[Path], Any]) -> None:
+    """Write a file under another name and rename it, so that a half-written one never stands there."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp{file.suffix}")
+    writer(temporary)
+    os.replace(temporary, file)
+
+
+def cell_frame(table: Table, scale: Scale, runs: Path, reported: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell, in the table's order, with COLUMNS and for drawing: label, values, chance, data, path."""
+    rows = [_cell_row(table, cell, runs, reported) for cell in cells(table, scale)]
+    return pd.DataFrame(rows, columns=[*COLUMNS, "label", "values", "chance", "data", "path"])
+
+
+def _cell_row(table: Table, cell: Cell, runs: Path, reported: pd.DataFrame) -> dict[str, Any]:
+    spec = cell.spec
+    task = load(TASKS, spec.dataset.task, "task")
+    found = [record for _, record in results.records(runs, spec)]
+    values = [results.checkpoint_metrics(record, table.checkpoint)[cell.metric] for record in found]
+    problems = found[0]["scores"]["count"] if found else None
+    summary = summarise(values, problems, rate=cell.unit == "percent")
+    name = task.describe(spec.task_config)
+    published = _published(reported, table, spec, cell.metric, name)
+    stands_in = spec.stands_in_for
+    difference = None if published is None or summary.mean is None or stands_in else summary.mean - published
+    settings = {key: getattr(spec.method_config, key, "") for key in PUBLISHED_SETTINGS}
+    if settings["placement"] == "all":
+        settings["registers"] = ""
+    return {
+        "artifact": table.name, "scale": spec.scale, "role": spec.model_config.role, "model": spec.model,
+        "method": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""), "train_data": name, "benchmark": name,
+        "metric": cell.metric, "unit": cell.unit, **settings, "iterations": spec.recipe.steps, "epochs": "",
+        "added_params": found[0]["added_parameters"] if found else "", "n_seeds": summary.n_seeds,
+        "mean": summary.mean, "std": summary.std, "ci_low": summary.ci_low, "ci_high": summary.ci_high,
+        "reported": published, "reported_difference": difference,
+        "stands_in_for": stands_in, "label": cell.row.label or _label(spec), "values": values,
+        "chance": task.chance(spec.task_config) if hasattr(task, "chance") else None, "data": spec.data,
+        "path": spec.path,
+    }  # fmt: skip
+
+
+def _extra(spec: Any) -> str:
+    """Settings that have no column of their own."""
+    rest = {k: v for k, v in spec.settings.items() if k not in PUBLISHED_SETTINGS and k != "d_min"}
+    return ", ".join(f"{k}={v}" for k, v in sorted(rest.items()))
+
+
+def _label(spec: Any) -> str:
+    d_max = getattr(spec.method_config, "d_max", None)
+    return spec.method if d_max is None else f"{spec.method}, d_max {d_max}"
+
+
+def _published(reported: pd.DataFrame, table: Table, spec: Any, metric: str, name: str) -> float | None:
+    """The published value of the same artifact, data, method, metric and, where stated, d_max."""
+    rows = reported[
+        reported["artifact"].isin(table.reported)
+        & (reported["method"] == spec.method)
+        & (reported["train_data"] == name)
+        & (reported["metric"] == metric)
+    ]
+    d_max = str(getattr(spec.method_config, "d_max", ""))
+    rows = rows[(rows["d_max"] == "") | (rows["d_max"] == d_max)]
+    return float(rows["value"].iloc[0]) if len(rows) else None
+
+
+def published_rows(reported: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """All published values that belong to a table."""
+    return reported[reported["artifact"].isin(table.reported)]
+
+
+def published_shape(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """Rows are methods, columns datasets, for the table's first metric: "mean ± std (seeds)"."""
+    first = frame[frame["metric"] == table.metrics[0]] if len(frame) else frame
+    order_rows, order_columns = list(dict.fromkeys(first["label"])), list(dict.fromkeys(first["train_data"]))
+    shown = pd.DataFrame("", index=order_rows, columns=order_columns)
+    for _, row in first.iterrows():
+        shown.loc[row["label"], row["train_data"]] = _text(row)
+    return shown
+
+
+def _text(row: Any) -> str:
+    if not row["n_seeds"]:
+        return "not run"
+    spread = f" ± {row['std']:.1f}" if row["std"] is not None and not pd.isna(row["std"]) else ""
+    seeds = f" (n={row['n_seeds']})"
+    published = "" if row["reported"] is None or pd.isna(row["reported"]) else f" [published {row['reported']:g}]"
+    return f"{row['mean']:.1f}{spread}{seeds}{published}"
+
+
+def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFrame) -> str:
+    """The table in Markdown, with what stands in for what, notes and the published values."""
+    parts = [f"# {table.title}", "", f"Scale: {scale.name} ({scale.description}).", "", table.caption, ""]
+    parts += [f"{table.metrics[0]}, percent, mean ± standard deviation over seeds (n = seeds).", "", _grid(shown), ""]
+    stands = {d.stands_in_for for d in scale.datasets.values()} | {m.stands_in_for for m in scale.models.values()}
+    parts += [f"- Stands in for {text}." for text in sorted(filter(None, stands))]
+    parts += [f"- {note}" for note in table.notes]
+    if len(beside):
+        columns = ["model", "method", "d_max", "train_data", "metric", "value", "source"]
+        parts += ["", "Published values:", "", _grid(beside[columns].set_index("model"))]
+    return "\n".join(parts) + "\n"
+
+
+def _grid(frame: pd.DataFrame) -> str:
+    head = [str(frame.index.name or ""), *map(str, frame.columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += [
+        "| " + " | ".join([str(i), *map(str, row)]) + " |" for i, row in zip(frame.index, frame.to_numpy(), strict=True)
+    ]
+    return "\n".join(lines)
+
+
+def latex(table: Table, scale: Scale, shown: pd.DataFrame) -> str:
+    """The table in LaTeX (booktabs)."""
+    escaped = shown.map(_escape)
+    escaped.index, escaped.columns = [_escape(i) for i in shown.index], [_escape(c) for c in shown.columns]
+    body = [" & ".join(["", *escaped.columns]) + r" \\", r"\midrule"]
+    body += [" & ".join([str(i), *row]) + r" \\" for i, row in zip(escaped.index, escaped.to_numpy(), strict=True)]
+    lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * len(shown.columns)}}}", r"\toprule", *body,
+             r"\bottomrule", r"\end{tabular}",
+             rf"\caption{{{_escape(table.title)}. Scale: {_escape(scale.name)}. {_escape(table.caption)}}}",
+             r"\end{table}"]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: Any) -> str:
+    out = str(text).replace("\\", r"\textbackslash{}")
+    for char in "&%$#_{}":
+        out = out.replace(char, "\\" + char)
+    return out.replace("±", r"$\pm$")
+
+
+def collect_runs(runs: Path, scale: str, folder: Path) -> list[Path]:
+    """runs.csv: one row a seeded run, every setting and metric, and what made it."""
+    rows = []
+    for file in sorted((runs / scale).glob("*/*/*/*/seed*/metrics.json")):
+        record = results.read(file)
+        flat = {k: v for k, v in record.items() if isinstance(v, (str, int, float, bool)) or v is None}
+        flat |= {f"setting.{k}": v for k, v in record["config"]["settings"].items()}
+        flat |= {f"recipe.{k}": v for k, v in record["config"]["recipe"].items()}
+        flat |= {f"version.{k}": v for k, v in record["versions"].items()}
+        for checkpoint in record["checkpoints"]:
+            for name in checkpoint["names"]:
+                flat |= {f"{name}.{k}": v for k, v in checkpoint["metrics"].items()}
+                flat[f"{name}.step"] = checkpoint["step"]
+        rows.append(flat)
+    file = folder / "runs.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    write(file, lambda f: pd.DataFrame(rows).to_csv(f, index=False, lineterminator="\n"))
+    return [file]

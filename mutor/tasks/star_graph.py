@@ -1,0 +1,343 @@
+"""Star graphs G(n, l): n paths of l nodes out of one start; find the one that leads to the goal.
+
+    32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12
+    edges, shuffled                            / start,goal = the path
+
+Bachmann and Nagarajan, arXiv 2403.06963. For models from scratch every label and each of | / = is one token and
+commas are dropped (27 prefix and 5 answer tokens for G(2, 5)); pretrained models read the line with their own
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mutor.checks import setting
+
+if TYPE_CHECKING:
+    from mutor.data import Source
+    from mutor.method import Context, Method
+
+LINE = re.compile(r"(\d+,\d+(?:\|\d+,\d+)*)/(\d+),(\d+)=(\d+(?:,\d+)*)")
+BLOCK = 4096
+TAG = {"valid": 1, "test": 2, "train": 3}
+
+
+@dataclass(frozen=True)
+class StarGraphConfig:
+    """The graphs, how many of them, and how they are written."""
+
+    n: int = setting(doc="number of paths out of the start node", low=2)
+    l: int = setting(doc="nodes on a path, start and goal counted", low=3)  # noqa: E741 (the literature's name)
+    labels: int = setting(50, doc="node labels to choose from", low=3)
+    reverse: bool = setting(False, doc="answer with the path from goal to start (positive control)")
+    train_size: int | None = setting(None, doc="training graphs; none: new ones all the time", low=1)
+    valid_size: int = setting(500, doc="graphs scored during training", low=1)
+    test_size: int = setting(2000, doc="graphs scored at the end", low=1)
+    train_file: str | None = setting(None, doc="training graphs from a file in the published format")
+    test_file: str | None = setting(None, doc="test graphs from a file in the published format")
+    tokens: str = setting("labels", doc="one token a label, or the model's own tokenizer", choices=("labels", "model"))
+    data_seed: int = setting(0, doc="seed of the validation and test graphs", low=0)
+
+    def __post_init__(self) -> None:
+        nodes = 1 + self.n * (self.l - 1)
+        if nodes > self.labels:
+            raise ValueError(f"labels: G({self.n}, {self.l}) has {nodes} nodes, more than the {self.labels} labels")
+        if self.labels >= 2**15:
+            raise ValueError(f"labels: {self.labels} is out of range, allowed: below {2**15}")
+        distinct = math.perm(self.labels, nodes) // math.factorial(self.n - 1)
+        held_out = self.valid_size + (0 if self.test_file else self.test_size)
+        if held_out > distinct // 4:
+            raise ValueError(
+                f"test_size: {held_out} validation and test graphs of the {distinct} there are leave too few to train "
+                f"on; allowed: at most {distinct // 4}"
+            )
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """edges: int16 [N, n (l - 1), 2] in the order they are written; path: int16 [N, l] from start to goal."""
+
+    edges: np.ndarray
+    path: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+    def __getitem__(self, index: Any) -> Graphs:
+        return Graphs(self.edges[index], self.path[index])
+
+    @staticmethod
+    def join(parts: Sequence[Graphs]) -> Graphs:
+        """All graphs of several groups of the same shape."""
+        return Graphs(np.concatenate([p.edges for p in parts]), np.concatenate([p.path for p in parts]))
+
+
+def generate(rng: np.random.Generator, count: int, n: int, l: int, labels: int) -> Graphs:  # noqa: E741
+    """`count` graphs G(n, l), labels drawn without repetition, edges shuffled; vectorised over graphs."""
+    nodes = _shuffled_columns(rng, np.tile(np.arange(labels, dtype=np.int16), (count, 1)), 1 + n * (l - 1))
+    start = np.broadcast_to(nodes[:, None, :1], (count, n, 1))
+    arms = np.concatenate([start, nodes[:, 1:].reshape(count, n, l - 1)], axis=2)
+    edges = np.stack([arms[:, :, :-1], arms[:, :, 1:]], axis=3).reshape(count, n * (l - 1), 2)
+    order = _shuffled_columns(rng, np.tile(np.arange(edges.shape[1]), (count, 1)), edges.shape[1])
+    return Graphs(np.take_along_axis(edges, order[:, :, None], axis=1), arms[:, 0].copy())
+
+
+def _shuffled_columns(rng: np.random.Generator, values: np.ndarray, keep: int) -> np.ndarray:
+    """The first `keep` columns of a Fisher-Yates shuffle of each row."""
+    count, width = values.shape
+    rows = np.arange(count)
+    for i in range(min(keep, width - 1)):
+        j = rng.integers(i, width, size=count)
+        chosen = values[rows, j]
+        values[rows, j] = values[:, i]
+        values[:, i] = chosen
+    return values[:, :keep]
+
+
+def keys(graphs: Graphs) -> np.ndarray:
+    """uint64 [N]: equal for graphs with the same edge set and query, whatever the order of their edges."""
+    with np.errstate(over="ignore"):
+        edges = _mix(graphs.edges[..., 0].astype(np.uint64) << np.uint64(32) | graphs.edges[..., 1].astype(np.uint64))
+        query = graphs.path[:, 0].astype(np.uint64) << np.uint64(48) | graphs.path[:, -1].astype(np.uint64)
+        return _mix(edges.sum(axis=1) + _mix(query))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64, a bijection of 64-bit integers."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def write_line(edges: np.ndarray, path: np.ndarray) -> str:
+    """One graph in the published text format. edges: [E, 2]; path: [l]."""
+    pairs = "|".join(f"{a},{b}" for a, b in edges.tolist())
+    return f"{pairs}/{path[0]},{path[-1]}=" + ",".join(map(str, path.tolist()))
+
+
+def write_file(file: Path, graphs: Graphs) -> None:
+    """A file in the published format, one graph a line."""
+    Path(file).write_text("".join(write_line(e, p) + "\n" for e, p in zip(graphs.edges, graphs.path, strict=True)))
+
+
+def read_line(line: str, where: str) -> tuple[list[tuple[int, int]], list[int]]:
+    """Edges and path of one line. Raises ValueError starting with `where` for anything malformed."""
+    match = LINE.fullmatch(line.strip())
+    if not match:
+        raise ValueError(f"{where}: {line.strip()[:60]!r} is not of the form a,b|c,d/start,goal=start,...,goal")
+    edges = [(int(a), int(b)) for a, b in (pair.split(",") for pair in match[1].split("|"))]
+    path = [int(node) for node in match[4].split(",")]
+    if (int(match[2]), int(match[3])) != (path[0], path[-1]):
+        raise ValueError(f"{where}: the path {match[4]} does not run from {match[2]} to {match[3]}")
+    absent = [step for step in itertools.pairwise(path) if step not in edges]
+    if absent:
+        raise ValueError(f"{where}: the path takes {absent[0][0]},{absent[0][1]}, which is no edge of the graph")
+    return edges, path
+
+
+def read_file(file: str | Path, config: StarGraphConfig | None = None) -> Graphs:
+    """All graphs of a file in the published format; with `config`, each must be a G(n, l) on its labels.
+
+    Raises ValueError with file and line number for a malformed or foreign line.
+    """
+    all_edges: list[list[tuple[int, int]]] = []
+    all_paths: list[list[int]] = []
+    shape = (config.n * (config.l - 1), config.l) if config else None
+    for number, line in enumerate(Path(file).read_text().splitlines(), start=1):
+        where = f"{file}:{number}"
+        edges, path = read_line(line, where)
+        shape = shape or (len(edges), len(path))
+        if (len(edges), len(path)) != shape:
+            raise ValueError(
+                f"{where}: {len(edges)} edges and {len(path)} path nodes, expected {shape[0]} and {shape[1]}"
+            )
+        highest = max(node for edge in edges for node in edge)
+        if config and highest >= config.labels:
+            raise ValueError(f"{where}: node {highest}, allowed: 0 to {config.labels - 1}")
+        all_edges.append(edges)
+        all_paths.append(path)
+    if not all_edges:
+        raise ValueError(f"{file}: no graphs in it")
+    return Graphs(np.array(all_edges, dtype=np.int16), np.array(all_paths, dtype=np.int16))
+
+
+class StarGraph:
+    """The task: training graphs, validation and test graphs, their tokens, and how answers are scored."""
+
+    Config = StarGraphConfig
+    benchmark = "solve_rate"  # the metric that names the best checkpoint
+    higher_is_better = True
+
+    def __init__(self, config: StarGraphConfig, tokenizer: Any = None):
+        """tokenizer: the model's own, for `tokens: model`."""
+        self.config, self.tokenizer = config, tokenizer
+        if (config.tokens == "model") != (tokenizer is not None):
+            raise ValueError(
+                f"star_graph: tokens: {config.tokens!r} goes with {'a' if tokenizer is None else 'no'} tokenizer"
+            )
+        self.pipe, self.slash, self.equals, self.pad_id = range(config.labels, config.labels + 4)
+        self.vocabulary: int | None = config.labels + 4
+        self.prefix_lm = False
+        if tokenizer is not None:
+            self.vocabulary = None
+            self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.splits = self._held_out()
+        self._forbidden = np.sort(np.concatenate([keys(g) for g in self.splits.values()]))
+
+    @staticmethod
+    def describe(config: StarGraphConfig) -> str:
+        """The name of these graphs in tables."""
+        return f"star_graph n={config.n} l={config.l} labels={config.labels}" + (" reversed" if config.reverse else "")
+
+    @staticmethod
+    def check_settings(config: StarGraphConfig, method_config: Any, where: str) -> None:
+        """Raise ValueError for a method that looks further than a path is long."""
+        d_max = getattr(method_config, "d_max", None)
+        if config.tokens == "labels" and d_max is not None and d_max > config.l:
+            raise ValueError(f"{where}: d_max: {d_max} is longer than a path; allowed: at most l = {config.l}")
+
+    @staticmethod
+    def chance(config: StarGraphConfig) -> float:
+        """The solve rate, in percent, of a model that follows a random path out of the start."""
+        return 100.0 / config.n
+
+    def _held_out(self) -> dict[str, Graphs]:
+        c, seen, splits = self.config, np.zeros(0, dtype=np.uint64), {}
+        for split, size in (("test", c.test_size), ("valid", c.valid_size)):
+            if split == "test" and c.test_file:
+                splits[split] = read_file(c.test_file, c)
+            else:
+                rng = np.random.default_rng([TAG[split], c.data_seed])
+                splits[split] = self._fresh(rng, size, seen)
+            seen = np.concatenate([seen, keys(splits[split])])
+        return splits
+
+    def _fresh(self, rng: np.random.Generator, count: int, forbidden: np.ndarray, unique: bool = True) -> Graphs:
+        """`count` graphs that are not in `forbidden` (and, if `unique`, each only once)."""
+        c, parts, have = self.config, [], 0
+        while have < count:
+            graphs = generate(rng, max(64, (count - have) * 9 // 8), c.n, c.l, c.labels)
+            if unique:
+                first = np.unique(keys(graphs), return_index=True)[1]
+                graphs = graphs[np.sort(first)]
+            graphs = graphs[~np.isin(keys(graphs), forbidden)]
+            if unique:
+                forbidden = np.concatenate([forbidden, keys(graphs)])
+            parts.append(graphs)
+            have += len(graphs)
+        return Graphs.join(parts)[:count]
+
+    def train(self, seed: int) -> Source:
+        """Training examples of a run: a fixed set (the same for all seeds) or a stream of new graphs, by seed."""
+        from mutor.data import Source
+
+        c = self.config
+        if c.train_file or c.train_size:
+            if c.train_file:
+                graphs = read_file(c.train_file, c)
+                graphs = graphs[~np.isin(keys(graphs), self._forbidden)]
+            else:
+                assert c.train_size
+                graphs = self._fresh(np.random.default_rng([TAG["train"], c.data_seed]), c.train_size, self._forbidden)
+            return Source(lambda index: self.encode(graphs[index]), len(graphs))
+        blocks: dict[int, Graphs] = {}
+
+        def block(number: int) -> Graphs:
+            if number not in blocks:
+                if len(blocks) > 4:
+                    blocks.clear()
+                rng = np.random.default_rng([TAG["train"], number, seed])
+                blocks[number] = self._fresh(rng, BLOCK, self._forbidden, unique=False)
+            return blocks[number]
+
+        def examples(index: np.ndarray) -> list[tuple[np.ndarray, int]]:
+            home = index // BLOCK
+            parts = Graphs.join([block(int(b))[index[home == b] % BLOCK] for b in np.unique(home)])
+            return self.encode(parts[np.argsort(np.argsort(home, kind="stable"))])
+
+        return Source(examples, None)
+
+    def encode(self, graphs: Graphs) -> list[tuple[np.ndarray, int]]:
+        """(token ids, prefix length) of each graph."""
+        if self.tokenizer is not None:
+            return [self._encode_text(e, p) for e, p in zip(graphs.edges, graphs.path, strict=True)]
+        count, edges = graphs.edges.shape[:2]
+        pairs = np.concatenate([graphs.edges, np.full((count, edges, 1), self.pipe)], axis=2).reshape(count, -1)
+        pairs[:, -1] = self.slash
+        query = np.stack([graphs.path[:, 0], graphs.path[:, -1], np.full(count, self.equals)], axis=1)
+        answer = graphs.path[:, ::-1] if self.config.reverse else graphs.path
+        ids = np.concatenate([pairs, query, answer], axis=1).astype(np.int64)
+        return [(row, 3 * edges + 3) for row in ids]
+
+    def _encode_text(self, edges: np.ndarray, path: np.ndarray) -> tuple[np.ndarray, int]:
+        prefix, answer = write_line(edges, path).split("=")
+        if self.config.reverse:
+            answer = ",".join(reversed(answer.split(",")))
+        head = self.tokenizer(prefix + "=", add_special_tokens=False)["input_ids"]
+        tail = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return np.array(head + tail, dtype=np.int64), len(head)
+
+    def _labels(self, ids: Iterable[int], length: int) -> list[int]:
+        """The node labels that generated ids stand for, -1 for whatever is no label."""
+        if self.tokenizer is None:
+            got = [i if i < self.config.labels else -1 for i in ids]
+        else:
+            words = self.tokenizer.decode(list(ids)).split(",")
+            got = [int(w) if w.strip().isdigit() else -1 for w in words]
+        return (got + [-1] * length)[:length]
+
+    def evaluate(
+        self, model: Any, method: Method, context: Context, split: str, batch_size: int
+    ) -> tuple[dict[str, float], np.ndarray]:
+        """Score greedy answers without teacher forcing (whole path right), and each position with and without it.
+
+        Returns the metrics (rates in percent, loss in nats a token) and bool [N], the graphs solved.
+        """
+        import torch
+
+        from mutor.data import score_forced
+
+        length, examples = self.config.l, self.encode(self.splits[split])
+        truth = self.splits[split].path[:, ::-1] if self.config.reverse else self.splits[split].path
+        right = np.zeros((len(examples), length), dtype=bool)
+        sizes = np.array([prefix for _, prefix in examples])
+        for size in np.unique(sizes):  # prompts of equal length need no padding
+            rows = np.flatnonzero(sizes == size)
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                prompt = torch.from_numpy(np.stack([examples[i][0][:size] for i in part])).to(model.device)
+                longest = max(len(examples[i][0]) - size for i in part)
+                for i, ids in zip(part, method.generate(model, prompt, int(longest), context).tolist(), strict=True):
+                    right[i] = np.array(self._labels(ids, length)) == truth[i]
+        solved: np.ndarray = np.all(right, axis=1)
+        step = length - 2 if self.config.reverse else 1
+        forced, loss = score_forced(model, method, context, examples, batch_size)
+        metrics = {
+            "solve_rate": 100 * float(solved.mean()),
+            "first_step_accuracy": 100 * float(right[:, step].mean()),
+            "chance": self.chance(self.config),
+            "loss": loss,
+        }
+        metrics |= {f"accuracy_at_{i + 1}": 100 * float(right[:, i].mean()) for i in range(length)}
+        if self.tokenizer is None:
+            metrics |= {f"forced_accuracy_at_{i + 1}": 100 * float(forced[:, i].mean()) for i in range(length)}
+        return metrics, solved
+
+    def data_hash(self) -> str:
+        """A hash of the held-out graphs."""
+        digest = hashlib.sha256()
+        for split in sorted(self.splits):
+            digest.update(np.ascontiguousarray(self.splits[split].edges).tobytes())
+            digest.update(np.ascontiguousarray(self.splits[split].path).tobytes())
+        return digest.hexdigest()[:16]

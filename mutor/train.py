@@ -1,0 +1,174 @@
+"""Training: transformers' Trainer, subclassed once for all methods.
+
+A run is a function of its recipe and seed alone: samples and offsets come from counters, so a killed run goes on
+from its last checkpoint to the same result, bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from mutor.data import Samples
+from mutor.layout import Layout, collate
+from mutor.method import Context, Method
+from mutor.optim import optimizer, schedule
+from mutor.recipe import Recipe
+
+Score = Callable[[Any], dict[str, float]]
+
+
+class MethodTrainer(Trainer):
+    """Trains a model with a method's layout and losses, and logs every part of the loss.
+
+    score: the model -> validation metrics, called every `recipe.eval_every` steps; say: prints a line of progress.
+    """
+
+    def __init__(
+        self, model: Any, method: Method, recipe: Recipe, samples: Samples, context: Context, folder: Path,
+        *, seed: int, score: Score, goal: str, say: Callable[[str], None], device: str,
+    ):  # fmt: skip
+        self.method, self.recipe, self.score, self.goal, self.say = method, recipe, score, goal, say
+        self._parts: dict[str, Tensor] = {}
+        self._tokens: Tensor | int = 0
+        self._seconds = 0.0
+        self._started = time.monotonic()
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        own = optimizer(model, recipe)
+        dtype = next(model.parameters()).dtype
+        super().__init__(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(folder),
+                max_steps=recipe.steps,
+                per_device_train_batch_size=recipe.batch_size // recipe.accumulate,
+                gradient_accumulation_steps=recipe.accumulate,
+                max_grad_norm=recipe.clip,
+                bf16=dtype == torch.bfloat16 and device == "cuda",
+                use_cpu=device == "cpu",
+                seed=seed,
+                train_sampling_strategy="sequential",
+                logging_steps=recipe.log_every,
+                save_steps=recipe.save_every,
+                save_total_limit=1,
+                logging_nan_inf_filter=False,
+                remove_unused_columns=False,
+                dataloader_pin_memory=device == "cuda",
+                disable_tqdm=True,
+                report_to=[],
+            ),
+            train_dataset=samples,
+            data_collator=lambda examples: _flat(method.layout(collate(examples, context.pad_id), context)),
+            optimizers=(own, schedule(own, recipe)),
+            callbacks=[_EvaluateEvery(recipe.eval_every)],
+        )
+        self.model_accepts_loss_kwargs = False  # a batch's loss is a mean: divide it by the parts it is computed in
+        self.remove_callback(PrinterCallback)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The method's loss; its parts and the tokens that passed the trunk are summed up for the log."""
+        layout = Layout(**inputs)
+        loss, parts = self.method.losses(model, layout)
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0) + value
+        self._tokens = self._tokens + (layout.document >= 0).sum()
+        return (loss, {}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted here."""
+        return 0
+
+    def seconds(self) -> float:
+        """Training time so far, over all the processes that worked on this run."""
+        return self._seconds + time.monotonic() - self._started
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, tokens and seconds; a loss that is not finite ends the run."""
+        if "loss" in logs:
+            passes = self.recipe.log_every * self.recipe.accumulate
+            logs |= {name: float(value) / passes for name, value in self._parts.items()}
+            logs["tokens"] = self._last("tokens", 0) + int(self._tokens)
+            self._parts, self._tokens = {}, 0
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(f"the loss is {logs['loss']} at step {self.state.global_step}; stopped")
+            self.say(self._line(logs))
+        logs["seconds"] = round(self.seconds(), 3)
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the model on the validation set; end the run when the recipe's goal is reached."""
+        metrics = {
+            f"eval_{name}": value for name, value in self.score(self.accelerator.unwrap_model(self.model)).items()
+        }
+        self.log(dict(metrics))
+        self.say(f"step {self.state.global_step}/{self.recipe.steps}  {self.goal} {metrics[f'eval_{self.goal}']:.1f}")
+        if self.recipe.stop_at is not None and metrics[f"eval_{self.goal}"] >= self.recipe.stop_at:
+            self.control.should_training_stop = True
+            self.control.should_save = False  # a run killed after this point repeats its last steps and stops again
+        return metrics
+
+    def resume(self) -> None:
+        """Train to the end, from the last whole checkpoint if there is one; a half-written one is deleted."""
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
+        if checkpoint:
+            history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+            self._seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
+            self.say(f"resumed from step {checkpoint.name.rpartition('-')[2]}")
+        self._started = time.monotonic()
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _last(self, key: str, default: Any) -> Any:
+        return next((entry[key] for entry in reversed(self.state.log_history) if key in entry), default)
+
+    def _line(self, logs: dict[str, float]) -> str:
+        step, total = self.state.global_step, self.recipe.steps
+        left = self.seconds() / max(step, 1) * (total - step)
+        parts = "  ".join(f"{k} {v:.3f}" for k, v in logs.items() if k == "loss" or k in self._names(logs))
+        return f"step {step}/{total}  {parts}  {int(left // 60)}:{int(left % 60):02d} left"
+
+    @staticmethod
+    def _names(logs: dict[str, float]) -> list[str]:
+        known = ("loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch")
+        return [name for name in logs if name not in known]
+
+
+class _EvaluateEvery(TrainerCallback):
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = control.should_save = False  # the last step has just done both
+
+
+def _flat(layout: Layout) -> dict[str, Tensor]:
+    return {f.name: getattr(layout, f.name) for f in fields(layout)}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; half-written ones, left by a killed process, are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())  # written last
+            return checkpoint
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(checkpoint)
+    return None
