@@ -1,0 +1,22 @@
+# The whole benchmark: `snakemake --cores all`, one artifact: `snakemake results/figure4.csv`.
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config/config.yaml"
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/artifacts.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        artifact_files(PROJECT.artifacts),
+        f"{RESULTS}/runs.csv",

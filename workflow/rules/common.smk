@@ -1,0 +1,75 @@
+"""What the rules share: the checked configuration and the runs it asks for. No torch is imported here."""
+
+import hashlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(workflow.basedir)))
+
+from mutor import config as mutor_config
+from mutor.results import meaning
+
+ROOT = Path(workflow.basedir)
+try:
+    PROJECT = mutor_config.load_project(ROOT, config)
+    SCALE = mutor_config.load_scale(ROOT, PROJECT.scale)
+    TABLES = {
+        name: mutor_config.load_table(ROOT, name) for name in mutor_config.tables(ROOT)
+    }
+    CELLS = {
+        name: mutor_config.cells(table, SCALE, PROJECT.seeds)
+        for name, table in TABLES.items()
+    }
+except ValueError as error:
+    raise WorkflowError(str(error))
+
+RUNS, RESULTS, PYTHON = PROJECT.runs, PROJECT.results, sys.executable
+SPECS = {
+    spec.path: spec
+    for spec in mutor_config.specs([c for cells in CELLS.values() for c in cells])
+}
+WANTED = [
+    spec.path
+    for spec in mutor_config.specs([c for a in PROJECT.artifacts for c in CELLS[a]])
+]
+FIGURES = [name for name, table in TABLES.items() if table.draw != "table"]
+PLAIN = [name for name in TABLES if name not in FIGURES]
+
+
+def index_files(artifact):
+    """The runs that an artifact is made of."""
+    return [
+        f"{RUNS}/{spec.path}/index.json" for spec in mutor_config.specs(CELLS[artifact])
+    ]
+
+
+def artifact_files(artifacts):
+    """One file of each artifact wanted; the others are made with it."""
+    return [f"{RESULTS}/{name}.csv" for name in artifacts]
+
+
+def run_arguments(wildcards):
+    """The command line that makes a run."""
+    spec = SPECS[wildcards.run]
+    settings = " ".join(f"'{k}={v}'" for k, v in spec.settings.items())
+    number = WANTED.index(spec.path) + 1 if spec.path in WANTED else 0
+    return f"--scale {spec.scale} --data {spec.data} --model {spec.model} --method {spec.method} " f"--seeds {' '.join(map(str, spec.seeds))} --runs {RUNS} --label '[{number}/{len(WANTED)}] '" + (
+        f" --set {settings}" if settings else ""
+    ) + (
+        " --rerun-stale" if PROJECT.rerun_stale else ""
+    )
+
+
+def code_state():
+    """A token that changes with the code, only where runs made by older code are to be made again."""
+    if not PROJECT.rerun_stale:
+        return ""
+    files = sorted([*ROOT.glob("mutor/**/*.py"), *ROOT.glob("baselines/*.py")])
+    return hashlib.sha256("".join(map(meaning, files)).encode()).hexdigest()[:12]
+
+
+def table_state(artifact):
+    """A token that changes when an artifact's cells do."""
+    cells = [f"{c.spec.path} {c.spec.config_hash} {c.metric}" for c in CELLS[artifact]]
+    text = "\n".join([repr(TABLES[artifact]), *cells])
+    return f"{PROJECT.scale} {hashlib.sha256(text.encode()).hexdigest()[:12]}"

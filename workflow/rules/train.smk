@@ -1,0 +1,32 @@
+"""One job trains and evaluates one setting, its seeds one after the other in one process.
+
+The metrics.json of each seed are not declared outputs: Snakemake deletes those before a job starts and when it
+fails, and nothing finished may be lost.
+"""
+
+
+rule train:
+    output:
+        f"{RUNS}/{{run}}/index.json",
+    log:
+        f"{RUNS}/{{run}}/run.log",
+    benchmark:
+        f"{RUNS}/{{run}}/benchmark.tsv"
+    wildcard_constraints:
+        run="|".join(map(re.escape, SPECS)) or "none",
+    conda:
+        "../../environment.yml"
+    threads: SCALE.threads
+    resources:
+        mem_mb=SCALE.memory_mb,
+        runtime=SCALE.minutes,
+        gpu=SCALE.gpus,
+    params:
+        python=PYTHON,
+        arguments=run_arguments,
+        config_hash=lambda wildcards: SPECS[wildcards.run].config_hash,
+        code=code_state(),
+    message:
+        "Training {wildcards.run}"
+    shell:
+        "{params.python} -m mutor run {params.arguments} --threads {threads} 2>&1 | tee -a {log:q}"
