@@ -71,7 +71,7 @@ def solve_rates(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -
         stands = "; ".join(sorted(set(filter(None, frame["stands_in_for"])))[:2])
         figure.suptitle(f"{table.title} — scale {scale.name}", fontsize=10)
         if stands:
-            figure.supxlabel("Stands in for " + _wrap(stands, 60 + 55 * len(groups)), fontsize=7, color="#555555")
+            figure.supxlabel("Stands in for " + _wrap(stands, 30 + 50 * len(groups)), fontsize=7, color="#555555")
         return save(figure, folder, table.name)
 
 

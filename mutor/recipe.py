@@ -11,7 +11,7 @@ class Recipe:
 
     steps: int = setting(doc="optimiser steps", low=1)
     batch_size: int = setting(doc="sequences an optimiser step", low=1)
-    accumulate: int = setting(1, doc="parts that a batch is computed in, one after the other", low=1)
+    accumulate: int = setting(1, doc="parts a batch is computed in; its loss is the mean of their losses", low=1)
     optimizer: str = setting("adamw", doc="muon: Muon for matrices, AdamW for the rest", choices=("adamw", "muon"))
     learning_rate: float = setting(doc="peak rate of AdamW", low=0, open_ends=True)
     muon_rate: float = setting(0.02, doc="peak rate of Muon", low=0, open_ends=True)

@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,22 +113,34 @@ def meaning(file: Path) -> str:
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
 
 
-def code_hashes() -> dict[str, str]:
-    """module -> hash of what it does, of every module of this project that this process has used in its runs."""
-    used = {}
-    for name, module in sorted(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if name.split(".")[0] in ("mutor", "baselines") and file and name not in NOT_IN_RESULTS:
-            used[name] = meaning(Path(file))
-    return used
+def code_hashes(root: Path, *starts: str) -> dict[str, str]:
+    """module -> hash of what it does, of the modules `starts` and all of this project that they import, anywhere."""
+    found: dict[str, str] = {}
+    todo = list(starts)
+    while todo:
+        name = todo.pop()
+        file = _module_file(root, name)
+        if name in found or name in NOT_IN_RESULTS or not file.exists():
+            continue
+        found[name] = meaning(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return dict(sorted(found.items()))
+
+
+def _module_file(root: Path, name: str) -> Path:
+    stem = root / Path(*name.split("."))
+    return stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
 
 
 def changed_code(record: dict[str, Any], root: Path) -> list[str]:
     """Modules whose meaning differs from when the record was made."""
     changed = []
     for name, was in record.get("code", {}).items():
-        stem = root / Path(*name.split("."))
-        file = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+        file = _module_file(root, name)
         if not file.exists() or meaning(file) != was:
             changed.append(name)
     return changed

@@ -108,6 +108,7 @@ def _seed(
         if device == "cuda"
         else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
+    code = results.code_hashes(place.root, __name__, type(method).__module__, type(task).__module__)
     record = {
         "version": results.VERSION, "scale": spec.scale, "train_data": spec.data, "model": spec.model,
         "train_data_name": task.describe(spec.task_config), "train_data_role": spec.dataset.role,
@@ -118,7 +119,7 @@ def _seed(
         "trainable_parameters": training["trainable_parameters"], "added_parameters": training["added_parameters"],
         "peak_memory_bytes": memory, "device": _device_name(device), "threads": place.threads,
         "started": training["started"], "finished": _now(), "resumed": training["resumed"],
-        "data_hash": task.data_hash(), "weights_hash": training["weights_hash"], "code": results.code_hashes(),
+        "data_hash": task.data_hash(), "code": code, "weights_hash": training["weights_hash"],
         **results.provenance(place.root),
     }  # fmt: skip
     results.write_json(folder / "metrics.json", record)
@@ -152,7 +153,7 @@ def _train(
     resumed = last_checkpoint(folder / "checkpoints") is not None
     trainer = MethodTrainer(
         model, method, recipe, samples, context, folder / "checkpoints",
-        seed=seed, score=score, goal=goal, say=say, device=device,
+        seed=seed, score=score, goal=goal, say=say, device=device, autocast=spec.model_config.dtype != "float32",
     )  # fmt: skip
     trainer.resume()
     plain = trainer.accelerator.unwrap_model(trainer.model)
@@ -181,8 +182,9 @@ def _evaluate(
     spec: Spec, folder: Path, task: Any, method: Any, context: Any, device: str, training: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], Any]:
     """Test metrics of the best and the last checkpoint, as anyone would load them; the last one's scores."""
-    import torch
     from transformers import AutoModelForCausalLM
+
+    from mutor.models.build import torch_dtype
 
     best = json.loads((folder / "best/training.json").read_text()) if (folder / "best").exists() else None
     same = best is None or best["step"] == training["steps"]
@@ -193,7 +195,7 @@ def _evaluate(
         began = time.monotonic()
         plain: Any = AutoModelForCausalLM.from_pretrained(
             folder / name,
-            dtype=getattr(torch, spec.model_config.dtype),
+            dtype=torch_dtype(spec.model_config),
             attn_implementation=spec.model_config.attention,
         )
         plain.to(device)

@@ -15,7 +15,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -37,7 +36,7 @@ class MethodTrainer(Trainer):
 
     def __init__(
         self, model: Any, method: Method, recipe: Recipe, samples: Samples, context: Context, folder: Path,
-        *, seed: int, score: Score, goal: str, say: Callable[[str], None], device: str,
+        *, seed: int, score: Score, goal: str, say: Callable[[str], None], device: str, autocast: bool,
     ):  # fmt: skip
         self.method, self.recipe, self.score, self.goal, self.say = method, recipe, score, goal, say
         self._parts: dict[str, Tensor] = {}
@@ -47,7 +46,6 @@ class MethodTrainer(Trainer):
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         own = optimizer(model, recipe)
-        dtype = next(model.parameters()).dtype
         super().__init__(
             model=model,
             args=TrainingArguments(
@@ -56,7 +54,7 @@ class MethodTrainer(Trainer):
                 per_device_train_batch_size=recipe.batch_size // recipe.accumulate,
                 gradient_accumulation_steps=recipe.accumulate,
                 max_grad_norm=recipe.clip,
-                bf16=dtype == torch.bfloat16 and device == "cuda",
+                bf16=autocast and device == "cuda",
                 use_cpu=device == "cpu",
                 seed=seed,
                 train_sampling_strategy="sequential",

@@ -143,14 +143,27 @@ class Trunk:
             )
 
     @torch.no_grad()
+    def try_out(self, layout: Layout) -> Tensor:
+        """[B, L, d] normed hidden states in evaluation mode, without gradients; how a model is tested for fitness.
+
+        Raises ValueError, naming the model, where it does not take an explicit mask and positions.
+        """
+        try:
+            with evaluating(self.model):
+                return self(self.model, layout.to(self.embedding.weight.device)).normed
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            raise ValueError(
+                f"{self.name} ({self.config.model_type}) can't be trained here: it does not take an explicit mask and "
+                f"positions ({type(error).__name__}: {error})"
+            ) from error
+
+    @torch.no_grad()
     def _check_logits(self) -> None:
-        ids = torch.arange(4, device=self.embedding.weight.device)[None] % self.vocabulary
-        zero = torch.zeros_like(ids)
-        layout = Layout(ids, torch.arange(4, device=ids.device)[None], zero, torch.arange(4, device=ids.device)[None],
-                        zero.bool(), zero.bool(), zero)  # fmt: skip
+        ids = torch.arange(4)[None] % self.vocabulary
+        zero, index = torch.zeros_like(ids), torch.arange(4)[None]
+        ours = self.logits(self.try_out(Layout(ids, index, zero, index, zero.bool(), zero.bool(), zero)))
         with evaluating(self.model):
-            ours = self.logits(self(self.model, layout).normed)
-            theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+            theirs = self.model(input_ids=ids.to(ours.device), use_cache=False).logits.float()
         if not torch.allclose(ours, theirs, atol=1e-2 * float(theirs.abs().max()) + 1e-6):
             raise ValueError(
                 f"{self.name} ({self.config.model_type}): its logits can't be rebuilt from its final norm and output "

@@ -33,12 +33,23 @@ class ModelConfig:
     embedding_std: float = setting(1.0, doc="with init fan_in: standard deviation of the embeddings", low=0)
     pretrained: str | None = setting(None, doc="hub name or folder of a pretrained model")
     revision: str | None = setting(None, doc="hub revision of the pretrained model")
-    dtype: str = setting("float32", doc="dtype of weights and training", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32",
+        doc="of weights and training; mixed: float32 weights, bfloat16 products on a GPU",
+        choices=("float32", "bfloat16", "mixed"),
+    )
     attention: str = setting("sdpa", doc="attention implementation", choices=("sdpa", "eager", "flex_attention"))
 
     def __post_init__(self) -> None:
         if (self.architecture is None) == (self.pretrained is None):
             raise ValueError("give either architecture (from scratch) or pretrained (hub name or folder)")
+
+
+def torch_dtype(config: ModelConfig) -> Any:
+    """The dtype of a model's weights."""
+    import torch
+
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
 def initialiser(config: ModelConfig) -> Callable[[nn.Module], None] | None:
@@ -75,13 +86,12 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int) -> Any:
     Raises ValueError for an architecture that transformers does not have, an argument its config does not know, or a
     pretrained model that can't be had, naming the setting that points to a local copy.
     """
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     from mutor.checks import choose
 
     set_seed(seed)
-    dtype = getattr(torch, config.dtype)
+    dtype = torch_dtype(config)
     if config.pretrained is not None:
         try:
             return AutoModelForCausalLM.from_pretrained(

@@ -249,7 +249,9 @@ class StarGraph:
                 graphs = graphs[~np.isin(keys(graphs), self._forbidden)]
             else:
                 assert c.train_size
-                graphs = self._fresh(np.random.default_rng([TAG["train"], c.data_seed]), c.train_size, self._forbidden)
+                graphs = self._fresh(
+                    np.random.default_rng([TAG["train"], c.data_seed]), c.train_size, self._forbidden, unique=False
+                )
             return Source(lambda index: self.encode(graphs[index]), len(graphs))
         blocks: dict[int, Graphs] = {}
 

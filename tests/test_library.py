@@ -1,0 +1,130 @@
+"""MuToR as a library: a stock transformers Trainer, three lines, a plain checkpoint."""
+
+import numpy as np
+import pytest
+import torch
+
+from mutor import MuToR
+from mutor.layout import Example, collate
+from mutor.method import Context
+from mutor.registry import METHODS, load
+
+pytest.importorskip("accelerate")
+
+
+def copies(number, seed=0):
+    """Three random tokens, then the same three in the answer."""
+    rng = np.random.default_rng(seed)
+    some = rng.integers(3, 13, (number, 3))
+    return [
+        {"input_ids": [*map(int, s), 1, *map(int, s), 2], "prefix_length": 4, "index": n} for n, s in enumerate(some)
+    ]
+
+
+def trainer_of(mutor, model, folder, data, collator, **settings):
+    """The README's use."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=5,
+        remove_unused_columns=False, dataloader_pin_memory=False, **settings,
+    )  # fmt: skip
+    return Trainer(
+        model, arguments, train_dataset=data, data_collator=collator, compute_loss_func=mutor.loss_from_outputs
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("prefix_lm", [False, True])
+def test_a_stock_trainer_learns_and_exports_a_plain_model(tiny, tmp_path, family, prefix_lm):
+    """The loss falls, the register moves, anyone can load the result."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny(family, scale=1.0)
+    keys = set(model.state_dict())
+    mutor = MuToR.of(d_max=3, a=0.3)
+    mutor.attach(model)
+    start = model.mtp["registers"].weight.detach().clone()
+    trainer = trainer_of(
+        mutor, model, tmp_path / "run", copies(256), mutor.collator(0, prefix_lm=prefix_lm),
+        max_steps=40, per_device_train_batch_size=16, learning_rate=1e-2, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 8 and losses[-1] < 0.7 * losses[0]
+    assert float((model.mtp["registers"].weight - start).detach().abs().max()) > 1e-3
+    mutor.export(model, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([copies(1)[0]["input_ids"]])
+    assert set(plain.state_dict()) == keys
+    assert torch.equal(plain(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"offsets": "mixed", "register_embedding": "per_offset"}, {"d_min": 9, "d_max": 9}]
+)
+@pytest.mark.parametrize("prefix_lm", [False, True])
+def test_the_collated_loss_equals_the_methods_own(tiny, tools, family, implementation, settings, prefix_lm):
+    """collator, stock forward, loss_from_outputs: the same number as losses() and the same gradients."""
+    if family == "gemma2" and implementation == "sdpa":
+        implementation = None  # as the family has it
+    model, mutor = tiny(family, attn_implementation=implementation), MuToR.of(**{"d_max": 4, "a": 0.4, **settings})
+    tools.attach(mutor, model)
+    rng = np.random.default_rng(0)
+    data = [
+        {"input_ids": rng.integers(3, 60, n), "prefix_length": p, "index": 11 * n} for n, p in [(9, 2), (6, 4), (8, 1)]
+    ]
+    inputs = mutor.collator(0, seed=5, prefix_lm=prefix_lm)(data)
+    labels = inputs.pop("labels")
+    ours = mutor.loss_from_outputs(model(**inputs), labels)
+    rows = collate([Example(e["input_ids"], e["prefix_length"], e["index"]) for e in data], 0)
+    theirs, _ = mutor.losses(model, mutor.layout(rows, Context(seed=5, prefix_lm=prefix_lm)))
+    tools.close(ours, theirs)
+    tools.same_gradients(tools.gradients(model, ours), tools.gradients(model, theirs))
+
+
+def test_samples_without_an_index_are_numbered_as_they_come(tiny):
+    """Two batches of the same sequences draw new offsets; an index fixes them."""
+    mutor = MuToR.of(d_max=6)
+    mutor.attach(tiny())
+    plain = [{"input_ids": list(range(3, 23)), "prefix_length": 2}] * 6
+    collator = mutor.collator(0)
+    assert collator(plain)["position_ids"].tolist() != collator(plain)["position_ids"].tolist()
+    numbered = [{**e, "index": n} for n, e in enumerate(plain)]
+    first = collator(numbered)["position_ids"]
+    assert torch.equal(first, collator(numbered)["position_ids"])
+    assert torch.equal(first, mutor.collator(0)(plain)["position_ids"])
+    assert not torch.equal(first, mutor.collator(0, seed=1)(plain)["position_ids"])
+
+
+def test_gradient_accumulation_is_a_mean(tiny, tmp_path):
+    """Two equal micro-batches of one, or one batch of two: the same step. Trainer leaves the division to the loss."""
+    weights = []
+    for size, steps in [(2, 1), (1, 2)]:
+        model, mutor = tiny(), MuToR.of(d_max=3)
+        mutor.attach(model)
+        sample = {"input_ids": [5, 6, 7, 1, 5, 6, 7, 2], "prefix_length": 4, "index": 3}
+        trainer_of(
+            mutor, model, tmp_path, [sample, sample], mutor.collator(0), max_steps=1, per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps, learning_rate=0.1, lr_scheduler_type="constant", optim="sgd",
+            max_grad_norm=0.0,
+        ).train()  # fmt: skip
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["next_token", "teacherless", "parallel_mtp", "sequential_mtp", "mutor"])
+def test_every_method_exports_the_plain_model(tiny, tools, tmp_path, name):
+    """No method's parameters leave with the model."""
+    from transformers import AutoModelForCausalLM
+
+    model, ids = tiny("gemma"), torch.tensor([[5, 6, 7, 8]])
+    cls = load(METHODS, name, "method")
+    method = cls(cls.Config())
+    wanted = model(ids).logits
+    tools.attach(method, model)
+    method.export(model, tmp_path)
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(plain(ids).logits, wanted)

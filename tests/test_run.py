@@ -1,0 +1,245 @@
+"""One setting end to end: kill and resume, records, checkpoints as anyone would load them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mutor import config, results
+from mutor.devices import claim
+from mutor.run import Workplace, run, write_index
+
+ROOT = Path(__file__).parent.parent
+TIMES = ("seconds", "started", "finished", "memory", "resumed", "git")
+
+
+def smoke_spec(method="mutor", **recipe):
+    scale = config.load_scale(ROOT, "smoke")
+    settings = scale.datasets["g2x3"].settings.get(method, {})
+    spec = config.make_spec(scale, "g2x3", "gpt2-2x32", method, settings, (7,))
+    return replace(spec, recipe=replace(spec.recipe, **recipe))
+
+
+def timeless(value):
+    """A record without times, memory and commit."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if not any(t in k for t in TIMES)}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of MuToR, its spec and folder."""
+    runs = tmp_path_factory.mktemp("runs")
+    spec = smoke_spec()
+    run(spec, spec.seeds, Workplace(root=ROOT, runs=runs))
+    return spec, runs, results.seed_folder(runs, spec, 7)
+
+
+def test_record_says_what_was_run_and_by_what(finished):
+    spec, runs, folder = finished
+    record = results.read(folder / "metrics.json")
+    assert (record["method"], record["seed"], record["settings"]) == ("mutor", 7, {"a": 0.5, "d_max": 3, "d_min": 2})
+    assert record["added_parameters"] == 32 and record["train_data_name"] == "star_graph n=2 l=3 labels=10"
+    assert record["steps"] == 20 and record["tokens"] > 20 * 16 * 18
+    assert {"mutor.mutor", "mutor.train", "mutor.layout", "mutor.tasks.star_graph"} <= set(record["code"])
+    assert not any(name.startswith("baselines") for name in record["code"])
+    assert set(record["versions"]) >= {"python", "torch", "transformers", "numpy"}
+    assert [e["step"] for e in record["curve"] if "register" in e] == [5, 10, 15, 20]
+    assert [e["step"] for e in record["curve"] if "eval_solve_rate" in e] == [10, 20]
+    solved = results.unpack(record["scores"])
+    assert results.checkpoint_metrics(record, "last")["solve_rate"] == 100 * solved.mean() and len(solved) == 100
+    index = json.loads((runs / spec.path / "index.json").read_text())
+    assert index["config_hash"] == spec.config_hash and list(index["seeds"]) == ["7"]
+    assert not (folder / "checkpoints").exists()
+
+
+def test_saved_model_is_plain_and_scores_as_recorded(finished):
+    spec, _, folder = finished
+    plain = AutoModelForCausalLM.from_pretrained(folder / "last")
+    assert type(plain).__name__ == "GPT2LMHeadModel" and not [n for n, _ in plain.named_parameters() if "mtp" in n]
+    from mutor.method import Context
+    from mutor.registry import METHODS, TASKS, load
+
+    task = load(TASKS, "star_graph", "t")(spec.task_config)
+    method = load(METHODS, "next_token", "m")(None)  # anyone's evaluation, no registers involved
+    metrics, solved = task.evaluate(plain.eval(), method, Context(pad_id=task.pad_id), "test", 33)
+    record = results.read(folder / "metrics.json")
+    assert (solved == results.unpack(record["scores"])).all()
+    assert metrics["loss"] == pytest.approx(results.checkpoint_metrics(record, "last")["loss"], rel=1e-5)
+
+
+def test_finished_seeds_are_left_alone_and_stale_ones_run_again(finished):
+    spec, runs, folder = finished
+    file = folder / "metrics.json"
+    before = file.stat().st_mtime_ns
+    run(spec, spec.seeds, Workplace(root=ROOT, runs=runs, rerun_stale=True))
+    assert file.stat().st_mtime_ns == before
+    record = json.loads(file.read_text())
+    assert results.changed_code(record, ROOT) == []
+    record["code"]["mutor.train"] = "another"
+    assert results.changed_code(record, ROOT) == ["mutor.train"]
+
+
+def test_other_configuration_is_another_run(tmp_path):
+    spec = smoke_spec("next_token", steps=5, eval_every=5, save_every=5)
+    place = Workplace(root=ROOT, runs=tmp_path)
+    run(spec, spec.seeds, place)
+    changed = smoke_spec("next_token", steps=5, eval_every=5, save_every=5, learning_rate=1e-3)
+    assert changed.path == spec.path and not results.finished(tmp_path, changed, 7)
+    assert list(results.records(tmp_path, changed)) == []
+    run(changed, changed.seeds, place)
+    folder = results.seed_folder(tmp_path, spec, 7)
+    old = json.loads((folder / "metrics.superseded-1.json").read_text())
+    assert old["config_hash"] == spec.config_hash and results.finished(tmp_path, changed, 7)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_run
+from mutor.run import Workplace, run
+spec = test_run.smoke_spec("{method}", steps=60, log_every=3, eval_every=6, save_every=6)
+from pathlib import Path
+run(spec, (7,), Workplace(root=test_run.ROOT, runs=Path({runs!r})))
+"""
+
+
+def launch(runs, method):
+    script = SCRIPT.format(tests=str(Path(__file__).parent), method=method, runs=str(runs))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+@pytest.mark.parametrize("method", ["mutor", "parallel_mtp"])
+def test_killed_run_goes_on_to_the_same_result(tmp_path, method):
+    whole = launch(tmp_path / "whole", method)
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
+    spec = smoke_spec(method, steps=60, log_every=3, eval_every=6, save_every=6)
+    folder = results.seed_folder(tmp_path / "killed", spec, 7)
+    log = ""
+    # killed while training, twice, and after the model is saved but not yet scored
+    for sign in ("checkpoints/checkpoint-12", "checkpoints/checkpoint-36", "last/training.json"):
+        process = launch(tmp_path / "killed", method)
+        for _ in range(3000):
+            if (folder / sign).exists() or process.poll() is not None:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        log += process.communicate()[0]
+    assert not (folder / "metrics.json").exists()
+    last = launch(tmp_path / "killed", method)
+    log += last.communicate(timeout=300)[0]
+    assert "resumed from step" in log
+    ours = timeless(json.loads((folder / "metrics.json").read_text()))
+    theirs = timeless(json.loads((results.seed_folder(tmp_path / "whole", spec, 7) / "metrics.json").read_text()))
+    assert ours == theirs
+
+
+def test_half_written_checkpoint_is_not_used(tmp_path):
+    from mutor.train import last_checkpoint
+
+    for step, text in ((10, '{"log_history": []}'), (20, '{"log_his'), (30, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if text:
+            (folder / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_solved_run_stops_early(tmp_path):
+    spec = smoke_spec("next_token", stop_at=0.0)
+    run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path))
+    record = results.read(results.seed_folder(tmp_path, spec, 7) / "metrics.json")
+    assert record["steps"] == 10
+
+
+def test_loss_that_is_not_finite_ends_the_run(tmp_path):
+    spec = smoke_spec("next_token", learning_rate=1e30, muon_rate=1e30, warmup=0)
+    with pytest.raises(FloatingPointError, match="loss is"):
+        run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path))
+    assert not results.finished(tmp_path, spec, 7)
+
+
+def test_batch_in_parts_trains_like_one_batch(tmp_path):
+    losses = []
+    for accumulate in (1, 4):
+        spec = smoke_spec("next_token", accumulate=accumulate, steps=10, save_every=10)
+        run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path / str(accumulate)))
+        record = results.read(results.seed_folder(tmp_path / str(accumulate), spec, 7) / "metrics.json")
+        losses.append([(e["next_token"], e["grad_norm"]) for e in record["curve"] if "next_token" in e])
+    assert np.allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_two_runs_on_one_machine_get_different_devices(tmp_path):
+    code = "import sys; from pathlib import Path; from mutor.devices import claim\n"
+    code += "print(claim(['cuda-0', 'cuda-1'], Path(sys.argv[1])), flush=True); sys.stdin.read()"
+    start = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    others = [
+        subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    taken = {other.stdout.readline().strip() for other in others}
+    assert taken == {"cuda-0", "cuda-1"} and claim(["cuda-0", "cuda-1"], tmp_path) is None
+    others[0].kill()  # a killed process gives its device back
+    others[0].wait()
+    assert claim(["cuda-0", "cuda-1"], tmp_path) is not None
+    others[1].kill()
+    others[1].wait()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda r: r.pop("seed"), "field 'seed' is missing"),
+        (lambda r: r["checkpoints"][0]["metrics"].update(solve_rate=170.0), "field 'solve_rate' is 170.0"),
+        (lambda r: r["checkpoints"][0]["metrics"].update(loss=float("nan")), "field 'loss' is nan"),
+        (lambda r: r.update(version=0), "field 'version' is 0"),
+    ],
+)
+def test_nonsensical_record_names_file_and_field(finished, tmp_path, change, says):
+    record = json.loads((finished[2] / "metrics.json").read_text())
+    change(record)
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"metrics\.json: ") as error:
+        results.read(file)
+    assert says in str(error.value)
+
+
+def test_hash_of_code_ignores_words_and_spaces(tmp_path):
+    one, two, three = (tmp_path / f"{i}.py" for i in range(3))
+    one.write_text('"""Doc."""\ndef f(x):\n    """More."""\n    return x + 1\n')
+    two.write_text("def f( x ):  # a comment\n    '''other'''\n    return (x+1)\n")
+    three.write_text("def f(x):\n    return x + 2\n")
+    one.write_text(one.read_text())
+    two.write_text('"""Another."""\n' + two.read_text())
+    three.write_text('"""Doc."""\n' + three.read_text())
+    assert results.meaning(one) == results.meaning(two) != results.meaning(three)
+
+
+def test_scores_pack_and_unpack():
+    bits = np.array([True, False, True] * 7)
+    assert (results.unpack(results.pack(bits)) == bits).all()
+    numbers = np.array([0.25, -3.0], dtype=np.float32)
+    assert (results.unpack(results.pack(numbers)) == numbers).all()
+
+
+def test_index_lists_seeds(finished):
+    spec, runs, _ = finished
+    write_index(spec, (7,), runs)
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,225 @@
+"""The star-graph task: generation, the published text format, tokens, scoring."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mutor.checks import from_mapping
+from mutor.data import Samples
+from mutor.method import Context
+from mutor.registry import METHODS, load
+from mutor.tasks.star_graph import (
+    Graphs,
+    StarGraph,
+    StarGraphConfig,
+    generate,
+    keys,
+    read_file,
+    read_line,
+    write_file,
+    write_line,
+)
+
+LINE = "32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12"
+
+
+@pytest.mark.parametrize(("n", "length", "labels"), [(2, 4, 7), (3, 3, 30), (5, 10, 50)])
+def test_generated_graphs_are_star_graphs(n, length, labels):
+    graphs = generate(np.random.default_rng(0), 500, n, length, labels)
+    for edges, path in zip(graphs.edges, graphs.path, strict=True):
+        follow = {}
+        for a, b in edges.tolist():
+            follow.setdefault(a, []).append(b)
+        start = path[0]
+        assert len(follow[start]) == n and len(edges) == n * (length - 1)
+        arms = []
+        for node in follow.pop(start):
+            arm = [start, node]
+            while arm[-1] in follow:
+                (following,) = follow[arm[-1]]
+                arm.append(following)
+            arms.append(arm)
+        assert all(len(arm) == length for arm in arms) and path.tolist() in arms
+        assert len({x for arm in arms for x in arm}) == 1 + n * (length - 1)  # no repetition
+        assert max(map(max, arms)) < labels
+
+
+def test_labels_edges_and_paths_are_uniform():
+    graphs = generate(np.random.default_rng(1), 20_000, 2, 3, 8)
+    assert np.abs(np.bincount(graphs.path[:, 0], minlength=8) / 20_000 - 1 / 8).max() < 0.01
+    first = (graphs.edges[:, 0] == graphs.path[:, :2]).all(1).mean()  # the path's first edge is written first
+    assert abs(first - 1 / 4) < 0.015
+
+
+def test_a_million_graphs_differ_and_come_in_seconds():
+    graphs = generate(np.random.default_rng(2), 1_000_000, 2, 5, 50)
+    assert len(np.unique(keys(graphs))) > 999_990
+
+
+def test_same_graph_is_recognised_whatever_the_order_of_edges():
+    one = generate(np.random.default_rng(3), 50, 2, 4, 12)
+    shuffled = Graphs(one.edges[:, ::-1], one.path)
+    assert (keys(one) == keys(shuffled)).all()
+    other_goal = one.path.copy()
+    other_goal[:, -1] = (other_goal[:, -1] + 1) % 12
+    assert (keys(one) != keys(Graphs(one.edges, other_goal))).all()
+    swapped = one.edges.copy()
+    swapped[:, 0] = swapped[:, 0, ::-1]
+    assert (keys(one) != keys(Graphs(swapped, one.path))).all()
+
+
+@pytest.mark.parametrize("train_size", [None, 3000])
+def test_no_held_out_graph_is_trained_on(train_size):
+    task = StarGraph(StarGraphConfig(2, 3, 7, train_size=train_size, valid_size=100, test_size=200))
+    held = np.concatenate([keys(task.splits[s]) for s in ("valid", "test")])
+    assert len(np.unique(held)) == 300
+    source = task.train(0)
+    rows = source.examples(np.arange(source.size or 12_000))
+    seen = Graphs(
+        np.stack([np.stack([r[0:12:3], r[1:12:3]], 1) for r, _ in rows]), np.stack([r[prefix:] for r, prefix in rows])
+    )
+    assert not np.isin(keys(seen), held).any()
+    assert source.size == train_size
+
+
+def test_training_is_a_function_of_seed_and_counter():
+    task = StarGraph(StarGraphConfig(2, 3, 10))
+    whole = Samples(task.train(5), 10_000, 5)
+    again = Samples(task.train(5), 10_000, 5)
+    order = [9000, 3, 4097, 4095, 4]
+    for counter, example in zip(order, again.__getitems__(order), strict=True):
+        assert example.counter == counter and (example.ids == whole[counter].ids).all()
+    assert any((Samples(task.train(6), 10, 6)[i].ids != whole[i].ids).any() for i in range(10))
+
+
+def test_epochs_see_every_graph_once_in_a_new_order():
+    task = StarGraph(StarGraphConfig(2, 3, 10, train_size=50))
+    samples = Samples(task.train(0), 150, seed=1)
+    epochs = [[tuple(e.ids) for e in samples.__getitems__(range(50 * k, 50 * k + 50))] for k in range(3)]
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2]) and len(set(epochs[0])) == 50
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_published_line_encodes_to_27_and_5_tokens():
+    edges, path = read_line(LINE, "x")
+    task = StarGraph(StarGraphConfig(2, 5, 50))
+    ((ids, prefix),) = task.encode(Graphs(np.array([edges]), np.array([path])))
+    assert (prefix, len(ids)) == (27, 32)
+    assert ids[:9].tolist() == [32, 3, 50, 16, 12, 50, 3, 19, 50]
+    assert ids[21:27].tolist() == [47, 28, 51, 32, 12, 52]
+    assert ids[27:].tolist() == [32, 34, 6, 16, 12]
+    assert write_line(np.array(edges), np.array(path)) == LINE
+    backwards = StarGraph(StarGraphConfig(2, 5, 50, reverse=True))
+    assert backwards.encode(Graphs(np.array([edges]), np.array([path])))[0][0][27:].tolist() == [12, 16, 6, 34, 32]
+
+
+def test_published_file_reads_encodes_and_writes_back(tmp_path):
+    folder = os.environ.get("MUTOR_TEST_DATA")
+    file = Path(folder or "/nonexistent") / "star_graph/deg_2_path_5_nodes_50_test_2000.txt"
+    if not file.exists():
+        pytest.skip("MUTOR_TEST_DATA does not point to the published lines")
+    graphs = read_file(file, StarGraphConfig(2, 5, 50))
+    assert len(graphs) == 2000
+    write_file(tmp_path / "again.txt", graphs)
+    assert (tmp_path / "again.txt").read_bytes() == file.read_bytes()
+    task = StarGraph(StarGraphConfig(2, 5, 50, test_file=str(file)))
+    assert all((prefix, len(ids)) == (27, 32) for ids, prefix in task.encode(task.splits["test"]))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("1,2|2,3/1,3", "not of the form"),
+        ("1,2|2,x/1,3=1,2,3", "not of the form"),
+        ("1,2|2,3/1,3=1,2,4", "does not run from 1 to 3"),
+        ("1,2|2,3|1,4|4,5/1,3=1,4,3", "4,3, which is no edge"),
+        ("1,2|2,3/1,3=1,2,3", "2 edges and 3 path nodes, expected 4 and 3"),
+        ("1,2|2,9|1,4|4,5/1,9=1,2,9", "node 9, allowed: 0 to 7"),
+    ],
+)
+def test_malformed_line_names_file_and_line(tmp_path, line, says):
+    file = tmp_path / "graphs.txt"
+    file.write_text("1,2|2,3|1,4|4,5/1,3=1,2,3\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"graphs\.txt:2: ") as error:
+        read_file(file, StarGraphConfig(2, 3, 8, test_size=20, valid_size=20))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"n": 2, "l": 5, "labels": 8}, "9 nodes, more than the 8 labels"),
+        ({"n": 1, "l": 5}, "n: 1 is out of range"),
+        ({"n": 2, "l": 3, "labels": 5, "test_size": 100}, "leave too few"),
+        ({"n": 2, "l": 5, "lables": 8}, "did you mean 'labels'"),
+    ],
+)
+def test_impossible_graphs_are_refused(settings, says):
+    with pytest.raises(ValueError, match="options") as error:
+        from_mapping(StarGraphConfig, settings, "options")
+    assert says in str(error.value)
+
+
+class Oracle(torch.nn.Module):
+    """Answers right, always takes the first arm written, or always errs at one position."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, task, kind):
+        super().__init__()
+        self.kind, self.answers = kind, {tuple(ids[:p]): ids[p:] for ids, p in task.encode(task.splits["test"])}
+        self.config = type("Config", (), {"_attn_implementation": "sdpa"})
+        self.dtype = torch.float32
+
+    def generate(self, prefix, **kwargs):
+        out = np.stack([self.answers[tuple(row)] for row in prefix.tolist()])
+        if self.kind == "cheat":
+            for row, line in zip(prefix.tolist(), out, strict=True):
+                follow = {}
+                for a, b in zip(row[0:-3:3], row[1:-3:3], strict=True):
+                    follow.setdefault(a, b)  # the first arm that is written
+                for i in range(1, len(line)):
+                    line[i] = follow[line[i - 1]]
+        if self.kind == "last":
+            out[:, -1] = -5
+        return torch.cat([prefix, torch.from_numpy(out)], 1)
+
+    def forward(self, input_ids, **kwargs):
+        return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 12 + 4)})
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("right", 100, 100), ("cheat", 29, 38), ("last", 0, 0)])
+def test_scores_of_known_answerers(kind, low, high):
+    task = StarGraph(StarGraphConfig(3, 3, 12, test_size=1500))
+    method = load(METHODS, "next_token", "m")(None)
+    metrics, solved = task.evaluate(Oracle(task, kind), method, Context(), "test", 400)
+    assert low <= metrics["solve_rate"] <= high and metrics["solve_rate"] == 100 * solved.mean()
+    assert metrics["chance"] == pytest.approx(100 / 3)
+    assert metrics["accuracy_at_1"] == 100
+    assert metrics["loss"] == pytest.approx(np.log(16), abs=1e-4)
+    if kind == "last":
+        assert (metrics["first_step_accuracy"], metrics["accuracy_at_3"]) == (100, 0)
+    if kind == "cheat":
+        assert metrics["first_step_accuracy"] == metrics["solve_rate"]
+
+
+def test_words_of_another_tokenizer_are_read_as_labels():
+    class Bytes:
+        pad_token_id = 0
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": list(text.encode())}
+
+        def decode(self, ids):
+            return bytes(ids).decode()
+
+    task = StarGraph(StarGraphConfig(2, 3, 20, tokens="model", test_size=50, valid_size=10), Bytes())
+    (ids, prefix) = task.encode(task.splits["test"][:1])[0]
+    assert bytes(ids.tolist()).decode() == write_line(task.splits["test"].edges[0], task.splits["test"].path[0])
+    assert ids[prefix - 1] == ord("=")
+    assert task._labels(list(b"12,3,x,4"), 3) == [12, 3, -1]
+    with pytest.raises(ValueError, match="tokenizer"):
+        StarGraph(StarGraphConfig(2, 3, 20, tokens="model"))
