@@ -210,7 +210,7 @@ class MuToR(Method):
         if not change <= tolerance:
             raise ValueError(
                 f"{trunk.name} ({trunk.config.model_type}) can't hold registers: its tokens change by {change:.3g} "
-                "when registers stand beside them or the row is reordered, so some of its layers mix tokens without the "
+                "when registers stand beside them or the row is reordered: some of its layers mix tokens without the "
                 "attention mask"
             )
 

@@ -1,0 +1,147 @@
+"""Configuration: what runs are asked for, and errors that say what to write instead."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mutor import config
+from mutor.cli import main
+from mutor.registry import METHODS, load
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the configuration that a test may spoil."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    return tmp_path
+
+
+def edit(file, change):
+    content = yaml.safe_load(file.read_text())
+    change(content)
+    file.write_text(yaml.safe_dump(content))
+
+
+def test_planning_imports_no_torch():
+    code = (
+        "import sys; from mutor import config, plan, results, tables; r = config.find_root()\n"
+        "for s in config.scales(r):\n"
+        "    a = config.load_scale(r, s); [config.cells(config.load_table(r, t), a) for t in config.tables(r)]\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        # graphs x (next_token, parallel_mtp, sequential_mtp, mutor), and the controls
+        ("smoke", 1 * 4 + 1 * 4),
+        ("gpu", 5 * (1 + 2 + 2 + 1)),
+        ("paper", 4 * 4),
+    ],
+)
+def test_figure4_asks_for_exactly_these_settings(scale, expected):
+    loaded = config.load_scale(ROOT, scale)
+    specs = config.specs(config.cells(config.load_table(ROOT, "figure4"), loaded))
+    assert len(specs) == expected and len({s.path for s in specs}) == expected
+    assert all(s.seeds == loaded.seeds and len(s.seeds) >= 2 for s in specs)
+
+
+def test_paper_scale_is_the_published_experiment():
+    scale = config.load_scale(ROOT, "paper")
+    specs = {s.path: s for s in config.specs(config.cells(config.load_table(ROOT, "figure4"), scale))}
+    five = specs["paper/g2x5/gpt2-large/mutor/a=0.5,d_min=2"]
+    ten = specs["paper/g2x10/gpt2-large/mutor/d_max=6,d_min=2"]
+    assert (five.method_config.d_min, five.method_config.d_max, five.method_config.a) == (2, 4, 0.5)
+    assert (ten.method_config.d_min, ten.method_config.d_max, ten.method_config.a) == (2, 6, 0.3)
+    assert five.task_config.train_size == 200_000 and five.task_config.test_size == 20_000
+    recipe = five.recipe
+    assert (recipe.batch_size, recipe.learning_rate, recipe.warmup, recipe.weight_decay) == (16, 1e-5, 100, 0.0)
+    assert recipe.steps * recipe.batch_size == 100 * 200_000 and five.stands_in_for == ""
+
+
+@pytest.mark.parametrize("scale", config.scales(ROOT))
+def test_methods_of_a_comparison_share_budget_and_data(scale):
+    loaded = config.load_scale(ROOT, scale)
+    budgets = {}
+    for spec in config.specs(config.cells(config.load_table(ROOT, "figure4"), loaded)):
+        budgets.setdefault(spec.data, set()).add((spec.recipe, spec.task_config, spec.model))
+    assert all(len(b) == 1 for b in budgets.values())
+
+
+def test_settings_that_are_the_same_are_one_run():
+    scale = config.load_scale(ROOT, "smoke")
+    one = config.make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3, "d_min": 1, "a": 0.3})
+    two = config.make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3})
+    assert one.path == two.path == "smoke/g2x3/gpt2-2x32/mutor/d_max=3" and one.config_hash == two.config_hash
+    default = config.make_spec(scale, "g2x3", "gpt2-2x32", "next_token", {})
+    assert default.path.endswith("next_token/default") and default.config_hash != two.config_hash
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("config.yaml", lambda c: c.update(sclae="laptop"), "unknown key 'sclae', did you mean 'scale'"),
+        ("config.yaml", lambda c: c.update(scale="laptob"), "did you mean 'laptop'"),
+        ("config.yaml", lambda c: c.update(artifacts=["figure5"]), "did you mean 'figure4'"),
+        ("scales/smoke.yaml", lambda c: c.update(devise="cpu"), "unknown key 'devise', did you mean 'device'"),
+        ("scales/smoke.yaml", lambda c: c.update(device="tpu"), "'tpu' is not allowed; allowed: auto, cpu, cuda"),
+        ("scales/smoke.yaml", lambda c: c["recipes"]["star_graph"].update(steps=0), "steps: 0 is out of range"),
+        ("scales/smoke.yaml", lambda c: c["recipes"]["star_graph"].update(save_every=7), "not a multiple of log_every"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(recipe="star_grap"), "did you mean 'star_graph'"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(task="star_grahp"), "did you mean 'star_graph'"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["options"].update(labels=4), "more than the 4 labels"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["settings"]["mutor"].update(d_max=1), "below d_min 2"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["settings"]["mutor"].update(a=1.0), "a: 1.0 is out"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["settings"]["mutor"].update(d_max=4), "at most l = 3"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["settings"].update(mutr={}), "did you mean 'mutor'"),
+        ("scales/smoke.yaml", lambda c: c["models"]["gpt2-2x32"].pop("role"), "missing key 'role'"),
+        ("scales/smoke.yaml", lambda c: c["models"]["gpt2-2x32"].update(pretrained="x"), "either architecture"),
+        ("tables/figure4.yaml", lambda c: c["rows"][0].update(method="next_tokn"), "did you mean 'next_token'"),
+        ("tables/figure4.yaml", lambda c: c["rows"][0].update(modle="x"), "row 1: unknown key 'modle'"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_runs(project, monkeypatch, capsys, file, change, says):
+    edit(project / "config" / file, change)
+    monkeypatch.chdir(project)
+    assert main(["plan"] if "laptop" in says else ["plan", "--scale", "smoke"]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data", "g2x4", "--model", "gpt2-2x32", "--method", "mutor"], "did you mean 'g2x3'"),
+        (["--data", "g2x3", "--model", "gpt2", "--method", "mutor"], "Known: gpt2-2x32"),
+        (["--data", "g2x3", "--model", "gpt2-2x32", "--method", "muto"], "did you mean 'mutor'"),
+        (["--data", "g2x3", "--model", "gpt2-2x32", "--method", "mutor", "--set", "dmax=3"], "did you mean 'd_max'"),
+        (["--data", "g2x3", "--model", "gpt2-2x32", "--method", "mutor", "--set", "d_max"], "expected KEY=VALUE"),
+        (["--data", "g2x3", "--model", "gpt2-2x32", "--method", "next_token", "--set", "a=1"], "Known keys: "),
+    ],
+)
+def test_wrong_command_is_one_line(capsys, tmp_path, arguments, says):
+    assert main(["run", "--scale", "smoke", "--runs", str(tmp_path), *arguments]) == 2
+    assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_of_every_method_is_documented(name):
+    import dataclasses
+
+    method = load(METHODS, name, "method")
+    assert method.__doc__
+    for field in dataclasses.fields(method.Config):
+        assert field.metadata["doc"], f"{name}.{field.name} has no documentation"
+
+
+def test_plan_lists_runs_and_bounds(capsys, tmp_path):
+    assert main(["plan", "figure4", "--scale", "smoke", "--runs", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "8 settings, 16 seeded runs to do" in printed and "smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=1" in printed

@@ -1,0 +1,132 @@
+"""Statistics, tables and figures from a fixed set of run records."""
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from mutor import config, results
+from mutor.stats import summarise, wilson
+from mutor.tables import COLUMNS, collect_artifact
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_summary_by_hand():
+    three = summarise([50.0, 60.0, 70.0])
+    assert (three.n_seeds, three.mean, three.std) == (3, 60.0, 10.0)
+    half = 4.302653 * 10 / 3**0.5  # t, 2 degrees of freedom
+    assert (three.ci_low, three.ci_high) == pytest.approx((60 - half, 60 + half), abs=1e-4)
+    assert summarise([99.0, 100.0, 100.0]).ci_high == 100.0
+    low, high = stats.t.interval(0.95, 4, loc=np.mean([1, 2, 3, 4, 5]), scale=stats.sem([1, 2, 3, 4, 5]))
+    five = summarise([1.0, 2.0, 3.0, 4.0, 5.0], rate=False)
+    assert (five.ci_low, five.ci_high) == pytest.approx((low, high))
+
+
+def test_one_seed_has_an_interval_over_problems():
+    one = summarise([25.0], problems=200)
+    assert one.std is None and (one.ci_low, one.ci_high) == pytest.approx((19.5, 31.4), abs=0.1)
+    p, n, z = 0.25, 200, 1.959964
+    centre, spread = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5
+    assert wilson(p, n) == pytest.approx(((centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)))
+    assert summarise([], 10).mean is None and summarise([3.0], rate=False).ci_low is None
+
+
+def record(spec, seed, solve_rate):
+    """A run record as a run writes it, shortened."""
+    metrics = {"solve_rate": solve_rate, "first_step_accuracy": solve_rate, "loss": 0.1, "chance": 50.0}
+    curve = [{"step": 10, "next_token": 1.0, "register": 1.5, "loss": 1.2}, {"step": 20, "eval_solve_rate": solve_rate}]
+    scores = np.arange(100) < solve_rate
+    return {
+        "version": 1, "scale": spec.scale, "train_data": spec.data, "model": spec.model, "method": spec.method,
+        "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
+        "checkpoints": [{"names": ["best", "last"], "step": 20, "metrics": metrics}], "curve": curve,
+        "scores": results.pack(scores), "added_parameters": 32, "versions": {"torch": "2.13.0"}, "steps": 20,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def built(tmp_path):
+    scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "figure4")
+    rates = {"next_token": [48.0, 52.0], "mutor": [100.0, 97.0]}
+    for cell in config.cells(table, scale):
+        if cell.row.control or cell.spec.method not in rates:
+            continue
+        for seed, rate in zip((42, 43), rates[cell.spec.method], strict=True):
+            file = results.seed_folder(tmp_path / "runs", cell.spec, seed) / "metrics.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(record(cell.spec, seed, rate)))
+    files = collect_artifact(table, scale, tmp_path / "runs", tmp_path / "out", ROOT / "config/reported.csv")
+    return tmp_path, files
+
+
+def test_cells_equal_numbers_worked_by_hand(built):
+    frame = pd.read_csv(built[0] / "out/figure4.csv")
+    assert list(frame.columns) == COLUMNS
+    cells = frame[(frame["metric"] == "solve_rate") & ~frame["train_data"].str.contains("reversed")].set_index("method")
+    assert cells.loc["next_token", ["n_seeds", "mean"]].tolist() == [2, 50.0]
+    assert cells.loc["next_token", "std"] == pytest.approx(2.828427, abs=1e-5)
+    mutor = cells.loc["mutor"]
+    mutor = mutor[mutor["n_seeds"] > 0].iloc[0]
+    assert (mutor["mean"], mutor["d_max"], mutor["a"], mutor["placement"], mutor["added_params"]) == (
+        98.5,
+        3,
+        0.5,
+        "all",
+        32,
+    )
+    assert cells.loc["parallel_mtp", "n_seeds"] == 0 and np.isnan(cells.loc["parallel_mtp", "mean"])
+
+
+def test_files_equal_the_golden_ones(built):
+    for name in ("figure4.csv", "figure4.md", "figure4.tex"):
+        golden = ROOT / "tests/golden" / name
+        assert (built[0] / "out" / name).read_text() == golden.read_text(), f"{name} differs from tests/golden"
+
+
+def test_same_records_give_the_same_picture(built, tmp_path):
+    folder, files = built
+    scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "figure4")
+    collect_artifact(table, scale, folder / "runs", tmp_path / "again", ROOT / "config/reported.csv")
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+    svg = (folder / "out/figure4.svg").read_text()
+    assert "parallel_mtp" in svg and "not run" in svg and "chance 1/n" in svg
+
+
+def test_published_values_stand_beside_their_cells(tmp_path):
+    scale, table = config.load_scale(ROOT, "gpu"), config.load_table(ROOT, "figure4")
+    collect_artifact(table, scale, tmp_path / "runs", tmp_path / "out", ROOT / "config/reported.csv")
+    frame = pd.read_csv(tmp_path / "out/figure4.csv")
+    cells = frame[frame["metric"] == "solve_rate"].set_index(["train_data", "method", "d_max"])["reported"]
+    assert cells["star_graph n=3 l=5 labels=30", "parallel_mtp", 4] == 100
+    assert cells["star_graph n=3 l=5 labels=30", "parallel_mtp", 2] == 59
+    assert cells["star_graph n=5 l=3 labels=30", "sequential_mtp", 2] == 100
+    assert (
+        frame[(frame["method"] == "next_token") & frame["train_data"].str.contains("n=5 l=5")]["reported"].iloc[0]
+        == 0.1
+    )
+    assert frame["reported_difference"].isna().all() and (frame["n_seeds"] == 0).all()
+
+
+def test_broken_record_is_named(built, tmp_path):
+    folder, _ = built
+    file = next((folder / "runs").glob("**/metrics.json"))
+    content = json.loads(file.read_text())
+    content["checkpoints"][0]["metrics"]["solve_rate"] = 170
+    file.write_text(json.dumps(content))
+    scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "figure4")
+    with pytest.raises(ValueError, match=r"metrics\.json") as error:
+        collect_artifact(table, scale, folder / "runs", tmp_path / "out", ROOT / "config/reported.csv")
+    assert "solve_rate" in str(error.value)
+    assert base64.b64decode(content["scores"]["bits"])
+
+
+def test_reported_values_are_all_there():
+    reported = pd.read_csv(ROOT / "config/reported.csv", dtype=str, keep_default_na=False)
+    assert len(reported) == 300 and reported["artifact"].nunique() == 21
+    assert {f"table{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17)} <= set(reported["artifact"])
