@@ -112,6 +112,7 @@ class Spec:
     task_config: Any
     method_config: Any
     seeds: tuple[int, ...] = field(compare=False)
+    base: Spec | None = None  # what its model is trained by first, seed by seed
 
     @property
     def path(self) -> str:
@@ -123,10 +124,11 @@ class Spec:
         return {
             "task": self.dataset.task,
             "task_options": asdict(self.task_config),
-            "model": {k: v for k, v in asdict(self.model_config).items() if k not in ("role", "stands_in_for")},
+            "model": {k: v for k, v in asdict(self.model_config).items() if k not in ("role", "stands_in_for", "base")},
             "method": self.method,
             "settings": asdict(self.method_config),
             "recipe": asdict(self.recipe),
+            "base": self.base and self.base.as_dict(),
         }
 
     @property
@@ -212,6 +214,9 @@ def load_scale(root: Path, name: str) -> Scale:
         for method in dataset.settings:
             choose(method, METHODS, f"{here}: settings")
         scale.datasets[key] = dataset
+    for key, model in scale.models.items():
+        if model.base is not None:
+            choose(model.base, scale.datasets, f"{where}: models: {key}: base")
     for dataset_name, dataset in scale.datasets.items():  # a wrong value is found even if no table asks for it
         _task_config(where, dataset_name, dataset)
         _recipe(where, scale, dataset_name)
@@ -258,11 +263,14 @@ def make_spec(
     config = _method_config(f"{data}: {method}", method, settings)
     task_config = _task_config(where, data, dataset)
     load(TASKS, dataset.task, where).check_settings(task_config, config, f"{data}: {method}")
-    chosen = seeds or dataset.seeds or scale.seeds
+    chosen = tuple(int(s) for s in seeds or dataset.seeds or scale.seeds)
+    base = None
+    if model_config.base is not None and model_config.base != data:
+        base = make_spec(scale, model_config.base, model, "next_token", {}, chosen)
     return Spec(
         scale=scale.name, data=data, model=model, method=method, settings=not_default(config), dataset=dataset,
         model_config=model_config, recipe=_recipe(where, scale, data), task_config=task_config, method_config=config,
-        seeds=tuple(int(s) for s in chosen),
+        seeds=chosen, base=base,
     )  # fmt: skip
 
 
@@ -287,5 +295,6 @@ def cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> l
 
 
 def specs(all_cells: list[Cell]) -> list[Spec]:
-    """The settings that cells need, each once."""
-    return list({cell.spec.path: cell.spec for cell in all_cells}.values())
+    """The settings that cells need, each once, base models first."""
+    found = [cell.spec for cell in all_cells]
+    return list({spec.path: spec for spec in [*(s.base for s in found if s.base), *found]}.values())

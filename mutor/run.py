@@ -53,8 +53,20 @@ def run(spec: Spec, seeds: tuple[int, ...], place: Workplace) -> None:
         if not results.finished(place.runs, spec, seed):
             todo.append(seed)
     if todo:
+        if spec.base:
+            _run_base(spec.base, tuple(todo), place)
         _run(spec, todo, place)
     write_index(spec, seeds, place.runs)
+
+
+def _run_base(base: Spec, seeds: tuple[int, ...], place: Workplace) -> None:
+    """Finish the base models of these seeds; one whose model was cleaned up is trained again."""
+    for seed in seeds:
+        folder = results.seed_folder(place.runs, base, seed)
+        if results.finished(place.runs, base, seed) and not (folder / "last").exists():
+            _set_aside(folder)
+    if any(not results.finished(place.runs, base, seed) for seed in seeds):
+        run(base, seeds, place)
 
 
 def write_index(spec: Spec, seeds: tuple[int, ...], runs: Path) -> None:
@@ -99,7 +111,8 @@ def _seed(
     context = Context(seed=seed, pad_id=task.pad_id, prefix_lm=task.prefix_lm)
     method = load(METHODS, spec.method, "method")(spec.method_config, per_sequence=spec.recipe.loss_mean == "sequence")
     if not (folder / "last/training.json").exists():
-        _train(spec, seed, folder, task, method, context, device, say)
+        base = results.seed_folder(place.runs, spec.base, seed) / "last" if spec.base else None
+        _train(spec, seed, folder, base, task, method, context, device, say)
     training = json.loads((folder / "last/training.json").read_text())
     checkpoints, scores = _evaluate(spec, folder, task, method, context, device, training)
     say("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
@@ -126,15 +139,16 @@ def _seed(
 
 
 def _train(
-    spec: Spec, seed: int, folder: Path, task: Any, method: Any, context: Any, device: str, say: Callable[[str], None]
-) -> None:
+    spec: Spec, seed: int, folder: Path, base: Path | None, task: Any, method: Any, context: Any, device: str,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
     from mutor.data import Samples
     from mutor.models.build import build, initialiser
     from mutor.train import MethodTrainer, last_checkpoint
     from mutor.trunk import evaluating
 
     started, recipe = _now(), spec.recipe
-    model = build(spec.model_config, vocabulary=task.vocabulary, seed=seed)
+    model = build(spec.model_config, vocabulary=task.vocabulary, seed=seed, base=base)
     method.attach(model, initialiser(spec.model_config))
     goal = task.benchmark
     best: dict[str, float] = {}

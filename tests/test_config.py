@@ -41,8 +41,8 @@ def test_planning_imports_no_torch():
 @pytest.mark.parametrize(
     ("scale", "expected"),
     [
-        # graphs x (next_token, parallel_mtp, sequential_mtp, mutor), and the controls
-        ("smoke", 1 * 4 + 1 * 4),
+        # graphs x (next_token, parallel_mtp, sequential_mtp, mutor), the controls, and the base model
+        ("smoke", 1 * 4 + 1 * 4 + 1),
         ("gpu", 5 * (1 + 2 + 2 + 1)),
         ("paper", 4 * 4),
     ],
@@ -144,4 +144,4 @@ def test_every_setting_of_every_method_is_documented(name):
 def test_plan_lists_runs_and_bounds(capsys, tmp_path):
     assert main(["plan", "figure4", "--scale", "smoke", "--runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "8 settings, 16 seeded runs to do" in printed and "smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=1" in printed
+    assert "9 settings, 18 seeded runs to do" in printed and "smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=1" in printed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,3 +244,30 @@ def test_index_lists_seeds(finished):
     spec, runs, _ = finished
     write_index(spec, (7,), runs)
     assert torch.get_num_threads() == 1
+
+
+def test_run_starts_from_its_own_seed_of_the_base_model(tmp_path):
+    spec = smoke_spec("next_token", steps=5, eval_every=5, save_every=5)
+    place = Workplace(root=ROOT, runs=tmp_path)
+    run(spec, (7, 8), place)
+    from mutor.models.build import build
+
+    states = {}
+    for seed in (7, 8):
+        base = results.seed_folder(tmp_path, spec.base, seed)
+        assert results.read(base / "metrics.json")["steps"] == 20  # made on the way, with its own recipe
+        model = build(spec.model_config, vocabulary=14, seed=0, base=base / "last")
+        stored = AutoModelForCausalLM.from_pretrained(base / "last").state_dict()
+        assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+        states[seed] = stored["transformer.wte.weight"]
+    assert not torch.equal(states[7], states[8])
+    with pytest.raises(ValueError, match="has 14 tokens, this task has 15"):
+        build(spec.model_config, vocabulary=15, seed=0, base=base / "last")
+    # a cleaned-up base model is made again, the same, when a run needs it
+    before = states[8]
+    shutil.rmtree(base / "last")
+    (results.seed_folder(tmp_path, spec, 8) / "metrics.json").unlink()
+    shutil.rmtree(results.seed_folder(tmp_path, spec, 8) / "last")
+    run(spec, (8,), place)
+    again = AutoModelForCausalLM.from_pretrained(base / "last").state_dict()["transformer.wte.weight"]
+    assert torch.equal(before, again)

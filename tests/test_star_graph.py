@@ -129,6 +129,16 @@ def test_published_file_reads_encodes_and_writes_back(tmp_path):
     assert all((prefix, len(ids)) == (27, 32) for ids, prefix in task.encode(task.splits["test"]))
 
 
+def test_backward_walks_ask_from_goal_to_start_and_hold_out_the_same_graphs():
+    plain, backward = (StarGraph(StarGraphConfig(2, 4, 9, backward=b)) for b in (False, True))
+    one, other = (task.encode(task.splits["test"])[0][0].tolist() for task in (plain, backward))
+    assert one[:18] == other[:18]
+    start, goal = one[18], one[19]
+    assert other[18:21] == [goal, start, one[20]] and other[21:] == one[21:][::-1]
+    assert (keys(plain.splits["test"]) == keys(backward.splits["test"])).all()
+    assert (plain._forbidden == backward._forbidden).all()
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

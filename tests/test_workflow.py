@@ -77,12 +77,12 @@ def test_smoke_scale_runs_from_data_to_figure(smoke):
     for ending in (".md", ".tex", ".png", ".svg", "_curves.png", "_curves.svg"):
         assert (smoke / f"results/figure4{ending}").stat().st_size > 500
     runs = pd.read_csv(smoke / "results/runs.csv")
-    assert len(runs) == 16 and runs["seed"].isin([42, 43]).all() and runs["last.solve_rate"].notna().all()
+    assert len(runs) == 18 and runs["seed"].isin([42, 43]).all() and runs["last.solve_rate"].notna().all()
     by_hand = runs[(runs["method"] == "next_token") & (runs["train_data"] == "g2x3")]["last.solve_rate"].mean()
     cell = frame[(frame["method"] == "next_token") & (frame["metric"] == "solve_rate")].iloc[0]
     assert cell["mean"] == pytest.approx(by_hand)
     log = next(smoke.glob("runs/smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=3,d_min=2/run.log")).read_text()
-    assert re.search(r"\[\d+/8\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
+    assert re.search(r"\[\d+/9\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
 
 
 def test_nothing_to_do_is_quick_and_does_nothing(smoke):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mutor.checks import setting
@@ -31,6 +32,10 @@ class ModelConfig:
         "model", doc="initialisation from scratch: the model's own, or 1/sqrt(fan-in)", choices=("model", "fan_in")
     )
     embedding_std: float = setting(1.0, doc="with init fan_in: standard deviation of the embeddings", low=0)
+    base: str | None = setting(
+        None,
+        doc="a dataset of this scale that the model is first trained on, next-token, seed by seed",
+    )
     pretrained: str | None = setting(None, doc="hub name or folder of a pretrained model")
     revision: str | None = setting(None, doc="hub revision of the pretrained model")
     dtype: str = setting(
@@ -43,6 +48,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if (self.architecture is None) == (self.pretrained is None):
             raise ValueError("give either architecture (from scratch) or pretrained (hub name or folder)")
+        if self.base is not None and self.pretrained is not None:
+            raise ValueError(f"base: {self.base!r} is for models built here, not for pretrained {self.pretrained!r}")
 
 
 def torch_dtype(config: ModelConfig) -> Any:
@@ -80,8 +87,8 @@ def fan_in(module: nn.Module, *, embedding_std: float = 1.0) -> None:
                     parameter.fill_(0.0 if key == "bias" else float(parameter.mean().round()))
 
 
-def build(config: ModelConfig, *, vocabulary: int | None, seed: int) -> Any:
-    """The model, ready to train. vocabulary: its size, for models from scratch.
+def build(config: ModelConfig, *, vocabulary: int | None, seed: int, base: Path | None = None) -> Any:
+    """The model, ready to train. vocabulary: its size, for models from scratch; base: folder of its base model.
 
     Raises ValueError for an architecture that transformers does not have, an argument its config does not know, or a
     pretrained model that can't be had, naming the setting that points to a local copy.
@@ -92,16 +99,20 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int) -> Any:
 
     set_seed(seed)
     dtype = torch_dtype(config)
-    if config.pretrained is not None:
+    if config.pretrained is not None or base is not None:
+        source = str(base or config.pretrained)
         try:
-            return AutoModelForCausalLM.from_pretrained(
-                config.pretrained, revision=config.revision, dtype=dtype, attn_implementation=config.attention
+            model = AutoModelForCausalLM.from_pretrained(
+                source, revision=config.revision, dtype=dtype, attn_implementation=config.attention
             )
         except OSError as error:
             raise ValueError(
                 f"pretrained model {config.pretrained!r} can't be loaded ({str(error).splitlines()[0]}); with a hub, "
                 "ask for access on its page and log in with `hf auth login`; else set `pretrained` to a local folder"
             ) from error
+        if vocabulary is not None and model.config.vocab_size != vocabulary:
+            raise ValueError(f"base model {source} has {model.config.vocab_size} tokens, this task has {vocabulary}")
+        return model
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     architecture = choose(config.architecture or "", CONFIG_MAPPING, "architecture")

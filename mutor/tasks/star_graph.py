@@ -40,6 +40,7 @@ class StarGraphConfig:
     l: int = setting(doc="nodes on a path, start and goal counted", low=3)  # noqa: E741 (the literature's name)
     labels: int = setting(50, doc="node labels to choose from", low=3)
     reverse: bool = setting(False, doc="answer with the path from goal to start (positive control)")
+    backward: bool = setting(False, doc="ask for the path from goal to start: plain look-ups, to train base models on")
     train_size: int | None = setting(None, doc="training graphs; none: new ones all the time", low=1)
     valid_size: int = setting(500, doc="graphs scored during training", low=1)
     test_size: int = setting(2000, doc="graphs scored at the end", low=1)
@@ -49,6 +50,8 @@ class StarGraphConfig:
     data_seed: int = setting(0, doc="seed of the validation and test graphs", low=0)
 
     def __post_init__(self) -> None:
+        if self.reverse and self.backward:
+            raise ValueError("reverse: not together with backward, which asks for the reversed path already")
         nodes = 1 + self.n * (self.l - 1)
         if nodes > self.labels:
             raise ValueError(f"labels: G({self.n}, {self.l}) has {nodes} nodes, more than the {self.labels} labels")
@@ -198,7 +201,11 @@ class StarGraph:
     @staticmethod
     def describe(config: StarGraphConfig) -> str:
         """The name of these graphs in tables."""
-        return f"star_graph n={config.n} l={config.l} labels={config.labels}" + (" reversed" if config.reverse else "")
+        return (
+            f"star_graph n={config.n} l={config.l} labels={config.labels}"
+            + (" reversed" * config.reverse)
+            + (" backward" * config.backward)
+        )
 
     @staticmethod
     def check_settings(config: StarGraphConfig, method_config: Any, where: str) -> None:
@@ -277,13 +284,18 @@ class StarGraph:
         count, edges = graphs.edges.shape[:2]
         pairs = np.concatenate([graphs.edges, np.full((count, edges, 1), self.pipe)], axis=2).reshape(count, -1)
         pairs[:, -1] = self.slash
-        query = np.stack([graphs.path[:, 0], graphs.path[:, -1], np.full(count, self.equals)], axis=1)
-        answer = graphs.path[:, ::-1] if self.config.reverse else graphs.path
+        answer = self._answers(graphs)
+        asked = graphs.path[:, ::-1] if self.config.backward else graphs.path
+        query = np.stack([asked[:, 0], asked[:, -1], np.full(count, self.equals)], axis=1)
         ids = np.concatenate([pairs, query, answer], axis=1).astype(np.int64)
         return [(row, 3 * edges + 3) for row in ids]
 
+    def _answers(self, graphs: Graphs) -> np.ndarray:
+        """int16 [N, l]: the nodes to answer with, in order."""
+        return graphs.path[:, ::-1] if self.config.reverse or self.config.backward else graphs.path
+
     def _encode_text(self, edges: np.ndarray, path: np.ndarray) -> tuple[np.ndarray, int]:
-        prefix, answer = write_line(edges, path).split("=")
+        prefix, answer = write_line(edges, path[::-1] if self.config.backward else path).split("=")
         if self.config.reverse:
             answer = ",".join(reversed(answer.split(",")))
         head = self.tokenizer(prefix + "=", add_special_tokens=False)["input_ids"]
@@ -311,7 +323,7 @@ class StarGraph:
         from mutor.data import score_forced
 
         length, examples = self.config.l, self.encode(self.splits[split])
-        truth = self.splits[split].path[:, ::-1] if self.config.reverse else self.splits[split].path
+        truth = self._answers(self.splits[split])
         right = np.zeros((len(examples), length), dtype=bool)
         sizes = np.array([prefix for _, prefix in examples])
         for size in np.unique(sizes):  # prompts of equal length need no padding
@@ -323,7 +335,7 @@ class StarGraph:
                 for i, ids in zip(part, method.generate(model, prompt, int(longest), context).tolist(), strict=True):
                     right[i] = np.array(self._labels(ids, length)) == truth[i]
         solved: np.ndarray = np.all(right, axis=1)
-        step = length - 2 if self.config.reverse else 1
+        step = length - 2 if self.config.reverse or self.config.backward else 1
         forced, loss = score_forced(model, method, context, examples, batch_size)
         metrics = {
             "solve_rate": 100 * float(solved.mean()),

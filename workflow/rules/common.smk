@@ -48,6 +48,12 @@ def artifact_files(artifacts):
     return [f"{RESULTS}/{name}.csv" for name in artifacts]
 
 
+def base_index(wildcards):
+    """The run that makes the base model, if there is one."""
+    base = SPECS[wildcards.run].base
+    return [f"{RUNS}/{base.path}/index.json"] if base else []
+
+
 def run_arguments(wildcards):
     """The command line that makes a run."""
     spec = SPECS[wildcards.run]

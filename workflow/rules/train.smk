@@ -6,6 +6,8 @@ fails, and nothing finished may be lost.
 
 
 rule train:
+    input:
+        base_index,
     output:
         f"{RUNS}/{{run}}/index.json",
     log:
