@@ -1,0 +1,116 @@
+"""Models: initialisation, errors, and every shipped scale on tiny stand-ins of its models."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from mutor import config, results
+from mutor.checks import from_mapping
+from mutor.models.build import ModelConfig, build, fan_in
+from mutor.run import Workplace, run
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 32, "n_positions": 128},
+    "llama": {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "intermediate_size": 32,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3", "gemma"])
+def test_fan_in_initialisation(architecture):
+    small = {"gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "tie_word_embeddings": False}}.get(
+        architecture,
+        {
+            "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "intermediate_size": 128, "head_dim": 32, "tie_word_embeddings": False,
+        },
+    )  # fmt: skip
+    settings = ModelConfig(role="x", architecture=architecture, config=small, init="fan_in", embedding_std=0.7)
+    model = build(settings, vocabulary=300, seed=3)
+    norms = [p for n, p in model.named_parameters() if "norm" in n or "ln_" in n]
+    assert float(model.get_input_embeddings().weight.std()) == pytest.approx(0.7, rel=0.05)
+    assert float(model.get_output_embeddings().weight.std()) == pytest.approx(64**-0.5, rel=0.05)
+    layer = (model.base_model.h if architecture == "gpt2" else model.base_model.layers)[1]
+    inner = layer.mlp.c_fc if architecture == "gpt2" else layer.mlp.up_proj
+    residual = layer.mlp.c_proj if architecture == "gpt2" else layer.mlp.down_proj
+    assert float(inner.weight.std()) == pytest.approx(64**-0.5, rel=0.05) and not residual.weight.any()
+    assert all(set(p.unique().tolist()) <= {0.0, 1.0} for p in norms)
+    again = build(settings, vocabulary=300, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    other = torch.nn.Linear(5, 5)
+    fan_in(other)
+    assert not other.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"architecture": "gpt3"}, "'gpt3' is unknown"),
+        ({"architecture": "gpt2", "config": {"n_layers": 3}}, "unknown key 'n_layers'"),
+        ({"pretrained": "/nowhere/at/all"}, "set `pretrained` to a local folder"),
+    ],
+)
+def test_model_that_cannot_be_had(settings, says, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = from_mapping(ModelConfig, {"role": "x", **settings}, "models")
+    with pytest.raises(ValueError, match=r"gpt|pretrained") as error:
+        build(model, vocabulary=10, seed=0)
+    assert says in str(error.value)
+
+
+@pytest.fixture(scope="session")
+def tiny_pretrained(tmp_path_factory):
+    """A folder with a tiny GPT-2 and a byte-level tokenizer, standing in for a model of the hub."""
+    folder = tmp_path_factory.mktemp("gpt2-tiny")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("1", "2"), (",", "1")]  # labels of one, two or, with their comma, more letters
+    words = {w: i for i, w in enumerate(["<|endoftext|>", *letters, *("".join(m) for m in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    end = {"bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(words), **{**TINY["gpt2"], "n_positions": 400}, **end)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def tiny(spec, folder):
+    """The same setting with a tiny model, little data and two steps."""
+    model = spec.model_config
+    if model.pretrained:
+        model = replace(model, pretrained=str(folder), dtype="float32")
+    else:
+        model = replace(model, config={**model.config, **TINY[model.architecture]}, dtype="float32")
+    batch = {"steps": 2, "batch_size": 4, "log_every": 1, "eval_every": 2, "save_every": 2, "warmup": 0.0}
+    size = {"valid_size": 6, "test_size": 8}
+    task = replace(spec.task_config, train_size=spec.task_config.train_size and 32, **size)
+    base = spec.base and tiny(spec.base, folder)
+    return replace(spec, model_config=model, recipe=replace(spec.recipe, **batch), task_config=task, base=base)
+
+
+@pytest.mark.parametrize("scale", config.scales(ROOT))
+def test_every_recipe_runs_two_steps_on_tiny_models(scale, tiny_pretrained, tmp_path):
+    loaded = config.load_scale(ROOT, scale)
+    seen = set()
+    for spec in config.specs(config.cells(config.load_table(ROOT, "figure4"), loaded)):
+        kind = (spec.method, spec.dataset.role, spec.task_config.l)
+        if kind in seen:
+            continue
+        seen |= {kind}
+        spec = tiny(spec, tiny_pretrained)
+        run(spec, (1,), Workplace(root=ROOT, runs=tmp_path))
+        record = results.read(results.seed_folder(tmp_path, spec, 1) / "metrics.json")
+        metrics = results.checkpoint_metrics(record, "last")
+        assert record["steps"] == 2 and np.isfinite(metrics["loss"])
+        assert {"next_token", "loss"} <= set(record["curve"][0])
+    assert len(seen) >= 4
