@@ -216,8 +216,11 @@ class StarGraph:
 
     @staticmethod
     def chance(config: StarGraphConfig) -> float:
-        """The solve rate, in percent, of a model that follows a random path out of the start."""
-        return 100.0 / config.n
+        """The solve rate, in percent, of a model that follows edges, a random one out of the start.
+
+        Backwards from the goal there is nothing to choose.
+        """
+        return 100.0 if config.reverse or config.backward else 100.0 / config.n
 
     def _held_out(self) -> dict[str, Graphs]:
         c, seen, splits = self.config, np.zeros(0, dtype=np.uint64), {}
