@@ -13,6 +13,7 @@ import pandas as pd
 
 from mutor import results
 from mutor.config import Scale, Table, cells
+from mutor.registry import TASKS, load
 
 STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "mutor",
@@ -98,7 +99,10 @@ def curves(table: Table, scale: Scale, runs: Path, folder: Path) -> list[Path]:
                     _draw_curves(row, record, own, label if number == 0 else None)
             for axis, name in zip(row, panels, strict=True):
                 axis.set(xlabel="step", ylabel=name)
-            row[0].set_title(group, loc="left")
+            spec = next(c.spec for c in chosen.values() if c.spec.data == group)
+            task = load(TASKS, spec.dataset.task, "task")
+            row[0].set_title(_graph(task.describe(spec.task_config)), loc="left")
+            row[0].axhline(task.chance(spec.task_config), color="#555555", ls="--", lw=1)
             row[0].set_ylim(0, 102)
             if row[0].get_legend_handles_labels()[0]:
                 row[0].legend(fontsize=7, loc="upper left")
@@ -110,7 +114,7 @@ def _draw_curves(axes: Any, record: dict[str, Any], colour: str, label: str | No
     known = {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch", "step", "next_token"}
     scores = [(e["step"], e["eval_solve_rate"]) for e in record["curve"] if "eval_solve_rate" in e]
     losses = [e for e in record["curve"] if "next_token" in e]
-    axes[0].plot(*zip(*scores, strict=True), color=colour, lw=1.2, label=label)
+    axes[0].plot(*zip(*scores, strict=True), color=colour, lw=1.2, marker=".", ms=4, label=label)
     axes[1].plot([e["step"] for e in losses], [e["next_token"] for e in losses], color=colour, lw=0.9)
     for style, key in zip(("-", "--", ":", "-."), sorted({k for e in losses for k in e} - known), strict=False):
         axes[2].plot([e["step"] for e in losses], [e.get(key) for e in losses], color=colour, lw=0.9, ls=style)

@@ -1,8 +1,11 @@
 """MuToR as a library: a stock transformers Trainer, three lines, a plain checkpoint."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from mutor import MuToR
 from mutor.layout import Example, collate
@@ -128,3 +131,18 @@ def test_every_method_exports_the_plain_model(tiny, tools, tmp_path, name):
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(plain(ids).logits, wanted)
+
+
+def test_the_lines_of_the_readme_run_as_they_stand(tiny, tmp_path, monkeypatch):
+    """The code block of the README, with a tiny model in place of the hub's."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    model = tiny("llama")
+    before = model.state_dict()["lm_head.weight"].clone()
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
+    monkeypatch.chdir(tmp_path)
+    examples = [{"input_ids": [1, 2, 3, 4, 5, 6], "prefix_length": 2} for _ in range(8)]
+    exec(code, {"dataset": examples})
+    monkeypatch.undo()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert not torch.equal(plain.lm_head.weight, before) and not hasattr(plain, "mtp")

@@ -271,3 +271,19 @@ def test_run_starts_from_its_own_seed_of_the_base_model(tmp_path):
     run(spec, (8,), place)
     again = AutoModelForCausalLM.from_pretrained(base / "last").state_dict()["transformer.wte.weight"]
     assert torch.equal(before, again)
+
+
+def test_a_run_needs_torch_transformers_and_numpy_alone(tmp_path):
+    code = """
+import sys
+from mutor.cli import main
+arguments = "run --scale smoke --data g2x3-backward --model gpt2-2x32 --method next_token --seeds 1 --runs".split()
+assert main([*arguments, sys.argv[1]]) == 0
+absent = {"pandas", "matplotlib", "scipy", "snakemake", "datasets", "peft", "lm_eval", "sklearn"} & set(sys.modules)
+assert not absent, absent
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
