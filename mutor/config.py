@@ -50,6 +50,7 @@ class Dataset:
     settings: dict = setting({}, doc="method -> its settings here; a list runs each")
     controls: bool = setting(True, doc="whether rows marked `control` run here")
     seeds: tuple | None = setting(None, doc="seeds here, instead of the scale's")
+    base: str | None = setting(None, doc="a dataset that models are first trained on, next-token, seed by seed")
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
 
 
@@ -124,7 +125,7 @@ class Spec:
         return {
             "task": self.dataset.task,
             "task_options": asdict(self.task_config),
-            "model": {k: v for k, v in asdict(self.model_config).items() if k not in ("role", "stands_in_for", "base")},
+            "model": {k: v for k, v in asdict(self.model_config).items() if k not in ("role", "stands_in_for")},
             "method": self.method,
             "settings": asdict(self.method_config),
             "recipe": asdict(self.recipe),
@@ -214,10 +215,13 @@ def load_scale(root: Path, name: str) -> Scale:
         for method in dataset.settings:
             choose(method, METHODS, f"{here}: settings")
         scale.datasets[key] = dataset
-    for key, model in scale.models.items():
-        if model.base is not None:
-            choose(model.base, scale.datasets, f"{where}: models: {key}: base")
     for dataset_name, dataset in scale.datasets.items():  # a wrong value is found even if no table asks for it
+        if dataset.base is not None:
+            base = choose(dataset.base, scale.datasets, f"{where}: datasets: {dataset_name}: base")
+            if scale.datasets[base].base is not None:
+                raise ValueError(
+                    f"{where}: datasets: {dataset_name}: base: {base!r} has a base itself; allowed: one without"
+                )
         _task_config(where, dataset_name, dataset)
         _recipe(where, scale, dataset_name)
         for method, variants in dataset.settings.items():
@@ -265,8 +269,10 @@ def make_spec(
     load(TASKS, dataset.task, where).check_settings(task_config, config, f"{data}: {method}")
     chosen = tuple(int(s) for s in seeds or dataset.seeds or scale.seeds)
     base = None
-    if model_config.base is not None and model_config.base != data:
-        base = make_spec(scale, model_config.base, model, "next_token", {}, chosen)
+    if dataset.base is not None:
+        if model_config.pretrained is not None:
+            raise ValueError(f"{where}: datasets: {data}: base: {dataset.base!r} is for models built from scratch")
+        base = make_spec(scale, dataset.base, model, "next_token", {}, chosen)
     return Spec(
         scale=scale.name, data=data, model=model, method=method, settings=not_default(config), dataset=dataset,
         model_config=model_config, recipe=_recipe(where, scale, data), task_config=task_config, method_config=config,

@@ -32,10 +32,6 @@ class ModelConfig:
         "model", doc="initialisation from scratch: the model's own, or 1/sqrt(fan-in)", choices=("model", "fan_in")
     )
     embedding_std: float = setting(1.0, doc="with init fan_in: standard deviation of the embeddings", low=0)
-    base: str | None = setting(
-        None,
-        doc="a dataset of this scale that the model is first trained on, next-token, seed by seed",
-    )
     pretrained: str | None = setting(None, doc="hub name or folder of a pretrained model")
     revision: str | None = setting(None, doc="hub revision of the pretrained model")
     dtype: str = setting(
@@ -48,8 +44,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if (self.architecture is None) == (self.pretrained is None):
             raise ValueError("give either architecture (from scratch) or pretrained (hub name or folder)")
-        if self.base is not None and self.pretrained is not None:
-            raise ValueError(f"base: {self.base!r} is for models built here, not for pretrained {self.pretrained!r}")
 
 
 def torch_dtype(config: ModelConfig) -> Any:
