@@ -1,17 +1,20 @@
 # make reproduce   everything at the configured scale into results/
 # make test        lint, types, unit tests, the whole workflow at smoke scale, dry runs of every scale
-# Both create .venv first. Without a GPU, point pip at PyTorch's CPU wheels to save a download of some gigabytes:
+# make benchmark   the training loop against a bare one
+# make reference   keep the finished runs of a scale (SCALE=laptop) below results/reference/
+# All create .venv first. Without a GPU, point pip at PyTorch's CPU wheels to save a download of some gigabytes:
 #   PIP_EXTRA_INDEX_URL=<the CPU index from PyTorch's install page> make reproduce
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= workflow,test
+SCALE ?= laptop
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 comma := ,
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: reproduce test env lint benchmark clean
+.PHONY: reproduce test env lint benchmark reference clean
 
 reproduce: env
 	$(BIN)/snakemake --cores all
@@ -36,6 +39,13 @@ lint: env
 
 benchmark: env
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_loop.py
+
+# keep the runs of a scale as its reference: their records and the artifacts built from them
+reference: env
+	mkdir -p results/reference/$(SCALE)
+	find runs/$(SCALE) -name metrics.json | tar cf - -T - | tar xf - -C results/reference/$(SCALE)
+	$(BIN)/python -m mutor collect figure4 runs --scale $(SCALE) \
+	  --runs results/reference/$(SCALE)/runs --results results/reference/$(SCALE)
 
 clean:
 	rm -rf $(VENV) .snakemake runs

@@ -1,0 +1,48 @@
+"""The committed reference results are what their run records say."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mutor import config, results
+from mutor.tables import collect_artifact, collect_runs
+
+ROOT = Path(__file__).parent.parent
+SCALES = sorted(folder.name for folder in (ROOT / "results/reference").glob("*") if folder.is_dir())
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_artifacts_are_rebuilt_from_the_records(name, tmp_path):
+    folder = ROOT / "results/reference" / name
+    scale = config.load_scale(ROOT, name)
+    for file in folder.glob("*.md"):
+        table = config.load_table(ROOT, file.stem)
+        collect_artifact(table, scale, folder / "runs", tmp_path, ROOT / "config/reported.csv")
+        for ending in ("csv", "md", "tex"):
+            fresh = (tmp_path / f"{file.stem}.{ending}").read_text()
+            assert fresh == (folder / f"{file.stem}.{ending}").read_text(), (
+                f"{name}/{file.stem}.{ending} is out of step"
+            )
+    collect_runs(folder / "runs", name, tmp_path)
+    assert (tmp_path / "runs.csv").read_text() == (folder / "runs.csv").read_text()
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_records_name_their_code_and_machine(name):
+    files = sorted((ROOT / "results/reference" / name / "runs").glob("**/metrics.json"))
+    assert files
+    for file in files:
+        record = results.read(file)
+        assert record["git_commit"] and not record["git_changed"] and record["device"] and record["code"]
+        assert len(results.unpack(record["scores"])) >= 100
+
+
+def test_laptop_reference_shows_the_failure_that_the_paper_starts_from():
+    """Next-token prediction learns to follow edges and stays at chance on the first step, for every seed."""
+    runs = pd.read_csv(ROOT / "results/reference/laptop/runs.csv")
+    plain = runs[(runs["method"] == "next_token") & (runs["train_data_role"] == "star_graph")]
+    assert len(plain) >= 3
+    assert ((plain["last.solve_rate"] - plain["last.chance"]).abs() <= 5).all()
+    later = plain[[c for c in plain.columns if c.startswith("last.forced_accuracy_at_") and not c.endswith("_2")]]
+    assert (later.min() >= 99).all()
