@@ -99,6 +99,8 @@ def curves(table: Table, scale: Scale, runs: Path, folder: Path) -> list[Path]:
                     _draw_curves(row, record, own, label if number == 0 else None)
             for axis, name in zip(row, panels, strict=True):
                 axis.set(xlabel="step", ylabel=name)
+            for axis in row[1:]:
+                axis.set_yscale("log")
             spec = next(c.spec for c in chosen.values() if c.spec.data == group)
             task = load(TASKS, spec.dataset.task, "task")
             row[0].set_title(_graph(task.describe(spec.task_config)), loc="left")
