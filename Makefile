@@ -5,13 +5,13 @@
 # All create .venv first. Without a GPU, point pip at PyTorch's CPU wheels to save a download of some gigabytes:
 #   PIP_EXTRA_INDEX_URL=<the CPU index from PyTorch's install page> make reproduce
 
+comma := ,
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= workflow,test
 SCALE ?= laptop
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-comma := ,
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: reproduce test env lint benchmark reference clean
