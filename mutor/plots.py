@@ -107,7 +107,7 @@ def curves(table: Table, scale: Scale, runs: Path, folder: Path) -> list[Path]:
             row[0].axhline(task.chance(spec.task_config), color="#555555", ls="--", lw=1)
             row[0].set_ylim(0, 102)
             if row[0].get_legend_handles_labels()[0]:
-                row[0].legend(fontsize=7, loc="upper left")
+                row[0].legend(fontsize=7, loc="lower right")
         figure.suptitle(f"{table.title}: learning curves, a line a seed — scale {scale.name}", fontsize=10)
         return save(figure, folder, f"{table.name}_curves")
 
