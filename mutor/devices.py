@@ -6,24 +6,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-_held: list[Any] = []  # open lock files, released when the process ends, however it ends
+_held: dict[Path, Any] = {}  # open lock files, released when the process ends, however it ends
 
 
 def claim(wanted: list[str], folder: Path | None = None) -> str | None:
     """Take the first of the devices `wanted` that no other process of this machine holds; None if all are held.
 
-    Held by an advisory lock on a file, so a killed process gives its device back.
+    One that this process already holds stays its own. Held by an advisory lock on a file, so a killed process gives
+    its device back.
     """
     folder = folder or Path(tempfile.gettempdir()) / f"mutor-devices-{os.getuid()}"
     folder.mkdir(parents=True, exist_ok=True)
     for name in wanted:
-        handle = open(folder / f"{name.replace('/', '_')}.lock", "w")
+        file = folder / f"{name.replace('/', '_')}.lock"
+        if file in _held:
+            return name
+        handle = open(file, "w")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.close()
             continue
-        _held.append(handle)
+        _held[file] = handle
         return name
     return None
 

@@ -95,7 +95,7 @@ def _run(spec: Spec, seeds: list[int], place: Workplace) -> None:
         head = f"{place.label}{spec.data} {spec.model} {spec.method} {settings_name(spec.settings)}"
         say = _speaker(f"{head} seed {seed} ({number}/{len(seeds)})")
         folder = results.seed_folder(place.runs, spec, seed)
-        with _only_one(folder):
+        with _only_one(folder, say):
             if not results.finished(place.runs, spec, seed):
                 _seed(spec, seed, folder, task, device, place, say)
 
@@ -252,15 +252,16 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Keep two processes from working on one seed."""
+def _only_one(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep two processes from working on one seed: the second waits, and then finds it finished."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as handle:
         if "LOCAL_RANK" not in os.environ:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f"{folder}: another process is working on this run; wait for it or stop it") from None
+            except BlockingIOError:
+                say("another process is working on this run; waiting for it")
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 

@@ -149,6 +149,14 @@ def test_killed_run_goes_on_to_the_same_result(tmp_path, method):
     assert ours == theirs
 
 
+def test_the_second_of_two_processes_waits_and_finds_the_run_finished(tmp_path):
+    both = [launch(tmp_path, "next_token") for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert sum("waiting for it" in output for output in outputs) <= 1  # none if the first was done before
+    assert sum("step 60/60" in output for output in outputs) == 1
+
+
 def test_half_written_checkpoint_is_not_used(tmp_path):
     from mutor.train import last_checkpoint
 
@@ -195,6 +203,7 @@ def test_two_runs_on_one_machine_get_different_devices(tmp_path):
         for _ in range(2)
     ]
     taken = {other.stdout.readline().strip() for other in others}
+    assert claim(["own"], tmp_path / "mine") == claim(["own"], tmp_path / "mine") == "own"  # a base, then its run
     assert taken == {"cuda-0", "cuda-1"} and claim(["cuda-0", "cuda-1"], tmp_path) is None
     others[0].kill()  # a killed process gives its device back
     others[0].wait()
