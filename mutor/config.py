@@ -172,11 +172,14 @@ def find_root(start: Path | None = None) -> Path:
     raise ValueError("no config/config.yaml found in this folder or above it; call from the project's folder")
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds {content!r}, expected a mapping of settings")
+    return content
 
 
 def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Project:

@@ -116,6 +116,13 @@ def test_what_is_wrong_is_named_before_anything_runs(project, monkeypatch, capsy
     assert says in capsys.readouterr().err
 
 
+def test_an_empty_file_is_named(project, monkeypatch, capsys):
+    (project / "config/scales/smoke.yaml").write_text("")
+    monkeypatch.chdir(project)
+    assert main(["plan", "--scale", "smoke"]) == 2
+    assert "smoke.yaml: holds None, expected a mapping" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
