@@ -81,6 +81,7 @@ class MuToR(Method):
                     table.weight.normal_(0, float(trunk.embedding.weight.float().std()))
         trunk.add(nn.ModuleDict({"registers": table}))
         scale = getattr(trunk.embedding, "embed_scale", None)  # Gemma scales inside its embedding layer
+        later = getattr(trunk.config, "embedding_multiplier", None)  # Granite behind it, whatever came out
         vocabulary = trunk.vocabulary
 
         asked: list[Tensor] = []  # ids of the call under way: forward hooks only see them clamped
@@ -94,6 +95,8 @@ class MuToR(Method):
             vectors = table((ids - vocabulary).clamp(0, count - 1)).to(output.dtype)
             if scale is not None and config.register_scaled:
                 vectors = vectors * scale.to(output.dtype)
+            if later is not None and not config.register_scaled:
+                vectors = vectors / later
             return torch.where((ids >= vocabulary)[..., None], vectors, output)
 
         trunk.embedding.register_forward_pre_hook(clamp)

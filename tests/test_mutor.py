@@ -28,11 +28,15 @@ def ready(tools, model, **settings):
 
 
 def vectors(model, ids, register, number, scaled=True):
-    """[L, d] input vectors of tokens (number None) and registers, scaled by sqrt(d) for Gemma, all by hand."""
+    """[L, d] input vectors of tokens (number None) and registers, all by hand.
+
+    Gemma scales by sqrt(d) before this point, Granite multiplies whatever it is fed after it.
+    """
     gemma = model.config.model_type.startswith("gemma")
     weight, table = model.get_input_embeddings().weight, model.mtp["registers"].weight
     root = weight.shape[1] ** 0.5 if gemma else 1.0
-    rows = [table[n] * (root if scaled else 1.0) if is_register else weight[i] * root
+    bare = 1.0 / getattr(model.config, "embedding_multiplier", 1.0)
+    rows = [table[n] * (root if scaled else bare) if is_register else weight[i] * root
             for i, is_register, n in zip(ids, register, number, strict=True)]  # fmt: skip
     return torch.stack(rows)
 
@@ -88,10 +92,10 @@ def test_a_register_equals_a_literal_forward(tiny, tools, family, batch, prefix_
     assert len(checked) > 4 and max(checked) > 1
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "llama"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "granite", "llama"])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_register_is_scaled_as_asked(tiny, tools, batch, family, scaled):
-    """Gemma multiplies its embeddings by sqrt(d); register_scaled false leaves the register alone."""
+    """Gemma and Granite multiply their embeddings; register_scaled false leaves the register alone."""
     model = tiny(family)
     method = ready(tools, model, register_scaled=scaled, d_min=2, d_max=2)
     layout = method.layout(batch.rows, Context())
