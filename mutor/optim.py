@@ -1,5 +1,6 @@
 """Optimisers from a recipe: AdamW, or torch's Muon for the matrices of the layers with AdamW for the rest."""
 
+import math
 from typing import Any
 
 import torch
@@ -62,17 +63,21 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return Together([muon, rest])
 
 
-def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Any:
-    """Linear warm-up, then the recipe's decay to `final_rate` of the peak (transformers' WSD schedule)."""
-    from transformers import get_wsd_schedule
+def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up from zero, `hold` at the peak, then the recipe's decay to `final_rate` of the peak.
 
+    Not transformers' WSD schedule, whose warm-up starts at `final_rate`: none at all where the rate does not decay.
+    """
     warmup = round(recipe.warmup * recipe.steps) if recipe.warmup < 1 else int(recipe.warmup)
-    constant = recipe.decay == "none"
-    return get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=warmup,
-        num_decay_steps=0 if constant else recipe.steps - warmup,
-        num_stable_steps=recipe.steps - warmup if constant else 0,
-        decay_type="linear" if constant else recipe.decay,
-        min_lr_ratio=1.0 if constant else recipe.final_rate,
-    )
+    hold = round(recipe.hold * (recipe.steps - warmup))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        if recipe.decay == "none":
+            return 1.0
+        done = min(1.0, max(0, step - warmup - hold) / max(1, recipe.steps - warmup - hold))
+        shape = 1 - done if recipe.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return recipe.final_rate + (1 - recipe.final_rate) * shape
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -19,7 +19,8 @@ class Recipe:
     weight_decay: float = setting(0.0, doc="weight decay, not applied to norms and biases", low=0)
     clip: float = setting(1.0, doc="gradient norm clipped to this", low=0, open_ends=True)
     warmup: float = setting(0.0, doc="steps of linear warm-up; below 1: this share of all steps", low=0)
-    decay: str = setting("linear", doc="form of the decay after warm-up", choices=("linear", "cosine", "none"))
+    hold: float = setting(0.0, doc="share of the steps after warm-up at the peak rate, before the decay", low=0, high=1)
+    decay: str = setting("linear", doc="form of the decay", choices=("linear", "cosine", "none"))
     final_rate: float = setting(0.0, doc="share of the peak rate at the end of the decay", low=0, high=1)
     loss_mean: str = setting(
         "token", doc="mean over all tokens, or inside each sequence first", choices=("token", "sequence")
