@@ -130,13 +130,25 @@ def test_published_file_reads_encodes_and_writes_back(tmp_path):
 
 
 def test_backward_walks_ask_from_goal_to_start_and_hold_out_the_same_graphs():
-    plain, backward = (StarGraph(StarGraphConfig(2, 4, 9, backward=b)) for b in (False, True))
+    plain, backward = (StarGraph(StarGraphConfig(2, 4, 9, direction=d)) for d in ("forward", "backward"))
     one, other = (task.encode(task.splits["test"])[0][0].tolist() for task in (plain, backward))
     assert one[:18] == other[:18]
     start, goal = one[18], one[19]
     assert other[18:21] == [goal, start, one[20]] and other[21:] == one[21:][::-1]
     assert (keys(plain.splits["test"]) == keys(backward.splits["test"])).all()
     assert (plain._forbidden == backward._forbidden).all()
+
+
+def test_walks_in_both_directions_ask_half_of_the_graphs_each_way():
+    tasks = {d: StarGraph(StarGraphConfig(3, 4, 12, direction=d)) for d in ("forward", "backward", "both")}
+    graphs = tasks["both"].splits["test"]
+    ids = {d: np.array([row for row, _ in task.encode(graphs)]) for d, task in tasks.items()}
+    forward, backward = ((ids["both"] == ids[d]).all(axis=1) for d in ("forward", "backward"))
+    assert (forward ^ backward).all() and 0.45 < forward.mean() < 0.55
+    assert (tasks["both"]._answers(graphs) == ids["both"][:, -4:]).all()
+    again = tasks["both"].encode(graphs[np.arange(len(graphs))[::-1]])  # the direction belongs to the graph
+    assert (np.array([row for row, _ in again])[::-1] == ids["both"]).all()
+    assert StarGraph.chance(tasks["both"].config) == pytest.approx(200 / 3)
 
 
 @pytest.mark.parametrize(

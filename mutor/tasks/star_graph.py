@@ -40,7 +40,11 @@ class StarGraphConfig:
     l: int = setting(doc="nodes on a path, start and goal counted", low=3)  # noqa: E741 (the literature's name)
     labels: int = setting(50, doc="node labels to choose from", low=3)
     reverse: bool = setting(False, doc="answer with the path from goal to start (positive control)")
-    backward: bool = setting(False, doc="ask for the path from goal to start: plain look-ups, to train base models on")
+    direction: str = setting(
+        "forward",
+        doc="ask for the path to the goal; or back to the start, or either for half of the graphs, to train bases on",
+        choices=("forward", "backward", "both"),
+    )
     train_size: int | None = setting(None, doc="training graphs; none: new ones all the time", low=1)
     valid_size: int = setting(500, doc="graphs scored during training", low=1)
     test_size: int = setting(2000, doc="graphs scored at the end", low=1)
@@ -50,8 +54,8 @@ class StarGraphConfig:
     data_seed: int = setting(0, doc="seed of the validation and test graphs", low=0)
 
     def __post_init__(self) -> None:
-        if self.reverse and self.backward:
-            raise ValueError("reverse: not together with backward, which asks for the reversed path already")
+        if self.reverse and self.direction != "forward":
+            raise ValueError(f"reverse: not together with direction {self.direction!r}, which turns paths already")
         nodes = 1 + self.n * (self.l - 1)
         if nodes > self.labels:
             raise ValueError(f"labels: G({self.n}, {self.l}) has {nodes} nodes, more than the {self.labels} labels")
@@ -204,7 +208,7 @@ class StarGraph:
         return (
             f"star_graph n={config.n} l={config.l} labels={config.labels}"
             + (" reversed" * config.reverse)
-            + (" backward" * config.backward)
+            + ("" if config.direction == "forward" else f" {config.direction}")
         )
 
     @staticmethod
@@ -220,7 +224,8 @@ class StarGraph:
 
         Backwards from the goal there is nothing to choose.
         """
-        return 100.0 if config.reverse or config.backward else 100.0 / config.n
+        sure = 1.0 if config.reverse else {"forward": 0.0, "both": 0.5, "backward": 1.0}[config.direction]
+        return 100.0 * (sure + (1 - sure) / config.n)
 
     def _held_out(self) -> dict[str, Graphs]:
         c, seen, splits = self.config, np.zeros(0, dtype=np.uint64), {}
@@ -282,23 +287,30 @@ class StarGraph:
 
     def encode(self, graphs: Graphs) -> list[tuple[np.ndarray, int]]:
         """(token ids, prefix length) of each graph."""
+        asked = self._asked(graphs)
         if self.tokenizer is not None:
-            return [self._encode_text(e, p) for e, p in zip(graphs.edges, graphs.path, strict=True)]
+            return [self._encode_text(e, p) for e, p in zip(graphs.edges, asked, strict=True)]
         count, edges = graphs.edges.shape[:2]
         pairs = np.concatenate([graphs.edges, np.full((count, edges, 1), self.pipe)], axis=2).reshape(count, -1)
         pairs[:, -1] = self.slash
         answer = self._answers(graphs)
-        asked = graphs.path[:, ::-1] if self.config.backward else graphs.path
         query = np.stack([asked[:, 0], asked[:, -1], np.full(count, self.equals)], axis=1)
         ids = np.concatenate([pairs, query, answer], axis=1).astype(np.int64)
         return [(row, 3 * edges + 3) for row in ids]
 
+    def _asked(self, graphs: Graphs) -> np.ndarray:
+        """int16 [N, l]: the path in the direction it is asked for; of "both", which one is the graph's own hash."""
+        half = (keys(graphs) & np.uint64(1)).astype(bool)
+        turned = {"forward": half & False, "both": half, "backward": half | True}[self.config.direction]
+        return np.where(turned[:, None], graphs.path[:, ::-1], graphs.path)
+
     def _answers(self, graphs: Graphs) -> np.ndarray:
         """int16 [N, l]: the nodes to answer with, in order."""
-        return graphs.path[:, ::-1] if self.config.reverse or self.config.backward else graphs.path
+        asked = self._asked(graphs)
+        return asked[:, ::-1] if self.config.reverse else asked
 
     def _encode_text(self, edges: np.ndarray, path: np.ndarray) -> tuple[np.ndarray, int]:
-        prefix, answer = write_line(edges, path[::-1] if self.config.backward else path).split("=")
+        prefix, answer = write_line(edges, path).split("=")
         if self.config.reverse:
             answer = ",".join(reversed(answer.split(",")))
         head = self.tokenizer(prefix + "=", add_special_tokens=False)["input_ids"]
@@ -338,7 +350,7 @@ class StarGraph:
                 for i, ids in zip(part, method.generate(model, prompt, int(longest), context).tolist(), strict=True):
                     right[i] = np.array(self._labels(ids, length)) == truth[i]
         solved: np.ndarray = np.all(right, axis=1)
-        step = length - 2 if self.config.reverse or self.config.backward else 1
+        step = length - 2 if self.config.reverse or self.config.direction == "backward" else 1
         forced, loss = score_forced(model, method, context, examples, batch_size)
         metrics = {
             "solve_rate": 100 * float(solved.mean()),
