@@ -134,8 +134,16 @@ class Spec:
 
     @property
     def config_hash(self) -> str:
-        """Hash of `as_dict`: runs with another one are another experiment."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        """Hash of everything that differs from a default: runs with another one are another experiment.
+
+        A setting added later, at its default, leaves it as it was.
+        """
+        model = {k: v for k, v in not_default(self.model_config).items() if k not in ("role", "stands_in_for")}
+        decides = [
+            self.dataset.task, not_default(self.task_config), model, self.method, self.settings,
+            not_default(self.recipe), self.base and self.base.config_hash,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def stands_in_for(self) -> str:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,22 @@ def test_plan_lists_runs_and_bounds(capsys, tmp_path):
     assert main(["plan", "figure4", "--scale", "smoke", "--runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "9 settings, 18 seeded runs to do" in printed and "smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=1" in printed
+
+
+def test_hash_is_of_what_differs_from_defaults():
+    scale = config.load_scale(ROOT, "smoke")
+    spec = config.make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3})
+    assert spec.config_hash == config.make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3, "a": 0.3}).config_hash
+    same = replace(spec, model_config=replace(spec.model_config, stands_in_for="another wording"))
+    assert same.config_hash == spec.config_hash
+    others = [
+        replace(spec, recipe=replace(spec.recipe, steps=21)),
+        replace(spec, recipe=replace(spec.recipe, clip=2.0)),
+        replace(spec, task_config=replace(spec.task_config, data_seed=1)),
+        replace(spec, model_config=replace(spec.model_config, dtype="mixed")),
+        replace(spec, base=None),
+        replace(spec, base=replace(spec.base, recipe=replace(spec.base.recipe, steps=21))),
+        config.make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 2}),
+        config.make_spec(scale, "g2x3", "gpt2-2x32", "parallel_mtp", {"d_max": 3}),
+    ]
+    assert len({spec.config_hash, *(other.config_hash for other in others)}) == 1 + len(others)
