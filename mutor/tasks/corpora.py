@@ -1,0 +1,321 @@
+"""Published corpora of problems with worked answers and of summaries: where they are, what their rows mean.
+
+for problem in load(CORPORA["gsm8k"], "test", Origin("folder", "/data")): print(problem.prompt, problem.gold)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mutor.tasks.scoring import after_hashes
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt, the worked answer to train on (with the space before it), and what is right."""
+
+    prompt: str
+    answer: str
+    gold: str
+
+    @property
+    def key(self) -> str:
+        """Hash of the prompt, the problem's name in predictions."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
+
+
+def _question(question: str, answer: str, gold: str) -> Problem:
+    return Problem(f"Question: {question}\n\nAnswer:", f" {answer}", gold)
+
+
+def gsm8k(row: Row) -> list[Problem]:
+    """openai/gsm8k: question, answer ending in "#### gold"."""
+    gold = after_hashes(row["answer"])
+    if gold is None:
+        raise ValueError("answer has no '####'")
+    return [_question(row["question"], row["answer"], gold)]
+
+
+def openmath(row: Row) -> list[Problem]:
+    """nvidia/OpenMathInstruct-2: problem, generated_solution with a box, expected_answer, problem_source."""
+    return [_question(row["problem"], row["generated_solution"], row["expected_answer"])]
+
+
+def math500(row: Row) -> list[Problem]:
+    """HuggingFaceH4/MATH-500: problem, solution with a box, answer."""
+    return [_question(row["problem"], row["solution"], row["answer"])]
+
+
+def aqua(row: Row) -> list[Problem]:
+    """deepmind/aqua_rat: question, options (one a line), rationale, correct letter."""
+    if row["correct"] not in "ABCDE" or len(row["options"]) != 5:
+        raise ValueError(f"correct is {row['correct']!r} of {len(row['options'])} options, allowed: A to E of five")
+    asked = "\n".join([row["question"], *row["options"]])
+    return [_question(asked, f"{row['rationale']}\nThe answer is {row['correct']}", row["correct"])]
+
+
+def dialogue(row: Row) -> list[Problem]:
+    """SAMSum and DialogSum: dialogue, summary; DialogSum's published test rows have summary1 to summary3."""
+    summaries = [row["summary"]] if "summary" in row else [row[f"summary{i}"] for i in (1, 2, 3)]
+    return [Problem(f"Dialogue:\n{row['dialogue']}\n\nSummary:", f" {text}", text) for text in summaries]
+
+
+def pair(row: Row) -> list[Problem]:
+    """A user's own row: prompt and answer, joined by a space; gold, where the answer is more than what is scored."""
+    space = "" if row["prompt"][-1:].isspace() else " "
+    return [Problem(row["prompt"], space + row["answer"].strip(), row.get("gold", row["answer"].strip()))]
+
+
+def mix(row: Row) -> list[Problem]:
+    """A generated row of any of these, named by its field `dataset`."""
+    return PUBLISHED[row["dataset"]].read(row)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A dataset as it is published. files: split -> names that a local copy may have, patterns allowed."""
+
+    read: Callable[[Row], list[Problem]]
+    hub: str = ""
+    hub_name: str | None = None
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hub_splits: Mapping[str, str] = field(default_factory=dict)
+
+
+_SUMMARIES = {
+    "train": ("train.jsonl", "train.json", "*.train.jsonl"),
+    "valid": ("validation.jsonl", "valid.jsonl", "val.json", "dev.jsonl", "*.dev.jsonl"),
+    "test": ("test.jsonl", "test.json", "*.test.jsonl"),
+}
+PUBLISHED = {
+    "gsm8k": Published(
+        gsm8k, "openai/gsm8k", "main", {"train": ("train.jsonl",), "test": ("test.jsonl",)},
+        {"train": "train", "test": "test"},
+    ),
+    "openmathinstruct-2": Published(
+        openmath, "nvidia/OpenMathInstruct-2", None,
+        {"train_1M": ("train_1M*.parquet", "data/train_1M-*.parquet"),
+         "train_2M": ("train_2M*.parquet", "data/train_2M-*.parquet")},
+        {"train_1M": "train_1M", "train_2M": "train_2M"},
+    ),
+    "math500": Published(
+        math500, "HuggingFaceH4/MATH-500", None, {"test": ("test.jsonl",)}, {"test": "test"},
+    ),
+    "aqua": Published(
+        aqua, "deepmind/aqua_rat", "raw",
+        {"train": ("train.json",), "valid": ("dev.json",), "test": ("test.json",)},
+        {"train": "train", "valid": "validation", "test": "test"},
+    ),
+    "samsum": Published(
+        dialogue, "knkarthick/samsum", None, _SUMMARIES, {"train": "train", "valid": "validation", "test": "test"},
+    ),
+    "dialogsum": Published(
+        dialogue, "knkarthick/dialogsum", None, _SUMMARIES, {"train": "train", "valid": "validation", "test": "test"},
+    ),
+    "mix": Published(mix),
+    "own": Published(pair),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a training corpus is made of, and how models trained on it are scored."""
+
+    train: tuple[str, str]
+    test: tuple[str, str]
+    extract: str
+    compare: str
+    valid: tuple[str, str] | None = None
+    benchmark: str = ""
+    only: tuple[str, ...] = ()  # values of problem_source that are kept
+    more: tuple[str, str] | None = None  # another split to fill up from ...
+    more_than: float = 1.0  # ... to this multiple of the size
+    shuffled: bool = False  # seed 0, before the first `size` are taken
+    size: int | None = None
+    max_tokens: int = 512
+    new_tokens: int = 512
+    whole: bool = False  # prompts are learned too, as in pretraining
+
+
+_GSM, _MATH = ("gsm8k", "augmented_gsm8k"), ("math", "augmented_math")
+_M1, _M2, _GSM_TEST = ("openmathinstruct-2", "train_1M"), ("openmathinstruct-2", "train_2M"), ("gsm8k", "test")
+CORPORA = {
+    "gsm8k": Corpus(("gsm8k", "train"), _GSM_TEST, "hashes", "number", benchmark="gsm8k"),
+    "1m-gsm": Corpus(_M1, _GSM_TEST, "boxed", "number", benchmark="gsm8k", only=_GSM),
+    "2m-gsm": Corpus(_M2, _GSM_TEST, "boxed", "number", benchmark="gsm8k", only=_GSM),
+    "1m-gsm-extra": Corpus(
+        _M1, _GSM_TEST, "boxed", "number", benchmark="gsm8k", only=_GSM, more=_M2, more_than=1.4
+    ),
+    "1m-math": Corpus(
+        _M1, ("math500", "test"), "boxed", "mathematics", benchmark="math500", only=_MATH, shuffled=True, size=200_000,
+        max_tokens=768,
+    ),
+    "aqua-rat": Corpus(("aqua", "train"), ("aqua", "test"), "letter", "text", ("aqua", "valid"), "aqua-rat"),
+    "samsum": Corpus(
+        ("samsum", "train"), ("samsum", "test"), "whole", "rouge", ("samsum", "valid"), "samsum", max_tokens=768
+    ),
+    "dialogsum": Corpus(
+        ("dialogsum", "train"), ("dialogsum", "test"), "whole", "rouge", ("dialogsum", "valid"), "dialogsum",
+        max_tokens=768,
+    ),
+    "mix": Corpus(("mix", "train"), _GSM_TEST, "hashes", "number", benchmark="gsm8k", whole=True),
+    "own": Corpus(("own", "train"), ("own", "test"), "whole", "text", ("own", "valid")),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where rows come from: "hub", "generated", "folder" (`place`: it holds one folder a dataset), "file" (`place`)."""
+
+    kind: str
+    place: str = ""
+
+
+def problems(corpus: Corpus, split: str, origin: Origin, size: int | None = None) -> list[Problem]:
+    """All problems of a corpus's split "train", "valid" or "test", in a fixed order.
+
+    Without a validation split of its own a corpus is validated on its test split, as the paper chose checkpoints.
+    size: the first so many, of a corpus that is shuffled after shuffling. Raises ValueError naming file and line, or
+    dataset and revision, for what can't be read.
+    """
+    if split == "train":
+        found = list(_kept(corpus, corpus.train, origin))
+        if corpus.more:
+            have = {p.key for p in found}
+            extra: list[Problem] = []
+            wanted = round((corpus.more_than - 1) * len(found))
+            for problem in _kept(corpus, corpus.more, origin):
+                if len(extra) < wanted and problem.key not in have:
+                    extra.append(problem)
+            found += extra
+    else:
+        found = list(_kept(corpus, corpus.valid if split == "valid" and corpus.valid else corpus.test, origin))
+    if corpus.shuffled and split == "train":
+        import numpy as np
+
+        found = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+    limit = min(x for x in (size, corpus.size if split == "train" else None, len(found)) if x is not None)
+    return found[:limit]
+
+
+def _kept(corpus: Corpus, where: tuple[str, str], origin: Origin) -> Iterable[Problem]:
+    name, split = where
+    published = PUBLISHED[name]
+    for place, row in _rows(name, split, origin):
+        if corpus.only and row.get("problem_source", corpus.only[0]) not in corpus.only:
+            continue
+        try:
+            yield from published.read(row)
+        except KeyError as error:
+            raise ValueError(f"{place}: field {error} is missing") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{place}: {error}") from None
+
+
+def _rows(name: str, split: str, origin: Origin) -> Iterable[tuple[str, Row]]:
+    """(where it stands, row) of a published dataset's split."""
+    if origin.kind == "generated":
+        from mutor.tasks.standins import rows
+
+        for number, row in enumerate(rows(name, split)):
+            yield f"generated {name} {split} row {number}", row
+    elif origin.kind == "file":
+        yield from read_rows(Path(origin.place))
+    elif origin.kind == "folder":
+        for file in _files(name, split, Path(origin.place)):
+            yield from read_rows(file)
+    else:
+        yield from _hub(name, split)
+
+
+def _files(name: str, split: str, folder: Path) -> list[Path]:
+    published = PUBLISHED[name]
+    for home in (folder / name, folder):
+        for pattern in published.files[split]:
+            found = sorted(home.glob(pattern))
+            if found:
+                return found
+    raise ValueError(
+        f"folder: {folder} has no {split} split of {name}; looked for {', '.join(published.files[split])} "
+        f"in {folder / name} and {folder}"
+    )
+
+
+def read_rows(file: Path) -> Iterable[tuple[str, Row]]:
+    """(file and line, row) of a .jsonl, .json (a list, or one object a line) or .parquet file."""
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file")
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{file}: not a readable parquet file: {error}") from None
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}: row {number}", row
+        return
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+        yield from ((f"{file}: row {i}", row) for i, row in enumerate(rows, start=1))
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{file}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}:{number}: not valid JSON: {error.msg}") from None
+
+
+def _hub(name: str, split: str) -> Iterable[tuple[str, Row]]:
+    from datasets import load_dataset
+
+    published = PUBLISHED[name]
+    revision = locked_revision(published.hub)
+    try:
+        data = load_dataset(published.hub, published.hub_name, split=published.hub_splits[split], revision=revision)
+    except Exception as error:  # whatever the hub's client raises: no network, no access, no such revision
+        raise ValueError(
+            f"dataset {published.hub} at revision {revision} can't be loaded ({str(error).splitlines()[0]}); if it is "
+            "gated ask for access on its page and log in with `hf auth login`, or set `source: folder` and `folder` to "
+            f"a copy of its files"
+        ) from error
+    yield from ((f"{published.hub} {split} row {i}", row) for i, row in enumerate(data))
+
+
+def locked_revision(repository: str, *, kind: str = "dataset") -> str:
+    """The hub revision of a dataset or model: what config/revisions.json says, or the newest, then written there.
+
+    So whatever is downloaded once is downloaded alike ever after. Raises ValueError where the hub can't be asked.
+    """
+    from huggingface_hub import HfApi
+
+    from mutor.config import find_root
+
+    lock = find_root() / "config/revisions.json"
+    known = json.loads(lock.read_text()) if lock.exists() else {}
+    if repository not in known:
+        try:
+            info = HfApi().repo_info(repository, repo_type=kind)
+        except Exception as error:
+            raise ValueError(
+                f"{kind} {repository}: the hub can't be asked for its revision ({str(error).splitlines()[0]}); with a "
+                "network, log in with `hf auth login` if it is gated; else set `source: folder` and `folder` to a copy"
+            ) from error
+        known[repository] = info.sha
+        lock.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    return str(known[repository])
