@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Dataset:
     controls: bool = setting(True, doc="whether rows marked `control` run here")
     seeds: tuple | None = setting(None, doc="seeds here, instead of the scale's")
     base: str | None = setting(None, doc="a dataset that models are first trained on, next-token, seed by seed")
+    base_seed: int | None = setting(None, doc="one base model of this seed for all seeds, instead of one each", low=0)
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
 
 
@@ -81,6 +82,7 @@ class Row:
     settings: dict = setting({}, doc="settings on top of the dataset's own for this method")
     label: str = setting("", doc="name in figures, by default the method's")
     control: bool = setting(False, doc="a control, run only on datasets with `controls`")
+    max_seeds: int | None = setting(None, doc="only so many of the seeds, where the source has no more", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class Spec:
     task_config: Any
     method_config: Any
     seeds: tuple[int, ...] = field(compare=False)
-    base: Spec | None = None  # what its model is trained by first, seed by seed
+    base: Spec | None = None  # what its model is trained by first, seed by seed or with `dataset.base_seed`
 
     @property
     def path(self) -> str:
@@ -130,7 +132,12 @@ class Spec:
             "settings": asdict(self.method_config),
             "recipe": asdict(self.recipe),
             "base": self.base and self.base.as_dict(),
+            "base_seed": self.dataset.base_seed,
         }
+
+    def base_seed_of(self, seed: int) -> int:
+        """The seed of the base model that a run of this seed starts from."""
+        return seed if self.dataset.base_seed is None else self.dataset.base_seed
 
     @property
     def config_hash(self) -> str:
@@ -142,6 +149,7 @@ class Spec:
         decides = [
             self.dataset.task, not_default(self.task_config), model, self.method, self.settings,
             not_default(self.recipe), self.base and self.base.config_hash,
+            *([] if self.dataset.base_seed is None else [self.dataset.base_seed]),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -283,7 +291,8 @@ def make_spec(
     if dataset.base is not None:
         if model_config.pretrained is not None:
             raise ValueError(f"{where}: datasets: {data}: base: {dataset.base!r} is for models built from scratch")
-        base = make_spec(scale, dataset.base, model, "next_token", {}, chosen)
+        base_seeds = chosen if dataset.base_seed is None else (dataset.base_seed,)
+        base = make_spec(scale, dataset.base, model, "next_token", {}, base_seeds)
     return Spec(
         scale=scale.name, data=data, model=model, method=method, settings=not_default(config), dataset=dataset,
         model_config=model_config, recipe=_recipe(where, scale, data), task_config=task_config, method_config=config,
@@ -307,11 +316,15 @@ def cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> l
                 variants = dataset.settings.get(row.method) or {}
                 for variant in variants if isinstance(variants, list) else [variants]:
                     spec = make_spec(scale, data, model, row.method, {**variant, **row.settings}, seeds)
+                    spec = replace(spec, seeds=spec.seeds[: row.max_seeds])
                     out += [Cell(row, spec, metric) for metric in table.metrics]
     return out
 
 
 def specs(all_cells: list[Cell]) -> list[Spec]:
-    """The settings that cells need, each once, base models first."""
-    found = [cell.spec for cell in all_cells]
-    return list({spec.path: spec for spec in [*(s.base for s in found if s.base), *found]}.values())
+    """The settings that cells need, each once with all seeds that any cell needs, base models first."""
+    found: dict[str, Spec] = {}
+    for spec in [*(c.spec.base for c in all_cells if c.spec.base), *(c.spec for c in all_cells)]:
+        before = found[spec.path].seeds if spec.path in found else ()
+        found[spec.path] = replace(spec, seeds=tuple(dict.fromkeys((*before, *spec.seeds))))
+    return list(found.values())

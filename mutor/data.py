@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """examples: indices int64 [K] -> K pairs (ids, prefix length); size: how many there are, None without end."""
+    """examples: indices int64 [K] -> K pairs (ids, prefix length); size: how many there are, None without end.
+
+    dropped: how many were left out for their length.
+    """
 
     examples: Callable[[np.ndarray], list[tuple[np.ndarray, int]]]
     size: int | None
+    dropped: int = 0
 
 
 class Samples(Dataset):

@@ -68,15 +68,17 @@ def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr
 
     Not transformers' WSD schedule, whose warm-up starts at `final_rate`: none at all where the rate does not decay.
     """
-    warmup = round(recipe.warmup * recipe.steps) if recipe.warmup < 1 else int(recipe.warmup)
-    hold = round(recipe.hold * (recipe.steps - warmup))
+    steps = recipe.steps
+    assert steps is not None, "Recipe.for_size comes first"
+    warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else int(recipe.warmup)
+    hold = round(recipe.hold * (steps - warmup))
 
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
         if recipe.decay == "none":
             return 1.0
-        done = min(1.0, max(0, step - warmup - hold) / max(1, recipe.steps - warmup - hold))
+        done = min(1.0, max(0, step - warmup - hold) / max(1, steps - warmup - hold))
         shape = 1 - done if recipe.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
         return recipe.final_rate + (1 - recipe.final_rate) * shape
 

@@ -64,9 +64,11 @@ def _minutes(spec: Spec, measured: list[dict[str, Any]]) -> float | None:
         lambda r: r["model"] == spec.model,
     )
     for test in tests:
-        rates = [r["seconds_training"] / r["steps"] for r in measured if test(r) and r["steps"]]
-        if rates:
-            return statistics.median(rates) * spec.recipe.steps / 60
+        near = [r for r in measured if test(r) and r["steps"]]
+        alike = [r["steps"] for r in near if r["train_data"] == spec.data]
+        steps = spec.recipe.steps or (statistics.median(alike) if alike else None)
+        if near and steps:
+            return statistics.median(r["seconds_training"] / r["steps"] for r in near) * steps / 60
     return None
 
 

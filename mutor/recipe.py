@@ -1,6 +1,6 @@
 """How a model is trained: the same for every method of a comparison, fixed in the scale."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mutor.checks import setting
 
@@ -9,7 +9,8 @@ from mutor.checks import setting
 class Recipe:
     """Optimiser, schedule, batch and how often a run looks up from its work."""
 
-    steps: int = setting(doc="optimiser steps", low=1)
+    steps: int | None = setting(None, doc="optimiser steps", low=1)
+    epochs: float | None = setting(None, doc="or passes through the training data, each of whole batches", low=0)
     batch_size: int = setting(doc="sequences an optimiser step", low=1)
     accumulate: int = setting(1, doc="parts a batch is computed in; its loss is the mean of their losses", low=1)
     optimizer: str = setting("adamw", doc="muon: Muon for matrices, AdamW for the rest", choices=("adamw", "muon"))
@@ -27,12 +28,26 @@ class Recipe:
     )
     gradient_checkpointing: bool = setting(False, doc="recompute activations instead of keeping them")
     log_every: int = setting(50, doc="steps between log lines", low=1)
-    eval_every: int = setting(500, doc="steps between scores on the validation set", low=1)
+    eval_every: int | None = setting(500, doc="steps between scores on the validation set; none: an epoch", low=1)
     save_every: int = setting(500, doc="steps between checkpoints, a multiple of log_every", low=1)
     eval_batch_size: int = setting(500, doc="sequences scored at once", low=1)
     stop_at: float | None = setting(None, doc="end a run when the validation score reaches this, in percent")
 
+    def for_size(self, size: int | None) -> "Recipe":
+        """The recipe in steps, for training data of `size` examples (none: without end)."""
+        if size is None:
+            if self.steps is None or self.eval_every is None:
+                raise ValueError("epochs: these training data have no end; give steps and eval_every")
+            return self
+        epoch = size // self.batch_size
+        if epoch == 0:
+            raise ValueError(f"batch_size: {self.batch_size} is more than the {size} training examples")
+        steps = self.steps if self.epochs is None else round(self.epochs * epoch)
+        return replace(self, steps=steps, epochs=None, eval_every=self.eval_every or epoch)
+
     def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps: give either steps or epochs, not {self.steps} and {self.epochs}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: {self.accumulate} does not divide batch_size {self.batch_size}")
         if self.save_every % self.log_every:

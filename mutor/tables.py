@@ -73,8 +73,10 @@ def _cell_row(table: Table, cell: Cell, runs: Path, reported: pd.DataFrame) -> d
         settings["registers"] = ""
     return {
         "artifact": table.name, "scale": spec.scale, "role": spec.model_config.role, "model": spec.model,
-        "method": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""), "train_data": name, "benchmark": name,
-        "metric": cell.metric, "unit": cell.unit, **settings, "iterations": spec.recipe.steps, "epochs": "",
+        "method": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""), "train_data": name,
+        "benchmark": task.scored_on(spec.task_config),
+        "metric": cell.metric, "unit": cell.unit, **settings,
+        "iterations": spec.recipe.steps, "epochs": spec.recipe.epochs,
         "added_params": found[0]["added_parameters"] if found else "", "n_seeds": summary.n_seeds,
         "mean": summary.mean, "std": summary.std, "ci_low": summary.ci_low, "ci_high": summary.ci_high,
         "reported": published, "reported_difference": difference,

@@ -45,12 +45,14 @@ class MethodTrainer(Trainer):
         self._started = time.monotonic()
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert recipe.steps is not None and recipe.eval_every is not None, "Recipe.for_size comes first"
+        self.steps = recipe.steps
         own = optimizer(model, recipe)
         super().__init__(
             model=model,
             args=TrainingArguments(
                 output_dir=str(folder),
-                max_steps=recipe.steps,
+                max_steps=self.steps,
                 per_device_train_batch_size=recipe.batch_size // recipe.accumulate,
                 gradient_accumulation_steps=recipe.accumulate,
                 max_grad_norm=recipe.clip,
@@ -113,7 +115,7 @@ class MethodTrainer(Trainer):
             f"eval_{name}": value for name, value in self.score(self.accelerator.unwrap_model(self.model)).items()
         }
         self.log(dict(metrics))
-        self.say(f"step {self.state.global_step}/{self.recipe.steps}  {self.goal} {metrics[f'eval_{self.goal}']:.1f}")
+        self.say(f"step {self.state.global_step}/{self.steps}  {self.goal} {metrics[f'eval_{self.goal}']:.1f}")
         if self.recipe.stop_at is not None and metrics[f"eval_{self.goal}"] >= self.recipe.stop_at:
             self.control.should_training_stop = True
             self.control.should_save = False  # a run killed after this point repeats its last steps and stops again
@@ -133,7 +135,7 @@ class MethodTrainer(Trainer):
         return next((entry[key] for entry in reversed(self.state.log_history) if key in entry), default)
 
     def _line(self, logs: dict[str, float]) -> str:
-        step, total = self.state.global_step, self.recipe.steps
+        step, total = self.state.global_step, self.steps
         left = self.seconds() / max(step, 1) * (total - step)
         parts = "  ".join(f"{k} {v:.3f}" for k, v in logs.items() if k == "loss" or k in self._names(logs))
         return f"step {step}/{total}  {parts}  {int(left // 60)}:{int(left % 60):02d} left"
