@@ -7,7 +7,7 @@ target   .  A  B  C  D  .       which stands nowhere else)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mutor.method import Context, Method
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TeacherlessConfig:
     """No settings."""
+
+    fixed_length: ClassVar[bool] = True  # as many dummies as the answer has tokens
 
 
 class Teacherless(Method):

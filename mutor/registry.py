@@ -34,3 +34,4 @@ register(METHODS, "teacherless", "baselines.teacherless:Teacherless")
 register(METHODS, "mutor", "mutor.mutor:MuToR")
 
 register(TASKS, "star_graph", "mutor.tasks.star_graph:StarGraph")
+register(TASKS, "text", "mutor.tasks.text:Text")

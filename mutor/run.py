@@ -54,7 +54,7 @@ def run(spec: Spec, seeds: tuple[int, ...], place: Workplace) -> None:
             todo.append(seed)
     if todo:
         if spec.base:
-            _run_base(spec.base, tuple(todo), place)
+            _run_base(spec.base, tuple(dict.fromkeys(map(spec.base_seed_of, todo))), place)
         _run(spec, todo, place)
     write_index(spec, seeds, place.runs)
 
@@ -111,10 +111,10 @@ def _seed(
     context = Context(seed=seed, pad_id=task.pad_id, prefix_lm=task.prefix_lm)
     method = load(METHODS, spec.method, "method")(spec.method_config, per_sequence=spec.recipe.loss_mean == "sequence")
     if not (folder / "last/training.json").exists():
-        base = results.seed_folder(place.runs, spec.base, seed) / "last" if spec.base else None
+        base = results.seed_folder(place.runs, spec.base, spec.base_seed_of(seed)) / "last" if spec.base else None
         _train(spec, seed, folder, base, task, method, context, device, say)
     training = json.loads((folder / "last/training.json").read_text())
-    checkpoints, scores = _evaluate(spec, folder, task, method, context, device, training)
+    checkpoints, scores = _evaluate(spec, folder, task, method, context, device, training, say)
     say("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
     memory = (
         torch.cuda.max_memory_allocated()
@@ -129,6 +129,7 @@ def _seed(
         "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
         "checkpoints": checkpoints, "scores": results.pack(scores), "curve": training["curve"],
         "steps": training["steps"], "tokens": training["tokens"], "seconds_training": training["seconds"],
+        "examples": training["examples"], "examples_dropped": training["examples_dropped"],
         "trainable_parameters": training["trainable_parameters"], "added_parameters": training["added_parameters"],
         "peak_memory_bytes": memory, "device": _device_name(device), "threads": place.threads,
         "started": training["started"], "finished": _now(), "resumed": training["resumed"],
@@ -147,11 +148,20 @@ def _train(
     from mutor.train import MethodTrainer, last_checkpoint
     from mutor.trunk import evaluating
 
-    started, recipe = _now(), spec.recipe
+    started, source = _now(), task.train(seed)
+    recipe = spec.recipe.for_size(source.size)
+    if source.dropped:
+        say(f"{source.size} training examples; {source.dropped} longer ones dropped")
     model = build(spec.model_config, vocabulary=task.vocabulary, seed=seed, base=base)
+    task.prepare(model)
     method.attach(model, initialiser(spec.model_config))
     goal = task.benchmark
     best: dict[str, float] = {}
+
+    def _export(model: Any, target: Path) -> None:
+        method.export(model, target)
+        if task.tokenizer is not None:
+            task.tokenizer.save_pretrained(target)
 
     def score(model: Any) -> dict[str, float]:
         with evaluating(model):
@@ -159,11 +169,12 @@ def _train(
         if trainer.is_world_process_zero() and metrics[goal] > best.get(goal, _best_so_far(trainer, goal)):
             best[goal] = metrics[goal]
             with _whole(folder / "best") as target:
-                method.export(model, target)
+                _export(model, target)
                 results.write_json(target / "training.json", {"step": trainer.state.global_step, goal: metrics[goal]})
         return metrics
 
-    samples = Samples(task.train(seed), recipe.steps * recipe.batch_size, seed)
+    assert recipe.steps is not None
+    samples = Samples(source, recipe.steps * recipe.batch_size, seed)
     resumed = last_checkpoint(folder / "checkpoints") is not None
     trainer = MethodTrainer(
         model, method, recipe, samples, context, folder / "checkpoints",
@@ -173,7 +184,7 @@ def _train(
     plain = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_world_process_zero():
         with _whole(folder / "last") as target:
-            method.export(plain, target)
+            _export(plain, target)
             curve = [entry for entry in trainer.state.log_history if "loss" in entry or f"eval_{goal}" in entry]
             results.write_json(
                 target / "training.json",
@@ -182,6 +193,7 @@ def _train(
                     "tokens": next((e["tokens"] for e in reversed(curve) if "tokens" in e), 0), "started": started,
                     "resumed": resumed, "added_parameters": method.added_parameters(plain),
                     "trainable_parameters": sum(p.numel() for p in plain.parameters() if p.requires_grad),
+                    "examples": source.size, "examples_dropped": source.dropped,
                     "weights_hash": _weights_hash(target),
                 },
             )  # fmt: skip
@@ -193,8 +205,9 @@ def _best_so_far(trainer: Any, goal: str) -> float:
 
 
 def _evaluate(
-    spec: Spec, folder: Path, task: Any, method: Any, context: Any, device: str, training: dict[str, Any]
-) -> tuple[list[dict[str, Any]], Any]:
+    spec: Spec, folder: Path, task: Any, method: Any, context: Any, device: str, training: dict[str, Any],
+    say: Callable[[str], None],
+) -> tuple[list[dict[str, Any]], Any]:  # fmt: skip
     """Test metrics of the best and the last checkpoint, as anyone would load them; the last one's scores."""
     from transformers import AutoModelForCausalLM
 
@@ -214,7 +227,9 @@ def _evaluate(
         )
         plain.to(device)
         plain.eval()
-        metrics, scores = task.evaluate(plain, method, context, "test", spec.recipe.eval_batch_size)
+        metrics, scores = task.evaluate(
+            plain, method, context, "test", spec.recipe.eval_batch_size, folder / f"predictions-{name}.jsonl", say
+        )
         names = ["best", "last"] if name == "last" and same else [name]
         seconds = round(time.monotonic() - began, 3)
         found.append({"names": names, "step": step, "metrics": metrics, "seconds_evaluating": seconds})
@@ -236,6 +251,8 @@ def _set_aside(folder: Path) -> None:
     if record.exists():
         number = 1 + len(list(folder.glob("metrics.superseded-*.json")))
         record.rename(folder / f"metrics.superseded-{number}.json")
+    for file in folder.glob("predictions-*"):
+        file.unlink()
     for name in ("checkpoints", "last", "best"):
         shutil.rmtree(folder / name, ignore_errors=True)
 

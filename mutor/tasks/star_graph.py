@@ -211,6 +211,8 @@ class StarGraph:
             + ("" if config.direction == "forward" else f" {config.direction}")
         )
 
+    scored_on = describe
+
     @staticmethod
     def check_settings(config: StarGraphConfig, method_config: Any, where: str) -> None:
         """Raise ValueError for a method that looks further than a path is long."""
@@ -327,8 +329,9 @@ class StarGraph:
         return (got + [-1] * length)[:length]
 
     def evaluate(
-        self, model: Any, method: Method, context: Context, split: str, batch_size: int
-    ) -> tuple[dict[str, float], np.ndarray]:
+        self, model: Any, method: Method, context: Context, split: str, batch_size: int, keep: Path | None = None,
+        say: Any = None,
+    ) -> tuple[dict[str, float], np.ndarray]:  # fmt: skip
         """Score greedy answers without teacher forcing (whole path right), and each position with and without it.
 
         Returns the metrics (rates in percent, loss in nats a token) and bool [N], the graphs solved.
@@ -362,6 +365,9 @@ class StarGraph:
         if self.tokenizer is None:
             metrics |= {f"forced_accuracy_at_{i + 1}": 100 * float(forced[:, i].mean()) for i in range(length)}
         return metrics, solved
+
+    def prepare(self, model: Any) -> None:
+        """Nothing to tell a new model."""
 
     def data_hash(self) -> str:
         """A hash of the held-out graphs."""

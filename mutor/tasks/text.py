@@ -1,0 +1,219 @@
+"""Prompts and answers in text: mathematical reasoning, multiple choice, summaries, or a user's own.
+
+task = Text(TextConfig(corpus="gsm8k", source="generated", tokens="standin"))
+task.evaluate(model, method, Context(), "test", batch_size=64)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mutor.checks import setting
+from mutor.tasks.corpora import CORPORA, Origin, Problem, problems
+from mutor.tasks.scoring import COMPARE, EXTRACT, rouge
+
+if TYPE_CHECKING:
+    from mutor import data
+    from mutor.method import Context, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The corpus, where it comes from, how much of it, and how answers are scored."""
+
+    corpus: str = setting(doc="a published corpus, `mix` to train base models on, or `own`", choices=tuple(CORPORA))
+    source: str = setting("hub", doc="where its rows come from", choices=("hub", "folder", "generated"))
+    folder: str | None = setting(None, doc="with source folder: the folder that holds one folder a dataset")
+    train_file: str | None = setting(None, doc="with corpus own: JSONL of prompt and answer")
+    valid_file: str | None = setting(None, doc="with corpus own: to choose checkpoints; none: the test file")
+    test_file: str | None = setting(None, doc="with corpus own: to score; gold: what is right, if not answer")
+    extract: str | None = setting(None, doc="how an answer is found in a text", choices=(*EXTRACT, None))
+    compare: str | None = setting(None, doc="what is right", choices=(*COMPARE, "rouge", None))
+    train_size: int | None = setting(None, doc="first so many training examples", low=1)
+    valid_size: int | None = setting(None, doc="first so many problems scored during training", low=1)
+    test_size: int | None = setting(None, doc="first so many problems scored at the end", low=1)
+    max_tokens: int | None = setting(None, doc="longer training examples are dropped", low=8)
+    new_tokens: int | None = setting(None, doc="longest answer, in tokens", low=1)
+    prefix_lm: bool = setting(True, doc="prompts are read in both directions, in training and at inference")
+    calculator: bool = setting(True, doc="keep GSM8K's calculator marks <<48/2=24>> in training answers")
+    tokens: str = setting("model", doc="the model's tokenizer, or one of the stand-ins", choices=("model", "standin"))
+
+    def __post_init__(self) -> None:
+        if self.corpus == "own":
+            for name in ("train_file", "test_file"):
+                if not getattr(self, name):
+                    raise ValueError(f"{name}: missing, corpus 'own' needs a JSONL file of prompt and answer")
+        elif self.train_file or self.valid_file or self.test_file:
+            raise ValueError(f"train_file: goes with corpus 'own', not with {self.corpus!r}")
+        if (self.source == "folder") != bool(self.folder):
+            raise ValueError(f"folder: {self.folder!r} does not go with source {self.source!r}")
+
+
+class Text:
+    """The task: examples of a prompt and its answer, and how generated answers are scored."""
+
+    Config = TextConfig
+    higher_is_better = True
+
+    def __init__(self, config: TextConfig, tokenizer: Any = None):
+        """tokenizer: the model's own, for `tokens: model`."""
+        if (config.tokens == "model") != (tokenizer is not None):
+            raise ValueError(f"tokens: {config.tokens!r} goes with {'a' if tokenizer is None else 'no'} tokenizer")
+        from mutor.tasks import standins
+
+        self.config, self.tokenizer = config, tokenizer or standins.tokenizer()
+        changes = {k: getattr(config, k) for k in ("extract", "compare", "max_tokens", "new_tokens")}
+        self.corpus = replace(CORPORA[config.corpus], **{k: v for k, v in changes.items() if v is not None})
+        self.vocabulary = len(self.tokenizer) if tokenizer is None else None
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the model's tokenizer has no end token, which answers are ended by")
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.pad_id = self.tokenizer.pad_token_id
+        self.prefix_lm = config.prefix_lm and not self.corpus.whole
+        self.benchmark = "rougeL" if self.corpus.compare == "rouge" else "accuracy"
+        self.problems = {split: self._problems(split) for split in ("valid", "test")}
+
+    @staticmethod
+    def describe(config: TextConfig) -> str:
+        """The name of the corpus in tables."""
+        return Path(config.train_file or "own").stem if config.corpus == "own" else config.corpus
+
+    @staticmethod
+    def scored_on(config: TextConfig) -> str:
+        """The name of the benchmark in tables."""
+        return CORPORA[config.corpus].benchmark or Path(config.test_file or "own").stem
+
+    @staticmethod
+    def check_settings(config: TextConfig, method_config: Any, where: str) -> None:
+        """Raise ValueError for a method that can only give answers of one length."""
+        if getattr(method_config, "fixed_length", False):
+            raise ValueError(f"{where}: this method answers in a fixed number of tokens, texts end where they end")
+
+    def _problems(self, split: str) -> list[Problem]:
+        c = self.config
+        size = {"train": c.train_size, "valid": c.valid_size, "test": c.test_size}[split]
+        own = {"train": c.train_file, "valid": c.valid_file or c.test_file, "test": c.test_file}[split]
+        origin = Origin("file", own) if own else Origin(c.source, c.folder or "")
+        found = problems(self.corpus, split, origin, size)
+        if not found:
+            raise ValueError(f"{self.describe(c)}: no {split} problems in {own or c.folder or c.source}")
+        return found
+
+    def train(self, seed: int) -> data.Source:
+        """Tokenised training examples, those longer than `max_tokens` dropped and counted; the same for all seeds."""
+        from mutor.data import Source
+
+        found = self._problems("train")
+        if not self.config.calculator:
+            found = [replace(p, answer=_without_marks(p.answer)) for p in found]
+        examples = self.encode(found, whole=self.corpus.whole)
+        kept = [(ids, prefix) for ids, prefix in examples if len(ids) <= self.corpus.max_tokens]
+        if not kept:
+            raise ValueError(f"max_tokens: all {len(found)} examples are longer than {self.corpus.max_tokens} tokens")
+        self.longest = max(len(ids) for ids, _ in kept)
+        return Source(lambda index: [kept[i] for i in index], len(kept), dropped=len(found) - len(kept))
+
+    def encode(self, found: Sequence[Problem], *, whole: bool = False) -> list[tuple[np.ndarray, int]]:
+        """(token ids, prefix length): prompt and answer tokenised apart and joined, so their boundary is exact.
+
+        whole: everything behind the first token is to be predicted, as in pretraining.
+        """
+        prompts = self.tokenizer([p.prompt for p in found])["input_ids"]
+        answers = self.tokenizer([p.answer for p in found], add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return [
+            (np.array([*prompt, *answer, end], dtype=np.int64), 1 if whole else len(prompt))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+    def score(self, output: str, gold: str) -> dict[str, float]:
+        """Metrics of one answer: right (1) or wrong (0), or ROUGE F-measures, each 0 to 1."""
+        if self.corpus.compare == "rouge":
+            return rouge(output, gold)
+        answer = EXTRACT[self.corpus.extract](output)
+        return {"accuracy": float(COMPARE[self.corpus.compare](answer, gold))}
+
+    def evaluate(
+        self, model: Any, method: Method, context: Context, split: str, batch_size: int, keep: Path | None = None,
+        say: Any = None,
+    ) -> tuple[dict[str, float], np.ndarray]:  # fmt: skip
+        """Greedy answers through lm-evaluation-harness, scored; and the loss of the right answers.
+
+        keep: a .jsonl file for all predictions; answers are kept beside it as they come, so a killed evaluation goes
+        on. Returns the metrics (percent; loss in nats a token) and the scores of `benchmark`, bool or float [N].
+        """
+        from mutor.data import score_forced
+        from mutor.tasks.harness import evaluate
+
+        found = self.problems[split]
+        cache = keep.with_suffix(".answers") if keep else None
+        outputs, scores = evaluate(
+            model, self.tokenizer, self.scored_on(self.config), found, self.score,
+            new_tokens=self._new_tokens(model.config.max_position_embeddings), batch_size=batch_size,
+            prefix_lm=self.prefix_lm, cache=cache, say=say,
+        )  # fmt: skip
+        metrics = {name: 100 * float(values.mean()) for name, values in scores.items()}
+        _, metrics["loss"] = score_forced(model, method, context, self.encode(found), batch_size)
+        values = scores[self.benchmark]
+        if keep:
+            self._keep(keep, found, outputs, values)
+            for file in keep.parent.glob(f"{keep.stem}.answers*"):
+                file.unlink()
+        return metrics, values if self.benchmark == "rougeL" else values.astype(bool)
+
+    def _new_tokens(self, room: int) -> int:
+        """Longest answer: `new_tokens`, or what is left of the model's positions behind the longest prompt."""
+        longest = max(prefix for split in self.problems.values() for _, prefix in self.encode(split))
+        if longest >= room:
+            raise ValueError(f"a prompt has {longest} tokens; allowed: below {room}, the model's positions")
+        return min(self.corpus.new_tokens, room - longest)
+
+    def _keep(self, file: Path, found: Sequence[Problem], outputs: Sequence[str], values: np.ndarray) -> None:
+        lines = []
+        for problem, output, value in zip(found, outputs, values.tolist(), strict=True):
+            line = {"prompt": problem.key, "output": output, "gold": problem.gold, self.benchmark: value}
+            if self.corpus.compare != "rouge":
+                line["answer"] = EXTRACT[self.corpus.extract](output)
+            lines.append(json.dumps(line, ensure_ascii=False))
+        temporary = file.with_suffix(".part")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.replace(file)
+
+    def prepare(self, model: Any) -> None:
+        """Tell a new model its special tokens, so that its checkpoints answer and stop wherever they are loaded.
+
+        Raises ValueError for training examples or prompts that are longer than the model has positions for.
+        """
+        room = model.config.max_position_embeddings
+        if self.longest > room:
+            raise ValueError(
+                f"max_tokens: training examples have up to {self.longest} tokens; allowed: {room}, as the model has "
+                "positions"
+            )
+        self._new_tokens(room)
+        for config in (model.config, model.generation_config):
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                if getattr(config, name, None) is None:
+                    setattr(config, name, getattr(self.tokenizer, name))
+
+    def data_hash(self) -> str:
+        """A hash of all problems, training ones included."""
+        digest = hashlib.sha256()
+        for found in (self._problems("train"), self.problems["valid"], self.problems["test"]):
+            for problem in found:
+                digest.update(json.dumps([problem.prompt, problem.answer, problem.gold]).encode())
+        return digest.hexdigest()[:16]
+
+
+def _without_marks(answer: str) -> str:
+    import re
+
+    return re.sub(r"<<[^<>]*>>", "", answer)

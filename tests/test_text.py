@@ -1,0 +1,244 @@
+"""The text task: tokens, prefix and answer, answers by lm-evaluation-harness, whole runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mutor import config, results
+from mutor.checks import from_mapping
+from mutor.method import Context
+from mutor.recipe import Recipe
+from mutor.registry import METHODS, load
+from mutor.run import Workplace, run
+from mutor.tasks.corpora import Problem
+from mutor.tasks.text import Text, TextConfig
+
+ROOT = Path(__file__).parent.parent
+STANDIN = {"source": "generated", "tokens": "standin"}
+
+
+@pytest.fixture(scope="module")
+def gsm8k():
+    """The generated GSM8K stand-in."""
+    return Text(TextConfig(corpus="gsm8k", valid_size=20, test_size=30, train_size=200, **STANDIN))
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer of the words <0> .. <60>; 0 pads, 1 begins, 2 ends."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(61)}, unk_token="<3>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<1> $A", special_tokens=[("<1>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", bos_token="<1>", eos_token="<2>")
+
+
+def test_prompt_and_answer_meet_where_they_should(gsm8k):
+    """Prefix: beginning token and prompt; answer: its own tokens and the end token; nothing lost on the way."""
+    tokenizer, found = gsm8k.tokenizer, gsm8k.problems["test"]
+    for (ids, prefix), problem in zip(gsm8k.encode(found), found, strict=True):
+        assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids[1:prefix]) == problem.prompt and tokenizer.decode(ids[prefix:-1]) == problem.answer
+        assert list(ids[:prefix]) == tokenizer(problem.prompt)["input_ids"]  # as at inference
+    assert all(prefix == 1 for _, prefix in gsm8k.encode(found, whole=True))
+
+
+def test_no_loss_on_the_prompt_and_registers_in_the_answer_only(gsm8k, tiny):
+    from mutor import MuToR
+    from mutor.data import Samples
+    from mutor.layout import IGNORE, collate
+
+    source = gsm8k.train(0)
+    rows = collate(Samples(source, 100, 0).__getitems__(range(6)), gsm8k.pad_id)
+    mutor = MuToR.of(d_max=4)
+    mutor.attach(tiny("llama", vocab_size=len(gsm8k.tokenizer), max_position_embeddings=512))
+    layout = mutor.layout(rows, Context(pad_id=gsm8k.pad_id, prefix_lm=True))
+    plain = ~layout.register
+    for row in range(6):
+        prefix = int((~rows.answer[row] & (rows.document[row] >= 0)).sum())
+        length = int((rows.document[row] >= 0).sum())
+        predicted = (layout.target[row] != IGNORE) & plain[row]
+        assert predicted.nonzero().flatten().tolist() == list(range(prefix - 1, length - 1))
+        anchors = layout.order[row][layout.register[row] & (layout.target[row] != IGNORE)]
+        assert int(anchors.min()) == prefix - 1 and int(anchors.max()) <= length - 2
+        assert int(layout.prefix[row].sum()) == prefix
+
+
+def test_long_examples_are_dropped_and_counted():
+    task = Text(TextConfig(corpus="gsm8k", train_size=300, test_size=5, max_tokens=100, **STANDIN))
+    lengths = np.array([len(ids) for ids, _ in task.encode(task._problems("train"))])
+    source = task.train(0)
+    assert source.size == (lengths <= 100).sum() and source.dropped == (lengths > 100).sum() > 0
+    with pytest.raises(ValueError, match="max_tokens: all 300 examples are longer than 8 tokens"):
+        Text(TextConfig(corpus="gsm8k", train_size=300, test_size=5, max_tokens=8, **STANDIN)).train(0)
+
+
+def test_what_does_not_fit_the_model_is_refused_before_training(tiny):
+    task = Text(TextConfig(corpus="gsm8k", train_size=50, test_size=20, **STANDIN))
+    task.train(0)
+    with pytest.raises(ValueError, match=r"max_tokens: training examples have up to \d+ tokens; allowed: 64"):
+        task.prepare(tiny("llama", max_position_embeddings=64))
+    task.longest = 10
+    with pytest.raises(ValueError, match=r"a prompt has \d+ tokens; allowed: below 64"):
+        task.prepare(tiny("llama", max_position_embeddings=64))
+    model = tiny("llama", max_position_embeddings=512, eos_token_id=None)
+    task.prepare(model)
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == task.tokenizer.eos_token_id
+
+
+def test_calculator_marks_are_kept_or_stripped(tmp_path):
+    row = {"question": "q", "answer": "She sold 48/2 = <<48/2=24>>24 clips.\n#### 24"}
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    texts = []
+    for calculator in (True, False):
+        options = {"corpus": "gsm8k", "source": "folder", "folder": str(tmp_path), "tokens": "standin"}
+        task = Text(TextConfig(calculator=calculator, **options))
+        ids, prefix = task.train(0).examples(np.array([0]))[0]
+        texts.append(task.tokenizer.decode(ids[prefix:-1]))
+    assert texts == [" She sold 48/2 = <<48/2=24>>24 clips.\n#### 24", " She sold 48/2 = 24 clips.\n#### 24"]
+
+
+@pytest.mark.parametrize("prefix_lm", [True, False])
+def test_batched_answers_equal_one_by_one_without_cache(tiny, tools, family, words, prefix_lm):
+    """Prompts of different lengths in one left-padded batch against a loop of whole forwards, one prompt at a time."""
+    from mutor.tasks.harness import evaluate
+
+    model = tiny(family, scale=3.0)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, 61, n).tolist() for n in (9, 3, 6, 1, 7)]
+    found = [Problem(" ".join(f"<{i}>" for i in p), "", "<5>") for p in prompts]
+    outputs, scores = evaluate(
+        model, words, "words", found, lambda out, gold: {"right": float(gold in out.split())},
+        new_tokens=8, batch_size=3, prefix_lm=prefix_lm,
+    )  # fmt: skip
+    for prompt, output, right in zip(prompts, outputs, scores["right"], strict=True):
+        ids = [1, *prompt]
+        for _ in range(8):
+            best = int(tools.plain_logits(model, ids, 1 + len(prompt), prefix_lm)[-1].argmax())
+            ids.append(best)
+            if best == 2:
+                break
+        wanted = [i for i in ids[1 + len(prompt) :] if i > 2]
+        assert [int(w[1:-1]) for w in output.split()] == wanted
+        assert right == float(5 in wanted)
+
+
+def test_killed_evaluation_goes_on_where_it_was(tiny, words, tmp_path):
+    from mutor.tasks.harness import PrefixLM, evaluate
+
+    model = tiny("llama")
+    found = [Problem(f"<{i}> <{i + 1}>", "", "<5>") for i in range(3, 15)]
+
+    def answers(**more):
+        return evaluate(
+            model, words, "words", found, lambda out, gold: {"right": 0.0}, new_tokens=4, batch_size=3, prefix_lm=True,
+            **more,
+        )[0]  # fmt: skip
+
+    whole, seen = answers(), []
+
+    def stop(line):
+        seen.append(line)
+        if line == "6/12 answers":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answers(cache=tmp_path / "answers", say=stop)
+    again: list[str] = []
+    assert answers(cache=tmp_path / "answers", say=again.append) == whole
+    assert len(again) < 4 and again[-1].endswith("answers") and issubclass(PrefixLM, object)
+
+
+def test_gold_answers_score_full_marks(gsm8k):
+    for problem in gsm8k.problems["test"]:
+        assert gsm8k.score(problem.answer, problem.gold) == {"accuracy": 1.0}
+        assert gsm8k.score(f"#### {int(problem.gold) + 1}", problem.gold) == {"accuracy": 0.0}
+    task = Text(TextConfig(corpus="samsum", valid_size=5, test_size=50, train_size=50, **STANDIN))
+    golds = [p.gold for p in task.problems["test"]]
+    assert all(task.score(g, g) == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0} for g in golds)
+
+
+@pytest.mark.parametrize(
+    ("size", "epochs", "steps"), [(7473, 5, 3735), (150_970, 5, 75_485), (167_050, 5, 83_525), (100, 0.5, 5)]
+)
+def test_epochs_are_of_whole_batches(size, epochs, steps):
+    """The published numbers of steps at batch 10."""
+    recipe = Recipe(epochs=epochs, batch_size=10, learning_rate=1e-3, eval_every=None).for_size(size)
+    assert (recipe.steps, recipe.eval_every) == (steps, size // 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"epochs": None}, "give either steps or epochs"),
+        ({"steps": 3, "epochs": 2}, "give either steps or epochs"),
+    ],
+)
+def test_steps_or_epochs(changes, says):
+    with pytest.raises(ValueError, match=says):
+        from_mapping(Recipe, {"batch_size": 10, "learning_rate": 1e-3, **changes}, "recipe")
+    with pytest.raises(ValueError, match="have no end"):
+        Recipe(epochs=2, batch_size=10, learning_rate=1e-3).for_size(None)
+    with pytest.raises(ValueError, match="10 is more than the 9 training examples"):
+        Recipe(epochs=2, batch_size=10, learning_rate=1e-3).for_size(9)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"corpus": "gsm9k"}, "'gsm9k' is not allowed; allowed: gsm8k, 1m-gsm"),
+        ({"corpus": "own"}, "train_file: missing"),
+        ({"corpus": "gsm8k", "train_file": "x"}, "goes with corpus 'own'"),
+        ({"corpus": "gsm8k", "source": "folder"}, "folder: None does not go with source 'folder'"),
+        ({"corpus": "gsm8k", "folder": "x"}, "does not go with source 'hub'"),
+        ({"corpus": "gsm8k", "extract": "box"}, "'box' is not allowed; allowed: hashes, boxed"),
+    ],
+)
+def test_wrong_options(options, says):
+    with pytest.raises(ValueError, match=says):
+        from_mapping(TextConfig, options, "datasets: x: options")
+
+
+def test_a_method_of_fixed_length_is_refused():
+    method = load(METHODS, "teacherless", "m").Config()
+    with pytest.raises(ValueError, match="fixed number of tokens"):
+        Text.check_settings(TextConfig(corpus="gsm8k"), method, "gsm8k: teacherless")
+
+
+def test_a_hub_that_is_not_there_is_explained(monkeypatch, tmp_path):
+    from mutor.tasks.corpora import CORPORA, Origin, problems
+
+    with pytest.raises(ValueError, match=r"openai/gsm8k.*hf auth login.*source: folder"):
+        problems(CORPORA["gsm8k"], "test", Origin("hub"))
+
+
+def test_a_whole_run_from_a_shared_base(tmp_path):
+    """Base model of one seed, fine-tuned by two seeds; predictions kept; the checkpoint answers by itself."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    scale = config.load_scale(ROOT, "smoke")
+    spec = config.make_spec(scale, "gsm8k", "llama-2x32", "mutor", {"d_max": 4, "a": 0.3}, (7, 8))
+    run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path))
+    assert len(list((tmp_path / spec.base.path).glob("seed*/metrics.json"))) == 1
+    for seed in (7, 8):
+        folder = results.seed_folder(tmp_path, spec, seed)
+        record = results.read(folder / "metrics.json")
+        assert record["examples"] == 96 and record["steps"] == 2 * 12
+        lines = [json.loads(line) for line in (folder / "predictions-last.jsonl").read_text().splitlines()]
+        right = results.unpack(record["scores"])
+        assert len(lines) == len(right) == 24 and [bool(x["accuracy"]) for x in lines] == right.tolist()
+        assert not list(folder.glob("*.answers*"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "last")
+    plain = AutoModelForCausalLM.from_pretrained(folder / "last")
+    task = Text(spec.task_config)
+    prompt = tokenizer(task.problems["test"][0].prompt, return_tensors="pt")
+    room = spec.task_config.new_tokens
+    with torch.no_grad():
+        out = plain.generate(**prompt, max_new_tokens=room, do_sample=False, is_causal=False)
+    assert tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True) == lines[0]["output"]
