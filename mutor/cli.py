@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "--method", required=True, help="next_token, mutor, parallel_mtp, sequential_mtp, teacherless, ..."
     )
     one.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the method")
+    one.add_argument("--longer", type=float, default=1.0, help="times the recipe's steps or epochs")
     one.add_argument("--seeds", nargs="+", type=int, help="seeds (default: the scale's)")
     one.add_argument("--label", default="", help="printed in front of each line of progress")
     one.add_argument("--threads", type=int, help="CPU threads (default: the scale's)")
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
         if not equals:
             raise ValueError(f"--set {pair!r}: expected KEY=VALUE")
         settings[key] = c.yaml.safe_load(value)
-    spec = c.make_spec(scale, args.data, args.model, args.method, settings)
+    spec = c.make_spec(scale, args.data, args.model, args.method, settings, longer=args.longer)
     place = Workplace(
         root=root, runs=root / project.runs, device=scale.device, threads=args.threads or scale.threads,
         label=args.label, rerun_stale=args.rerun_stale or project.rerun_stale,

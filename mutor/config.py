@@ -23,6 +23,7 @@ from mutor.models.build import ModelConfig
 from mutor.recipe import Recipe
 from mutor.registry import METHODS, TASKS, load
 
+NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # said of a model that do not make it another one
 UNITS = {"loss": "nats", "precision": "fraction", "recall": "fraction"}
 
 
@@ -77,11 +78,12 @@ class Row:
     """Some cells of a table: a method on a model and dataset, by role."""
 
     model: str = setting(doc="role of the model")
-    train_data: str = setting(doc="role of the training data")
+    train_data: str | list = setting(doc="role of the training data; a list makes a row for each")
     method: str = setting(doc="a registered method")
     settings: dict = setting({}, doc="settings on top of the dataset's own for this method")
     label: str = setting("", doc="name in figures, by default the method's")
     control: bool = setting(False, doc="a control, run only on datasets with `controls`")
+    longer: float = setting(1.0, doc="trained so many times longer than the dataset's recipe says", low=0)
     max_seeds: int | None = setting(None, doc="only so many of the seeds, where the source has no more", low=1)
 
 
@@ -115,19 +117,26 @@ class Spec:
     task_config: Any
     method_config: Any
     seeds: tuple[int, ...] = field(compare=False)
+    longer: float = 1.0  # how many times longer than the dataset's recipe, which `recipe` has in it
     base: Spec | None = None  # what its model is trained by first, seed by seed or with `dataset.base_seed`
 
     @property
     def path(self) -> str:
         """Folder below `runs`: scale/data/model/method/settings."""
-        return "/".join([self.scale, self.data, self.model, self.method, settings_name(self.settings)])
+        return "/".join([self.scale, self.data, self.model, self.method, self.name])
+
+    @property
+    def name(self) -> str:
+        """The settings as a name: sorted key=value of what is not default, or `default`."""
+        longer = {} if self.longer == 1 else {"longer": self.longer}
+        return settings_name({**self.settings, **longer})
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that decides the numbers, as plain values."""
         return {
             "task": self.dataset.task,
             "task_options": asdict(self.task_config),
-            "model": {k: v for k, v in asdict(self.model_config).items() if k not in ("role", "stands_in_for")},
+            "model": {k: v for k, v in asdict(self.model_config).items() if k not in NOT_IN_MODEL},
             "method": self.method,
             "settings": asdict(self.method_config),
             "recipe": asdict(self.recipe),
@@ -145,7 +154,7 @@ class Spec:
 
         A setting added later, at its default, leaves it as it was.
         """
-        model = {k: v for k, v in not_default(self.model_config).items() if k not in ("role", "stands_in_for")}
+        model = {k: v for k, v in not_default(self.model_config).items() if k not in NOT_IN_MODEL}
         decides = [
             self.dataset.task, not_default(self.task_config), model, self.method, self.settings,
             not_default(self.recipe), self.base and self.base.config_hash,
@@ -255,9 +264,11 @@ def load_table(root: Path, name: str) -> Table:
     where = f"config/tables/{name}.yaml"
     table = from_mapping(Table, {**_read(root / where), "name": name}, where)
     rows = []
-    for number, row in enumerate(table.rows, start=1):
-        rows.append(from_mapping(Row, row, f"{where}: row {number}"))
-        choose(rows[-1].method, METHODS, f"{where}: row {number}: method")
+    for number, given in enumerate(table.rows, start=1):
+        row = from_mapping(Row, given, f"{where}: row {number}")
+        choose(row.method, METHODS, f"{where}: row {number}: method")
+        data = row.train_data if isinstance(row.train_data, list) else [row.train_data]
+        rows += [replace(row, train_data=name) for name in data]
     return from_mapping(Table, {**{k: getattr(table, k) for k in vars(table)}, "rows": tuple(rows)}, where)
 
 
@@ -266,10 +277,14 @@ def _task_config(where: str, name: str, dataset: Dataset) -> Any:
     return from_mapping(task.Config, dataset.options, f"{where}: datasets: {name}: options")
 
 
-def _recipe(where: str, scale: Scale, name: str) -> Recipe:
+def _recipe(where: str, scale: Scale, name: str, model: str | None = None, longer: float = 1.0) -> Recipe:
     dataset = scale.datasets[name]
-    values = {**(scale.recipes[dataset.recipe] or {}), **dataset.recipe_changes}
-    return from_mapping(Recipe, values, f"{where}: recipes: {dataset.recipe} (for {name})")
+    own = scale.models[model].recipe_changes if model else {}
+    values = {**(scale.recipes[dataset.recipe] or {}), **dataset.recipe_changes, **own}
+    recipe = from_mapping(Recipe, values, f"{where}: recipes: {dataset.recipe} (for {name})")
+    if recipe.epochs is not None:
+        return replace(recipe, epochs=recipe.epochs * longer)
+    return replace(recipe, steps=round((recipe.steps or 0) * longer))
 
 
 def _method_config(where: str, method: str, settings: Mapping[str, Any]) -> Any:
@@ -277,8 +292,9 @@ def _method_config(where: str, method: str, settings: Mapping[str, Any]) -> Any:
 
 
 def make_spec(
-    scale: Scale, data: str, model: str, method: str, settings: Mapping[str, Any], seeds: tuple[int, ...] | None = None
-) -> Spec:
+    scale: Scale, data: str, model: str, method: str, settings: Mapping[str, Any],
+    seeds: tuple[int, ...] | None = None, longer: float = 1.0,
+) -> Spec:  # fmt: skip
     """One setting of a scale, by the names of its dataset and model, checked."""
     where = f"config/scales/{scale.name}.yaml"
     dataset = scale.datasets[choose(data, scale.datasets, f"{where}: dataset")]
@@ -295,8 +311,8 @@ def make_spec(
         base = make_spec(scale, dataset.base, model, "next_token", {}, base_seeds)
     return Spec(
         scale=scale.name, data=data, model=model, method=method, settings=not_default(config), dataset=dataset,
-        model_config=model_config, recipe=_recipe(where, scale, data), task_config=task_config, method_config=config,
-        seeds=chosen, base=base,
+        model_config=model_config, recipe=_recipe(where, scale, data, model, longer), task_config=task_config,
+        method_config=config, seeds=chosen, longer=float(longer), base=base,
     )  # fmt: skip
 
 
@@ -315,7 +331,7 @@ def cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> l
                     continue
                 variants = dataset.settings.get(row.method) or {}
                 for variant in variants if isinstance(variants, list) else [variants]:
-                    spec = make_spec(scale, data, model, row.method, {**variant, **row.settings}, seeds)
+                    spec = make_spec(scale, data, model, row.method, {**variant, **row.settings}, seeds, row.longer)
                     spec = replace(spec, seeds=spec.seeds[: row.max_seeds])
                     out += [Cell(row, spec, metric) for metric in table.metrics]
     return out

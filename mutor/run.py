@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mutor import results
-from mutor.config import Spec, settings_name
+from mutor.config import Spec
 from mutor.registry import METHODS, TASKS, load
 
 
@@ -92,7 +92,7 @@ def _run(spec: Spec, seeds: list[int], place: Workplace) -> None:
     own = tokenizer(spec.model_config) if getattr(spec.task_config, "tokens", None) == "model" else None
     task = task_class(spec.task_config, own)
     for number, seed in enumerate(seeds, start=1):
-        head = f"{place.label}{spec.data} {spec.model} {spec.method} {settings_name(spec.settings)}"
+        head = f"{place.label}{spec.data} {spec.model} {spec.method} {spec.name}"
         say = _speaker(f"{head} seed {seed} ({number}/{len(seeds)})")
         folder = results.seed_folder(place.runs, spec, seed)
         with _only_one(folder, say):

@@ -98,15 +98,25 @@ def _label(spec: Any) -> str:
 
 
 def _published(reported: pd.DataFrame, table: Table, spec: Any, metric: str, name: str) -> float | None:
-    """The published value of the same artifact, data, method, metric and, where stated, d_max."""
+    """The published value of the same cell: equal in all that the source states.
+
+    A model trained longer than its dataset's recipe says is compared with the published one trained as much longer.
+    """
     rows = reported[
         reported["artifact"].isin(table.reported)
         & (reported["method"] == spec.method)
         & (reported["train_data"] == name)
         & (reported["metric"] == metric)
     ]
-    d_max = str(getattr(spec.method_config, "d_max", ""))
-    rows = rows[(rows["d_max"] == "") | (rows["d_max"] == d_max)]
+    if spec.model_config.role in set(rows["model"]):
+        rows = rows[rows["model"] == spec.model_config.role]
+    if len(rows) and rows["epochs"].ne("").all():
+        epochs = rows["epochs"].astype(float)
+        rows = rows[(epochs / epochs.min() - spec.longer).abs() < 0.1]
+    for setting in ("d_max", "a", "register_embedding", "placement"):
+        ours = getattr(spec.method_config, setting, "")
+        words = {"all": "every_token", "every": "every_second_token"} if setting == "placement" else {}
+        rows = rows[rows[setting].isin(["", words.get(ours, f"{ours}")])]
     return float(rows["value"].iloc[0]) if len(rows) else None
 
 
@@ -116,12 +126,15 @@ def published_rows(reported: pd.DataFrame, table: Table) -> pd.DataFrame:
 
 
 def published_shape(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
-    """Rows are methods, columns datasets, for the table's first metric: "mean ± std (seeds)"."""
-    first = frame[frame["metric"] == table.metrics[0]] if len(frame) else frame
-    order_rows, order_columns = list(dict.fromkeys(first["label"])), list(dict.fromkeys(first["train_data"]))
-    shown = pd.DataFrame("", index=order_rows, columns=order_columns)
-    for _, row in first.iterrows():
-        shown.loc[row["label"], row["train_data"]] = _text(row)
+    """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)"."""
+    metrics = table.metrics[:1] if table.draw == "solve_rates" else table.metrics
+    cells = frame[frame["metric"].isin(metrics)]
+    several = len(set(cells["role"])) > 1
+    names = [f"{row['role']}: {row['label']}" if several else row["label"] for _, row in cells.iterrows()]
+    columns = [row["train_data"] + (f" {row['metric']}" if len(metrics) > 1 else "") for _, row in cells.iterrows()]
+    shown = pd.DataFrame("", index=list(dict.fromkeys(names)), columns=list(dict.fromkeys(columns)))
+    for name, column, (_, row) in zip(names, columns, cells.iterrows(), strict=True):
+        shown.loc[name, column] = _text(row)
     return shown
 
 
@@ -137,8 +150,10 @@ def _text(row: Any) -> str:
 def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFrame) -> str:
     """The table in Markdown, with what stands in for what, notes and the published values."""
     parts = [f"# {table.title}", "", f"Scale: {scale.name} ({scale.description}).", "", table.caption, ""]
-    parts += [f"{table.metrics[0]}, percent, mean ± standard deviation over seeds (n = seeds).", "", _grid(shown), ""]
-    stands = {d.stands_in_for for d in scale.datasets.values()} | {m.stands_in_for for m in scale.models.values()}
+    shown_metrics = table.metrics[0] if table.draw == "solve_rates" else ", ".join(table.metrics)
+    parts += [f"{shown_metrics}, percent, mean ± standard deviation over seeds (n = seeds).", "", _grid(shown), ""]
+    shown_specs = [cell.spec for cell in cells(table, scale)]
+    stands = {text for s in shown_specs for text in (s.dataset.stands_in_for, s.model_config.stands_in_for)}
     parts += [f"- Stands in for {text}." for text in sorted(filter(None, stands))]
     parts += [f"- {note}" for note in table.notes]
     if len(beside):

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mutor import config, results
+from mutor import config, results, tables
 from mutor.stats import summarise, wilson
 from mutor.tables import COLUMNS, collect_artifact
 
@@ -130,3 +130,24 @@ def test_reported_values_are_all_there():
     reported = pd.read_csv(ROOT / "config/reported.csv", dtype=str, keep_default_na=False)
     assert len(reported) == 300 and reported["artifact"].nunique() == 21
     assert {f"table{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17)} <= set(reported["artifact"])
+
+
+LANGUAGE = ("table1", "table2", "table3", "table4", "table6", "table12", "table13", "table14", "table16", "table17",
+            "rebuttal_sparse_registers", "rebuttal_extra_data")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_every_published_value_has_its_cell_at_paper_scale(name, tmp_path):
+    """Each published number once, beside the cell with its model, data, method, metric, settings and epochs."""
+    table, scale = config.load_table(ROOT, name), config.load_scale(ROOT, "paper")
+    reported = pd.read_csv(ROOT / "config/reported.csv", dtype=str, keep_default_na=False)
+    frame = tables.cell_frame(table, scale, tmp_path, reported)
+    published = reported[reported["artifact"] == name]
+    key = ["role", "method", "train_data", "benchmark", "metric"]
+    ours = frame[frame["reported"].notna()]
+    got = [ours[k].str.replace(r" \(.*", "", regex=True) for k in key]
+    theirs = published.rename(columns={"model": "role"})
+    assert sorted(zip(*got, ours["epochs"].astype(float).round(), ours["reported"], strict=True)) == sorted(
+        zip(*(theirs[k] for k in key), theirs["epochs"].astype(float), theirs["value"].astype(float), strict=True)
+    )
+    assert {len(c.spec.seeds) for c in config.cells(table, scale)} == {int(s) for s in published["seeds"]}

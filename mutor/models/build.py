@@ -39,6 +39,7 @@ class ModelConfig:
         doc="of weights and training; mixed: float32 weights, bfloat16 products on a GPU",
         choices=("float32", "bfloat16", "mixed"),
     )
+    recipe_changes: dict = setting({}, doc="changes of every recipe for this model, the same for all methods")
     attention: str = setting("sdpa", doc="attention implementation", choices=("sdpa", "eager", "flex_attention"))
 
     def __post_init__(self) -> None:

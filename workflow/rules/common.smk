@@ -57,13 +57,18 @@ def base_index(wildcards):
 def run_arguments(wildcards):
     """The command line that makes a run."""
     spec = SPECS[wildcards.run]
-    settings = " ".join(f"'{k}={v}'" for k, v in spec.settings.items())
     number = WANTED.index(spec.path) + 1 if spec.path in WANTED else 0
-    return f"--scale {spec.scale} --data {spec.data} --model {spec.model} --method {spec.method} " f"--seeds {' '.join(map(str, spec.seeds))} --runs {RUNS} --label '[{number}/{len(WANTED)}] '" + (
-        f" --set {settings}" if settings else ""
-    ) + (
-        " --rerun-stale" if PROJECT.rerun_stale else ""
-    )
+    words = [
+        f"--scale {spec.scale} --data {spec.data} --model {spec.model} --method {spec.method}",
+        f"--seeds {' '.join(map(str, spec.seeds))} --runs {RUNS} --label '[{number}/{len(WANTED)}] '",
+    ]
+    if spec.settings:
+        words += ["--set", *(f"'{k}={v}'" for k, v in spec.settings.items())]
+    if spec.longer != 1:
+        words.append(f"--longer {spec.longer!r}")
+    if PROJECT.rerun_stale:
+        words.append("--rerun-stale")
+    return " ".join(words)
 
 
 def code_state():
