@@ -1,6 +1,7 @@
 """Next-token prediction: teacher forcing on the answer."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mutor.method import Method
 
@@ -13,4 +14,4 @@ class NextTokenConfig:
 class NextToken(Method):
     """The base class as it is."""
 
-    Config = NextTokenConfig
+    Config: ClassVar[type] = NextTokenConfig

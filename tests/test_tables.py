@@ -132,8 +132,10 @@ def test_reported_values_are_all_there():
     assert {f"table{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17)} <= set(reported["artifact"])
 
 
-LANGUAGE = ("table1", "table2", "table3", "table4", "table6", "table12", "table13", "table14", "table16", "table17",
-            "rebuttal_sparse_registers", "rebuttal_extra_data")  # fmt: skip
+LANGUAGE = (
+    "table1", "table2", "table3", "table4", "table5", "table6", "table12", "table13", "table14", "table16", "table17",
+    "rebuttal_sparse_registers", "rebuttal_extra_data",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
