@@ -44,7 +44,7 @@ benchmark: env
 reference: env
 	mkdir -p results/reference/$(SCALE)
 	find runs/$(SCALE) -name metrics.json | tar cf - -T - | tar xf - -C results/reference/$(SCALE)
-	$(BIN)/python -m mutor collect figure4 runs --scale $(SCALE) \
+	$(BIN)/python -m mutor collect --scale $(SCALE) \
 	  --runs results/reference/$(SCALE)/runs --results results/reference/$(SCALE)
 
 clean:

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--rerun-stale", action="store_true", help="run again what was made by older code")
 
     draw = command("collect", collect, "build a table or figure from whatever runs exist")
-    draw.add_argument("artifact", nargs="+", help="files of config/tables, or `runs` for runs.csv")
+    draw.add_argument("artifact", nargs="*", help="files of config/tables, `runs` for runs.csv (default: all wanted)")
     draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's)")
 
     look = command("plan", plan, "runs to do, their time, disk and memory")
@@ -89,7 +89,7 @@ def collect(args: argparse.Namespace, root: Path, project: c.Project) -> None:
     from mutor.tables import collect_artifact, collect_runs
 
     scale = c.load_scale(root, project.scale)
-    for name in args.artifact:
+    for name in args.artifact or [*project.artifacts, "runs"]:
         if name == "runs":
             files = collect_runs(root / project.runs, scale.name, root / project.results)
         else:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from mutor.accounting import Shape
 from mutor.checks import choose, from_mapping, not_default, setting
 from mutor.models.build import ModelConfig
 from mutor.recipe import Recipe
@@ -93,12 +94,14 @@ class Table:
 
     title: str = setting(doc="title of the artifact")
     caption: str = setting(doc="what it shows; also the caption in reports")
-    draw: str = setting("table", doc="how it is drawn", choices=("table", "solve_rates"))
+    draw: str = setting("table", doc="how it is drawn", choices=("table", "solve_rates", "flops"))
     metrics: tuple = setting(doc="metrics, one cell each")
     checkpoint: str = setting("last", doc="which checkpoint's numbers are shown", choices=("last", "best"))
     reported: tuple = setting((), doc="artifacts of config/reported.csv whose values stand beside")
     notes: tuple = setting((), doc="notes printed below")
     rows: tuple = setting(doc="the rows")
+    shapes: dict = setting({}, doc="with draw flops: role of a model -> widths of its layers")
+    lengths: tuple = setting((), doc="with draw flops: sequence lengths", low=1)
     name: str = setting("", doc="the file's name")
 
 
@@ -269,7 +272,8 @@ def load_table(root: Path, name: str) -> Table:
         choose(row.method, METHODS, f"{where}: row {number}: method")
         data = row.train_data if isinstance(row.train_data, list) else [row.train_data]
         rows += [replace(row, train_data=name) for name in data]
-    return from_mapping(Table, {**{k: getattr(table, k) for k in vars(table)}, "rows": tuple(rows)}, where)
+    shapes = {role: from_mapping(Shape, shape, f"{where}: shapes: {role}") for role, shape in table.shapes.items()}
+    return replace(table, rows=tuple(rows), shapes=shapes)
 
 
 def _task_config(where: str, name: str, dataset: Dataset) -> Any:

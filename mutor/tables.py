@@ -6,13 +6,14 @@ collect_artifact(load_table(root, "figure4"), scale, runs, results, reported_csv
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mutor import results
+from mutor.accounting import attention_exceeds_feed_forward, layer_flops, tipping_point
 from mutor.config import Cell, Scale, Table, cells
 from mutor.registry import TASKS, load
 from mutor.stats import summarise
@@ -53,7 +54,15 @@ def write(file: Path, writer: Callable[[Path], Any]) -> None:
 
 def cell_frame(table: Table, scale: Scale, runs: Path, reported: pd.DataFrame) -> pd.DataFrame:
     """One row a cell, in the table's order, with COLUMNS and for drawing: label, values, chance, data, path."""
-    rows = [_cell_row(table, cell, runs, reported) for cell in cells(table, scale)]
+    if table.draw == "flops":
+        rows = list(_flops_rows(table, scale, reported))
+    else:
+        rows = [_cell_row(table, cell, runs, reported) for cell in cells(table, scale)]
+        if not rows:
+            roles = {f"{row.model} on {row.train_data}" for row in table.rows}
+            raise ValueError(
+                f"{table.name}: scale {scale.name!r} has nothing in the place of {', '.join(sorted(roles))}"
+            )
     return pd.DataFrame(rows, columns=[*COLUMNS, "label", "values", "chance", "data", "path"])
 
 
@@ -84,6 +93,29 @@ def _cell_row(table: Table, cell: Cell, runs: Path, reported: pd.DataFrame) -> d
         "chance": task.chance(spec.task_config) if hasattr(task, "chance") else None, "data": spec.data,
         "path": spec.path,
     }  # fmt: skip
+
+
+def _flops_rows(table: Table, scale: Scale, reported: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Cells that are computed, not run: FLOPs of a layer by model and length, and both tipping points."""
+    for role, shape in table.shapes.items():
+        found = []
+        for length in table.lengths:
+            attention, feed_forward = layer_flops(shape, length)
+            values = (attention, feed_forward, attention + feed_forward)
+            found += [(f"{length} tokens", m, v / 1e9, "1e9 FLOP") for m, v in zip(table.metrics, values, strict=True)]
+        for rule in (tipping_point, attention_exceeds_feed_forward):
+            found.append(("tipping points", rule.__name__, rule(shape), "tokens"))
+        for label, metric, value, unit in found:
+            same = reported[
+                reported["artifact"].isin(table.reported) & (reported["model"] == role) & (reported["metric"] == metric)
+                & (reported["variant"] == f"sequence_length={label.removesuffix(' tokens')}")
+            ]  # fmt: skip
+            published = float(same["value"].iloc[0]) if len(same) else None
+            yield dict.fromkeys(COLUMNS, "") | {
+                "artifact": table.name, "scale": scale.name, "role": role, "model": role, "benchmark": label,
+                "metric": metric, "unit": unit, "mean": value, "reported": published, "label": label,
+                "reported_difference": None if published is None else value - published, "data": "", "path": "",
+            }  # fmt: skip
 
 
 def _extra(spec: Any) -> str:
@@ -128,10 +160,10 @@ def published_rows(reported: pd.DataFrame, table: Table) -> pd.DataFrame:
 def published_shape(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)"."""
     metrics = table.metrics[:1] if table.draw == "solve_rates" else table.metrics
-    cells = frame[frame["metric"].isin(metrics)]
+    cells = frame if table.draw == "flops" else frame[frame["metric"].isin(metrics)]
     several = len(set(cells["role"])) > 1
     names = [f"{row['role']}: {row['label']}" if several else row["label"] for _, row in cells.iterrows()]
-    columns = [row["train_data"] + (f" {row['metric']}" if len(metrics) > 1 else "") for _, row in cells.iterrows()]
+    columns = [" ".join([row["train_data"], row["metric"] * (len(metrics) > 1)]).strip() for _, row in cells.iterrows()]
     shown = pd.DataFrame("", index=list(dict.fromkeys(names)), columns=list(dict.fromkeys(columns)))
     for name, column, (_, row) in zip(names, columns, cells.iterrows(), strict=True):
         shown.loc[name, column] = _text(row)
@@ -139,25 +171,48 @@ def published_shape(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
 
 
 def _text(row: Any) -> str:
+    published = "" if row["reported"] is None or pd.isna(row["reported"]) else f" [published {row['reported']:g}]"
+    if row["n_seeds"] == "":
+        return f"{row['mean']:.2f}{published}" if row["unit"] != "tokens" else f"{row['mean']:.0f} tokens"
     if not row["n_seeds"]:
         return "not run"
     spread = f" ± {row['std']:.1f}" if row["std"] is not None and not pd.isna(row["std"]) else ""
     seeds = f" (n={row['n_seeds']})"
-    published = "" if row["reported"] is None or pd.isna(row["reported"]) else f" [published {row['reported']:g}]"
     return f"{row['mean']:.1f}{spread}{seeds}{published}"
 
 
 def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFrame) -> str:
     """The table in Markdown, with what stands in for what, notes and the published values."""
-    parts = [f"# {table.title}", "", f"Scale: {scale.name} ({scale.description}).", "", table.caption, ""]
+    computed = table.draw == "flops"
+    where = (
+        "Worked out from widths and lengths; nothing is trained."
+        if computed
+        else f"Scale: {scale.name} ({scale.description})."
+    )
+    parts = [f"# {table.title}", "", where, "", table.caption, ""]
     shown_metrics = table.metrics[0] if table.draw == "solve_rates" else ", ".join(table.metrics)
-    parts += [f"{shown_metrics}, percent, mean ± standard deviation over seeds (n = seeds).", "", _grid(shown), ""]
+    if not computed:
+        parts += [f"{shown_metrics}, percent, mean ± standard deviation over seeds (n = seeds).", ""]
+    parts += [_grid(shown), ""]
     shown_specs = [cell.spec for cell in cells(table, scale)]
     stands = {text for s in shown_specs for text in (s.dataset.stands_in_for, s.model_config.stands_in_for)}
     parts += [f"- Stands in for {text}." for text in sorted(filter(None, stands))]
     parts += [f"- {note}" for note in table.notes]
     if len(beside):
-        columns = ["model", "method", "d_max", "train_data", "metric", "value", "source"]
+        every = [
+            "model",
+            "variant",
+            "method",
+            "d_max",
+            "a",
+            "train_data",
+            "metric",
+            "epochs",
+            "value",
+            "seeds",
+            "source",
+        ]
+        columns = [c for c in every if beside[c].ne("").any()]
         parts += ["", "Published values:", "", _grid(beside[columns].set_index("model"))]
     return "\n".join(parts) + "\n"
 

@@ -1,0 +1,44 @@
+"""FLOPs of transformer layers, and the length at which attention takes over: arithmetic, no torch.
+
+>>> gemma = Shape(width=2048, query=2048, key_value=256, feed_forward=16384)
+>>> round(sum(layer_flops(gemma, 1024)) / 1e9, 2), tipping_point(gemma)
+(234.08, 26880.0)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mutor.checks import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Widths of one decoder layer."""
+
+    width: int = setting(doc="of the hidden state", low=1)
+    query: int = setting(doc="of all query heads together", low=1)
+    key_value: int = setting(doc="of all key heads together, and of all value heads", low=1)
+    feed_forward: int = setting(doc="inside the feed-forward layer, which has three matrices", low=1)
+
+
+def layer_flops(shape: Shape, length: int) -> tuple[int, int]:
+    """(attention, feed-forward) FLOPs of one layer forward over `length` tokens, a product and a sum counted as two.
+
+    The rebuttal's count: attention 2 L (d q + 2 d kv + q d) + 4 L^2 d, feed-forward 6 L d f; the causal half of the
+    scores is not taken off.
+    """
+    d, q, kv, f = shape.width, shape.query, shape.key_value, shape.feed_forward
+    return 2 * length * (d * q + 2 * d * kv + q * d) + 4 * length**2 * d, 6 * length * d * f
+
+
+def tipping_point(shape: Shape) -> float:
+    """Tokens from which the quadratic part 4 L^2 d exceeds all the rest of a layer (the rebuttal's definition)."""
+    d, q, kv, f = shape.width, shape.query, shape.key_value, shape.feed_forward
+    return (2 * (d * q + 2 * d * kv + q * d) + 6 * d * f) / (4 * d)
+
+
+def attention_exceeds_feed_forward(shape: Shape) -> float:
+    """Tokens from which all of attention exceeds the feed-forward layer (the definition of the paper's footnote)."""
+    d, q, kv, f = shape.width, shape.query, shape.key_value, shape.feed_forward
+    return (6 * d * f - 2 * (d * q + 2 * d * kv + q * d)) / (4 * d)
