@@ -18,5 +18,5 @@ include: "workflow/rules/artifacts.smk"
 rule all:
     default_target: True
     input:
-        artifact_files(PROJECT.artifacts),
+        artifact_files(ARTIFACTS),
         f"{RESULTS}/runs.csv",

@@ -89,7 +89,7 @@ def collect(args: argparse.Namespace, root: Path, project: c.Project) -> None:
     from mutor.tables import collect_artifact, collect_runs
 
     scale = c.load_scale(root, project.scale)
-    for name in args.artifact or [*project.artifacts, "runs"]:
+    for name in args.artifact or [*(project.artifacts or scale.artifacts), "runs"]:
         if name == "runs":
             files = collect_runs(root / project.runs, scale.name, root / project.results)
         else:
@@ -106,7 +106,7 @@ def plan(args: argparse.Namespace, root: Path, project: c.Project) -> None:
     from mutor.plan import lines
 
     scale = c.load_scale(root, project.scale)
-    chosen = [c.load_table(root, str(name)) for name in (args.target or project.artifacts)]
+    chosen = [c.load_table(root, str(name)) for name in (args.target or project.artifacts or scale.artifacts)]
     print("\n".join(lines(chosen, scale, root / project.runs)))
 
 

@@ -33,7 +33,7 @@ class Project:
     """config/config.yaml."""
 
     scale: str = setting("laptop", doc="which file of config/scales to run")
-    artifacts: tuple = setting(("figure4",), doc="tables and figures wanted, names of files in config/tables")
+    artifacts: tuple | None = setting(None, doc="files of config/tables wanted, instead of all that the scale names")
     seeds: tuple | None = setting(None, doc="seeds of every run, instead of the scale's own")
     runs: str = setting("runs", doc="folder of the runs")
     results: str = setting("results", doc="folder of tables and figures")
@@ -68,6 +68,7 @@ class Scale:
     memory_mb: int = setting(2000, doc="memory a run is scheduled with", low=100)
     minutes: int = setting(60, doc="longest time a run with its seeds is scheduled with", low=1)
     seeds: tuple = setting((42, 43, 44), doc="seeds of every run")
+    artifacts: tuple = setting(doc="the tables and figures of this scale, names of files in config/tables")
     models: dict = setting({}, doc="name -> model")
     datasets: dict = setting({}, doc="name -> dataset")
     recipes: dict = setting({}, doc="name -> recipe")
@@ -217,7 +218,7 @@ def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Projec
         changes["artifacts"] = [part for part in changes["artifacts"].split(",") if part]
     project = from_mapping(Project, {**_read(root / "config/config.yaml"), **changes}, "config/config.yaml")
     choose(project.scale, scales(root), "scale")
-    for name in project.artifacts:
+    for name in project.artifacts or ():
         choose(str(name), tables(root), "artifacts")
     return project
 
@@ -237,6 +238,8 @@ def load_scale(root: Path, name: str) -> Scale:
     choose(name, scales(root), "scale")
     where = f"config/scales/{name}.yaml"
     scale = from_mapping(Scale, {**_read(root / where), "name": name}, where)
+    for artifact in scale.artifacts:
+        choose(str(artifact), tables(root), f"{where}: artifacts")
     for key, value in scale.models.items():
         scale.models[key] = from_mapping(ModelConfig, value, f"{where}: models: {key}")
     for key, value in scale.datasets.items():

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from mutor import config, results
 from mutor.checks import from_mapping
 from mutor.models.build import ModelConfig, build, fan_in
 from mutor.run import Workplace, run
+from mutor.tasks import standins
+from mutor.tasks.text import TextConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -68,8 +70,13 @@ def test_model_that_cannot_be_had(settings, says, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_pretrained(tmp_path_factory):
-    """A folder with a tiny GPT-2 and a byte-level tokenizer, standing in for a model of the hub."""
-    folder = tmp_path_factory.mktemp("gpt2-tiny")
+    """A folder by task of tiny models with their tokenizers, standing in for those of the hub."""
+    home = tmp_path_factory.mktemp("tiny")
+    standins.tokenizer().save_pretrained(home / "text")
+    own = {"head_dim": 8, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    settings = GemmaConfig(vocab_size=len(standins.tokenizer()), **{**TINY["llama"], **own})
+    GemmaForCausalLM(settings).save_pretrained(home / "text")
+    folder = home / "star_graph"
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("1", "2"), (",", "1")]  # labels of one, two or, with their comma, more letters
     words = {w: i for i, w in enumerate(["<|endoftext|>", *letters, *("".join(m) for m in merges)])}
@@ -81,20 +88,28 @@ def tiny_pretrained(tmp_path_factory):
     GPT2LMHeadModel(GPT2Config(vocab_size=len(words), **{**TINY["gpt2"], "n_positions": 400}, **end)).save_pretrained(
         folder
     )
-    return folder
+    return home
 
 
-def tiny(spec, folder):
+def small(spec, folder):
     """The same setting with a tiny model, little data and two steps."""
     model = spec.model_config
     if model.pretrained:
-        model = replace(model, pretrained=str(folder), dtype="float32")
+        model = replace(model, pretrained=str(folder / spec.dataset.task), dtype="float32")
     else:
         model = replace(model, config={**model.config, **TINY[model.architecture]}, dtype="float32")
     batch = {"steps": 2, "batch_size": 4, "log_every": 1, "eval_every": 2, "save_every": 2, "warmup": 0.0}
     size = {"valid_size": 6, "test_size": 8}
-    task = replace(spec.task_config, train_size=spec.task_config.train_size and 32, **size)
-    base = spec.base and tiny(spec.base, folder)
+    if spec.dataset.task == "text":
+        corpus = "gsm8k" if spec.task_config.corpus == "own" else spec.task_config.corpus
+        tokens = spec.task_config.tokens
+        task = TextConfig(
+            corpus=corpus, source="generated", tokens=tokens, train_size=24, max_tokens=250, new_tokens=8, **size
+        )
+        batch |= {"accumulate": 2, "epochs": None}
+    else:
+        task = replace(spec.task_config, train_size=spec.task_config.train_size and 32, **size)
+    base = spec.base and small(spec.base, folder)
     return replace(spec, model_config=model, recipe=replace(spec.recipe, **batch), task_config=task, base=base)
 
 
@@ -102,12 +117,13 @@ def tiny(spec, folder):
 def test_every_recipe_runs_two_steps_on_tiny_models(scale, tiny_pretrained, tmp_path):
     loaded = config.load_scale(ROOT, scale)
     seen = set()
-    for spec in config.specs(config.cells(config.load_table(ROOT, "figure4"), loaded)):
-        kind = (spec.method, spec.dataset.role, spec.task_config.l)
+    for spec in config.specs([c for t in loaded.artifacts for c in config.cells(config.load_table(ROOT, t), loaded)]):
+        graph = spec.dataset.task == "star_graph"
+        kind = (spec.method, *((spec.dataset.role, spec.task_config.l) if graph else (spec.dataset.recipe,)))
         if kind in seen:
             continue
         seen |= {kind}
-        spec = tiny(spec, tiny_pretrained)
+        spec = small(spec, tiny_pretrained)
         run(spec, (1,), Workplace(root=ROOT, runs=tmp_path))
         record = results.read(results.seed_folder(tmp_path, spec, 1) / "metrics.json")
         metrics = results.checkpoint_metrics(record, "last")

@@ -1,9 +1,11 @@
 """The text task: tokens, prefix and answer, answers by lm-evaluation-harness, whole runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -242,3 +244,32 @@ def test_a_whole_run_from_a_shared_base(tmp_path):
     with torch.no_grad():
         out = plain.generate(**prompt, max_new_tokens=room, do_sample=False, is_causal=False)
     assert tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True) == lines[0]["output"]
+
+
+def test_a_users_own_model_and_data_through_every_method(tmp_path, tiny, monkeypatch):
+    """The scale and table made for it, with a local model and 200 lines."""
+    from mutor.tables import collect_artifact
+    from mutor.tasks.standins import tokenizer
+
+    model = tiny("llama", vocab_size=len(tokenizer()), max_position_embeddings=128, scale=1.0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    for name, numbers in (("train", range(200)), ("test", range(200, 220))):
+        lines = [json.dumps({"prompt": f"{i} + 1 =", "answer": str(i + 1)}) for i in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    scale = config.load_scale(ROOT, "own")
+    scale.models["mine"] = replace(scale.models["mine"], pretrained=str(tmp_path / "model"))
+    files = {f"{name}_file": str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    mine = scale.datasets["mine"]
+    scale.datasets["mine"] = replace(mine, options={**mine.options, **files, "new_tokens": 6}, seeds=(1,))
+    scale.recipes["mine"] |= {"epochs": 1, "save_every": 10}
+    table = config.load_table(ROOT, "own")
+    specs = config.specs(config.cells(table, scale))
+    assert {s.method for s in specs} == {m for m in METHODS if m != "teacherless"}
+    for spec in specs:
+        run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path / "runs", device="cpu"))
+    csv, *_ = collect_artifact(table, scale, tmp_path / "runs", tmp_path, ROOT / "config/reported.csv")
+    frame = pd.read_csv(csv)
+    assert frame["n_seeds"].eq(1).all() and frame["train_data"].eq("train").all() and len(frame) == 12
+    losses = frame[frame["metric"] == "loss"]
+    assert losses["mean"].between(0.1, 8).all() and set(losses["unit"]) == {"nats"}

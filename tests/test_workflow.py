@@ -49,7 +49,7 @@ def test_dry_run_lists_exactly_the_configured_jobs(checkout, scale):
     done = snakemake(checkout, "-n", "--config", f"scale={scale}", timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     loaded = config.load_scale(ROOT, scale)
-    specs = config.specs(config.cells(config.load_table(ROOT, "figure4"), loaded))
+    specs = config.specs([c for name in loaded.artifacts for c in config.cells(config.load_table(ROOT, name), loaded)])
     listed = set(re.findall(r"Training (\S+)", done.stdout + done.stderr))
     assert listed == {spec.path for spec in specs}
     assert re.search(rf"^train\s+{len(specs)}$", done.stdout + done.stderr, re.M)
@@ -77,12 +77,24 @@ def test_smoke_scale_runs_from_data_to_figure(smoke):
     for ending in (".md", ".tex", ".png", ".svg", "_curves.png", "_curves.svg"):
         assert (smoke / f"results/figure4{ending}").stat().st_size > 500
     runs = pd.read_csv(smoke / "results/runs.csv")
-    assert len(runs) == 18 and runs["seed"].isin([42, 43]).all() and runs["last.solve_rate"].notna().all()
+    graphs = runs[runs["train_data_role"].str.startswith("star_graph")]
+    assert len(graphs) == 18 and graphs["seed"].isin([42, 43]).all() and graphs["last.solve_rate"].notna().all()
     by_hand = runs[(runs["method"] == "next_token") & (runs["train_data"] == "g2x3")]["last.solve_rate"].mean()
     cell = frame[(frame["method"] == "next_token") & (frame["metric"] == "solve_rate")].iloc[0]
     assert cell["mean"] == pytest.approx(by_hand)
     log = next(smoke.glob("runs/smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=3,d_min=2/run.log")).read_text()
-    assert re.search(r"\[\d+/9\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
+    assert re.search(r"\[\d+/13\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
+
+
+def test_smoke_scale_runs_from_text_to_table(smoke):
+    frame = pd.read_csv(smoke / "results/table1.csv")
+    assert list(frame.columns) == COLUMNS and list(frame["method"]) == ["next_token", "parallel_mtp", "mutor"]
+    assert (frame["n_seeds"] == 2).all() and frame["mean"].between(0, 100).all() and frame["epochs"].eq(2).all()
+    assert frame["reported"].tolist() == [38.87, 40.66, 42.1] and frame["reported_difference"].isna().all()
+    runs = pd.read_csv(smoke / "results/runs.csv")
+    texts = runs[runs["train_data"].isin(["gsm8k", "mix"])]
+    assert len(texts) == 7 and texts["last.loss"].between(2, 8).all()  # one base model for all
+    assert len(list(smoke.glob("runs/smoke/mix/*/*/*/seed*/metrics.json"))) == 1
 
 
 def test_nothing_to_do_is_quick_and_does_nothing(smoke):

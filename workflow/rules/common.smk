@@ -28,9 +28,9 @@ SPECS = {
     spec.path: spec
     for spec in mutor_config.specs([c for cells in CELLS.values() for c in cells])
 }
+ARTIFACTS = PROJECT.artifacts or SCALE.artifacts
 WANTED = [
-    spec.path
-    for spec in mutor_config.specs([c for a in PROJECT.artifacts for c in CELLS[a]])
+    spec.path for spec in mutor_config.specs([c for a in ARTIFACTS for c in CELLS[a]])
 ]
 FIGURES = [name for name, table in TABLES.items() if table.draw != "table"]
 PLAIN = [name for name in TABLES if name not in FIGURES]
