@@ -213,6 +213,28 @@ def test_a_method_of_fixed_length_is_refused():
         Text.check_settings(TextConfig(corpus="gsm8k"), method, "gsm8k: teacherless")
 
 
+def test_other_data_than_expected_are_refused():
+    options = {"corpus": "samsum", "train_size": 20, "valid_size": 5, "test_size": 5, **STANDIN}
+    found = Text(TextConfig(**options)).data_hash()
+    assert Text(TextConfig(expect=found, **options)).train(0).size == 20
+    with pytest.raises(ValueError, match=f"the data have hash {found}, not abc"):
+        Text(TextConfig(expect="abc", **options)).train(0)
+
+
+def test_revisions_are_written_down_once_and_checked(tmp_path, monkeypatch):
+    from mutor import hub
+
+    monkeypatch.setattr(hub, "lock_file", lambda: tmp_path / "revisions.json")
+    assert hub.known_revision("model", "a/b") is None
+    hub.remember("model", "a/b", "123")
+    hub.remember("dataset", "a/b", "456")
+    hub.remember("model", "a/b", "123")
+    assert hub.known_revision("model", "a/b") == "123" == hub.newest_revision("model", "a/b")
+    with pytest.raises(ValueError, match=r"model a/b: got revision 124, config/revisions\.json says 123"):
+        hub.remember("model", "a/b", "124")
+    assert json.loads((tmp_path / "revisions.json").read_text()) == {"model a/b": "123", "dataset a/b": "456"}
+
+
 def test_a_hub_that_is_not_there_is_explained(monkeypatch, tmp_path):
     from mutor.tasks.corpora import CORPORA, Origin, problems
 

@@ -91,6 +91,7 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int, base: Path 
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     from mutor.checks import choose
+    from mutor.hub import remember
 
     set_seed(seed)
     dtype = torch_dtype(config)
@@ -98,13 +99,16 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int, base: Path 
         source = str(base or config.pretrained)
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                source, revision=config.revision, dtype=dtype, attn_implementation=config.attention
+                source, revision=_revision(config), dtype=dtype, attn_implementation=config.attention
             )
         except OSError as error:
             raise ValueError(
                 f"pretrained model {config.pretrained!r} can't be loaded ({str(error).splitlines()[0]}); with a hub, "
                 "ask for access on its page and log in with `hf auth login`; else set `pretrained` to a local folder"
             ) from error
+        commit = getattr(model.config, "_commit_hash", None)  # none for a folder
+        if commit and config.revision is None:
+            remember("model", source, commit)
         if vocabulary is not None and model.config.vocab_size != vocabulary:
             raise ValueError(f"base model {source} has {model.config.vocab_size} tokens, this task has {vocabulary}")
         return model
@@ -125,10 +129,17 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int, base: Path 
     return model
 
 
+def _revision(config: ModelConfig) -> str | None:
+    """What the configuration says, else what was downloaded first; none for folders and for a first download."""
+    from mutor.hub import known_revision
+
+    return config.revision or known_revision("model", str(config.pretrained))
+
+
 def tokenizer(config: ModelConfig) -> Any:
     """The tokenizer of a pretrained model."""
     from transformers import AutoTokenizer
 
     if config.pretrained is None:
         raise ValueError(f"model of role {config.role!r} is built from scratch and has no tokenizer of its own")
-    return AutoTokenizer.from_pretrained(config.pretrained, revision=config.revision)
+    return AutoTokenizer.from_pretrained(config.pretrained, revision=_revision(config))

@@ -284,38 +284,17 @@ def read_rows(file: Path) -> Iterable[tuple[str, Row]]:
 def _hub(name: str, split: str) -> Iterable[tuple[str, Row]]:
     from datasets import load_dataset
 
+    from mutor.hub import newest_revision
+
     published = PUBLISHED[name]
-    revision = locked_revision(published.hub)
+    if not published.hub:
+        raise ValueError(f"source: {name!r} is not on the hub; allowed: generated")
     try:
+        revision = newest_revision("dataset", published.hub)
         data = load_dataset(published.hub, published.hub_name, split=published.hub_splits[split], revision=revision)
     except Exception as error:  # whatever the hub's client raises: no network, no access, no such revision
         raise ValueError(
-            f"dataset {published.hub} at revision {revision} can't be loaded ({str(error).splitlines()[0]}); if it is "
-            "gated ask for access on its page and log in with `hf auth login`, or set `source: folder` and `folder` to "
-            f"a copy of its files"
+            f"dataset {published.hub} can't be loaded ({str(error).splitlines()[0]}); if it is gated ask for access on "
+            "its page and log in with `hf auth login`, or set `source: folder` and `folder` to a copy of its files"
         ) from error
     yield from ((f"{published.hub} {split} row {i}", row) for i, row in enumerate(data))
-
-
-def locked_revision(repository: str, *, kind: str = "dataset") -> str:
-    """The hub revision of a dataset or model: what config/revisions.json says, or the newest, then written there.
-
-    So whatever is downloaded once is downloaded alike ever after. Raises ValueError where the hub can't be asked.
-    """
-    from huggingface_hub import HfApi
-
-    from mutor.config import find_root
-
-    lock = find_root() / "config/revisions.json"
-    known = json.loads(lock.read_text()) if lock.exists() else {}
-    if repository not in known:
-        try:
-            info = HfApi().repo_info(repository, repo_type=kind)
-        except Exception as error:
-            raise ValueError(
-                f"{kind} {repository}: the hub can't be asked for its revision ({str(error).splitlines()[0]}); with a "
-                "network, log in with `hf auth login` if it is gated; else set `source: folder` and `folder` to a copy"
-            ) from error
-        known[repository] = info.sha
-        lock.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    return str(known[repository])

@@ -43,6 +43,7 @@ class TextConfig:
     new_tokens: int | None = setting(None, doc="longest answer, in tokens", low=1)
     prefix_lm: bool = setting(True, doc="prompts are read in both directions, in training and at inference")
     calculator: bool = setting(True, doc="keep GSM8K's calculator marks <<48/2=24>> in training answers")
+    expect: str | None = setting(None, doc="data_hash of an earlier run; other data are refused")
     tokens: str = setting("model", doc="the model's tokenizer, or one of the stand-ins", choices=("model", "standin"))
 
     def __post_init__(self) -> None:
@@ -112,6 +113,8 @@ class Text:
         from mutor.data import Source
 
         found = self._problems("train")
+        if self.config.expect and self.data_hash() != self.config.expect:
+            raise ValueError(f"expect: the data have hash {self.data_hash()}, not {self.config.expect}; refused")
         if not self.config.calculator:
             found = [replace(p, answer=_without_marks(p.answer)) for p in found]
         examples = self.encode(found, whole=self.corpus.whole)
