@@ -95,7 +95,7 @@ class Table:
 
     title: str = setting(doc="title of the artifact")
     caption: str = setting(doc="what it shows; also the caption in reports")
-    draw: str = setting("table", doc="how it is drawn", choices=("table", "solve_rates", "flops"))
+    draw: str = setting("table", doc="how it is drawn", choices=("table", "solve_rates", "flops", "settings"))
     metrics: tuple = setting(doc="metrics, one cell each")
     checkpoint: str = setting("last", doc="which checkpoint's numbers are shown", choices=("last", "best"))
     reported: tuple = setting((), doc="artifacts of config/reported.csv whose values stand beside")
@@ -104,6 +104,11 @@ class Table:
     shapes: dict = setting({}, doc="with draw flops: role of a model -> widths of its layers")
     lengths: tuple = setting((), doc="with draw flops: sequence lengths", low=1)
     name: str = setting("", doc="the file's name")
+
+    @property
+    def needs_runs(self) -> bool:
+        """Whether its numbers come from runs, not from configuration or arithmetic alone."""
+        return self.draw not in ("flops", "settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,6 +347,11 @@ def cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> l
                     spec = replace(spec, seeds=spec.seeds[: row.max_seeds])
                     out += [Cell(row, spec, metric) for metric in table.metrics]
     return out
+
+
+def run_cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> list[Cell]:
+    """The cells of a table that runs have to fill."""
+    return cells(table, scale, seeds) if table.needs_runs else []
 
 
 def specs(all_cells: list[Cell]) -> list[Spec]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mutor import results
-from mutor.config import Scale, Spec, Table, cells, specs
+from mutor.config import Scale, Spec, Table, run_cells, specs
 
 
 def lines(chosen: list[Table], scale: Scale, runs: Path) -> list[str]:
     """The plan as printable lines."""
-    wanted = specs([cell for table in chosen for cell in cells(table, scale)])
+    wanted = specs([cell for table in chosen for cell in run_cells(table, scale)])
     measured = _measured(runs, scale.name)
     out = [f"scale {scale.name}: {scale.description}", f"{'done':>5} {'to do':>5} {'minutes':>8}  setting"]
     total, unknown, todo_all, disk = 0.0, 0, 0, 0

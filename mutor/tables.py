@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mutor.accounting import attention_exceeds_feed_forward, layer_flops, tippin
 from mutor.config import Cell, Scale, Table, cells
 from mutor.registry import TASKS, load
 from mutor.stats import summarise
+from mutor.tasks.corpora import CORPORA
 
 COLUMNS = [
     "artifact", "scale", "role", "model", "method", "train_data", "benchmark", "metric", "unit", "d_max", "a",
@@ -57,7 +59,8 @@ def cell_frame(table: Table, scale: Scale, runs: Path, reported: pd.DataFrame) -
     if table.draw == "flops":
         rows = list(_flops_rows(table, scale, reported))
     else:
-        rows = [_cell_row(table, cell, runs, reported) for cell in cells(table, scale)]
+        row = _settings_row if table.draw == "settings" else _cell_row
+        rows = [row(table, cell, runs, reported) for cell in cells(table, scale)]
         if not rows:
             roles = {f"{row.model} on {row.train_data}" for row in table.rows}
             raise ValueError(
@@ -93,6 +96,17 @@ def _cell_row(table: Table, cell: Cell, runs: Path, reported: pd.DataFrame) -> d
         "chance": task.chance(spec.task_config) if hasattr(task, "chance") else None, "data": spec.data,
         "path": spec.path,
     }  # fmt: skip
+
+
+def _settings_row(table: Table, cell: Cell, runs: Path, reported: pd.DataFrame) -> dict[str, Any]:
+    """One setting of a run, by name: of its recipe, its method or its task; nothing where it has none of that name."""
+    spec = cell.spec
+    places = (spec.recipe, spec.method_config, spec.task_config, CORPORA.get(getattr(spec.task_config, "corpus", "")))
+    values = [getattr(place, cell.metric, None) for place in places]
+    row = _cell_row(replace(table, metrics=()), cell, runs / "none", reported)
+    text = f"{row['label'].split(', d_max')[0]} on {row['train_data']}"
+    value = next((v for v in values if v is not None), None)
+    return row | {"mean": value, "n_seeds": "", "unit": "", "reported": None, "label": text}
 
 
 def _flops_rows(table: Table, scale: Scale, reported: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -160,10 +174,14 @@ def published_rows(reported: pd.DataFrame, table: Table) -> pd.DataFrame:
 def published_shape(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)"."""
     metrics = table.metrics[:1] if table.draw == "solve_rates" else table.metrics
-    cells = frame if table.draw == "flops" else frame[frame["metric"].isin(metrics)]
+    planned = not table.needs_runs
+    cells = frame if planned else frame[frame["metric"].isin(metrics)]
     several = len(set(cells["role"])) > 1
     names = [f"{row['role']}: {row['label']}" if several else row["label"] for _, row in cells.iterrows()]
-    columns = [" ".join([row["train_data"], row["metric"] * (len(metrics) > 1)]).strip() for _, row in cells.iterrows()]
+    columns = [
+        row["metric"] if planned else " ".join([row["train_data"], row["metric"] * (len(metrics) > 1)]).strip()
+        for _, row in cells.iterrows()
+    ]
     shown = pd.DataFrame("", index=list(dict.fromkeys(names)), columns=list(dict.fromkeys(columns)))
     for name, column, (_, row) in zip(names, columns, cells.iterrows(), strict=True):
         shown.loc[name, column] = _text(row)
@@ -173,7 +191,9 @@ def published_shape(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
 def _text(row: Any) -> str:
     published = "" if row["reported"] is None or pd.isna(row["reported"]) else f" [published {row['reported']:g}]"
     if row["n_seeds"] == "":
-        return f"{row['mean']:.2f}{published}" if row["unit"] != "tokens" else f"{row['mean']:.0f} tokens"
+        if row["mean"] is None or pd.isna(row["mean"]):
+            return ""
+        return f"{row['mean']:.2f}{published}" if row["unit"] == "1e9 FLOP" else f"{row['mean']:g}"
     if not row["n_seeds"]:
         return "not run"
     spread = f" ± {row['std']:.1f}" if row["std"] is not None and not pd.isna(row["std"]) else ""
@@ -183,15 +203,12 @@ def _text(row: Any) -> str:
 
 def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFrame) -> str:
     """The table in Markdown, with what stands in for what, notes and the published values."""
-    computed = table.draw == "flops"
-    where = (
-        "Worked out from widths and lengths; nothing is trained."
-        if computed
-        else f"Scale: {scale.name} ({scale.description})."
-    )
+    where = f"Scale: {scale.name} ({scale.description})."
+    if table.draw == "flops":
+        where = "Worked out from widths and lengths; nothing is trained."
     parts = [f"# {table.title}", "", where, "", table.caption, ""]
     shown_metrics = table.metrics[0] if table.draw == "solve_rates" else ", ".join(table.metrics)
-    if not computed:
+    if table.needs_runs:
         parts += [f"{shown_metrics}, percent, mean ± standard deviation over seeds (n = seeds).", ""]
     parts += [_grid(shown), ""]
     shown_specs = [cell.spec for cell in cells(table, scale)]
@@ -199,20 +216,8 @@ def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFra
     parts += [f"- Stands in for {text}." for text in sorted(filter(None, stands))]
     parts += [f"- {note}" for note in table.notes]
     if len(beside):
-        every = [
-            "model",
-            "variant",
-            "method",
-            "d_max",
-            "a",
-            "train_data",
-            "metric",
-            "epochs",
-            "value",
-            "seeds",
-            "source",
-        ]
-        columns = [c for c in every if beside[c].ne("").any()]
+        order = "model variant method d_max a train_data metric epochs value seeds source"
+        columns = [name for name in order.split() if beside[name].ne("").any()]
         parts += ["", "Published values:", "", _grid(beside[columns].set_index("model"))]
     return "\n".join(parts) + "\n"
 

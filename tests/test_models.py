@@ -117,7 +117,8 @@ def small(spec, folder):
 def test_every_recipe_runs_two_steps_on_tiny_models(scale, tiny_pretrained, tmp_path):
     loaded = config.load_scale(ROOT, scale)
     seen = set()
-    for spec in config.specs([c for t in loaded.artifacts for c in config.cells(config.load_table(ROOT, t), loaded)]):
+    tables = [config.load_table(ROOT, name) for name in loaded.artifacts]
+    for spec in config.specs([cell for table in tables for cell in config.run_cells(table, loaded)]):
         graph = spec.dataset.task == "star_graph"
         kind = (spec.method, *((spec.dataset.role, spec.task_config.l) if graph else (spec.dataset.recipe,)))
         if kind in seen:

@@ -153,3 +153,31 @@ def test_every_published_value_has_its_cell_at_paper_scale(name, tmp_path):
         zip(*(theirs[k] for k in key), theirs["epochs"].astype(float), theirs["value"].astype(float), strict=True)
     )
     assert {len(c.spec.seeds) for c in config.cells(table, scale)} == {int(s) for s in published["seeds"]}
+
+
+def test_settings_tables_say_what_the_protocol_says(tmp_path):
+    """Best settings and budgets of the paper, read off the tables that the workflow writes."""
+    reported = pd.read_csv(ROOT / "config/reported.csv", dtype=str, keep_default_na=False)
+    scale = config.load_scale(ROOT, "paper")
+    frames = {}
+    for name in ("table10", "table11"):
+        collect_artifact(config.load_table(ROOT, name), scale, tmp_path, tmp_path, ROOT / "config/reported.csv")
+        frames[name] = tables.cell_frame(config.load_table(ROOT, name), scale, tmp_path, reported)
+        assert config.run_cells(config.load_table(ROOT, name), scale) == []
+
+    def value(name, metric, **where):
+        frame = frames[name][frames[name]["metric"] == metric]
+        for column, wanted in where.items():
+            frame = frame[frame[column] == wanted]
+        return frame["mean"].item()
+
+    mutor = {"gsm8k": (4, 0.3), "1m-gsm": (4, 0.3), "1m-math": (4, 0.3), "aqua-rat": (4, 0.3), "2m-gsm": (6, 0.1),
+             "samsum": (3, 0.5), "dialogsum": (4, 0.5)}  # fmt: skip
+    for data, wanted in mutor.items():
+        got = [value("table11", metric, train_data=data, method="mutor") for metric in ("d_max", "a")]
+        assert tuple(got) == wanted
+    assert value("table10", "learning_rate", role="gemma-2b", train_data="gsm8k") == 5e-5
+    assert value("table10", "learning_rate", role="llama-3-8b", train_data="gsm8k") == 2e-5
+    assert value("table10", "epochs", role="gemma-2b", train_data="samsum") == 3
+    assert value("table10", "max_tokens", role="gemma-2b", train_data="1m-math") == 768
+    assert "| gemma-2b: next_token on gsm8k | 5e-05 | 10 | 5 |" in (tmp_path / "table10.md").read_text()

@@ -17,7 +17,7 @@ try:
         name: mutor_config.load_table(ROOT, name) for name in mutor_config.tables(ROOT)
     }
     CELLS = {
-        name: mutor_config.cells(table, SCALE, PROJECT.seeds)
+        name: mutor_config.run_cells(table, SCALE, PROJECT.seeds)
         for name, table in TABLES.items()
     }
 except ValueError as error:
