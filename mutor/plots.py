@@ -76,6 +76,40 @@ def solve_rates(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -
         return save(figure, folder, table.name)
 
 
+def sweep(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """One panel a training set: the first metric over a setting; mean a line, every seed a point, published dotted.
+
+    Methods without the setting (next-token prediction) are a horizontal line; published values are only drawn where
+    nothing stands in.
+    """
+    frame = frame[frame["metric"] == table.metrics[0]].copy()
+    frame.loc[frame["stands_in_for"] != "", "reported"] = None
+    groups, methods = (list(dict.fromkeys(frame[key])) for key in ("train_data", "method"))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, max(len(groups), 1), figsize=(0.6 + 3.8 * max(len(groups), 1), 3.1), squeeze=False, layout="constrained"
+        )
+        for axis, group in zip(axes[0], groups, strict=False):
+            for method, own in zip(methods, COLOURS, strict=False):
+                rows = frame[(frame["train_data"] == group) & (frame["method"] == method)]
+                x = pd.to_numeric(rows[table.over], errors="coerce").fillna(table.without).tolist()
+                if len(x) == 1:
+                    for column, style in (("mean", "-"), ("reported", ":")):
+                        for value in rows[column].dropna():
+                            axis.axhline(value, color=own, ls=style, lw=1.2)
+                axis.plot(x, rows["mean"].astype(float), "-", color=own, label=method, lw=1.4)
+                axis.plot(x, rows["reported"].astype(float), "x:", color=own, lw=1, ms=5)
+                for at, values in zip(x, rows["values"], strict=True):
+                    axis.plot([at] * len(values), values, "o", color=own, ms=4, mec="white", mew=0.4)
+            axis.set(title=group, xlabel=table.over, ylabel=f"{table.metrics[0]} (%)")
+        axes[0][0].legend(fontsize=8)
+        figure.suptitle(f"{table.title} — scale {scale.name}; crosses and dots: published", fontsize=9)
+        stands = "; ".join(sorted(set(filter(None, frame["stands_in_for"])))[:2])
+        if stands:
+            figure.supxlabel("Stands in for " + _wrap(stands, 30 + 50 * len(groups)), fontsize=7, color="#555555")
+        return save(figure, folder, table.name)
+
+
 def _panel(frame: pd.DataFrame, group: str) -> list[dict[str, Any]]:
     rows = frame[frame["train_data"].str.replace(" reversed", "") == group]
     return [dict(row) for _, row in rows.iterrows()]

@@ -44,6 +44,10 @@ def collect_artifact(table: Table, scale: Scale, runs: Path, folder: Path, repor
 
         files += solve_rates(table, scale, frame, folder)
         files += curves(table, scale, runs, folder)
+    if table.draw == "sweep":
+        from mutor.plots import sweep
+
+        files += sweep(table, scale, frame, folder)
     return files
 
 

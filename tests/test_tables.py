@@ -181,3 +181,21 @@ def test_settings_tables_say_what_the_protocol_says(tmp_path):
     assert value("table10", "epochs", role="gemma-2b", train_data="samsum") == 3
     assert value("table10", "max_tokens", role="gemma-2b", train_data="1m-math") == 768
     assert "| gemma-2b: next_token on gsm8k | 5e-05 | 10 | 5 |" in (tmp_path / "table10.md").read_text()
+
+
+def test_sweep_figure_is_drawn_with_and_without_runs(tmp_path):
+    table, scale = config.load_table(ROOT, "table4"), config.load_scale(ROOT, "paper")
+    collect_artifact(table, scale, tmp_path / "runs", tmp_path, ROOT / "config/reported.csv")
+    empty = (tmp_path / "table4.svg").read_text()
+    for cell in config.cells(table, scale):
+        for seed in cell.spec.seeds:
+            made = record(cell.spec, seed, 50.0)
+            made["checkpoints"][0]["metrics"] = {"accuracy": 40.0 + seed % 3}
+            results.write_json(results.seed_folder(tmp_path / "runs", cell.spec, seed) / "metrics.json", made)
+    files = collect_artifact(table, scale, tmp_path / "runs", tmp_path, ROOT / "config/reported.csv")
+    assert [f.suffix for f in files] == [".csv", ".md", ".tex", ".png", ".svg"]
+    full = (tmp_path / "table4.svg").read_text()
+    assert "parallel_mtp" in full and "d_max" in full and len(full) > len(empty)
+    frame = pd.read_csv(files[0])
+    assert frame["n_seeds"].eq(3).all() and frame["mean"].eq(41.0).all()
+    assert frame["reported_difference"].to_numpy() == pytest.approx((frame["mean"] - frame["reported"]).to_numpy())

@@ -45,7 +45,7 @@ def smoke(checkout):
 
 
 # counted by hand from the tables: star graphs as in test_config, and at paper scale settings that tables share, once:
-# gemma: next_token 8 corpora, and 5 trained longer; parallel_mtp 7 + 5 longer, and d_max 3, 4, 6 on 2 (d_max 2 is there);
+# gemma: next_token 8 corpora, 5 of them longer too; parallel_mtp 7 + 5 longer, and d_max 3, 4, 6 on 2 (2 is there);
 # sequential_mtp 3; mutor 7, d_max 2, 3, 6 on 2, a 0.1, 0.2, 0.4, 0.5 on 2, per_offset and every second token on 2;
 # LoRA 2 x 2; llama: next_token 4 + 2 longer, parallel_mtp 4 + 2 longer, mutor 4
 PAPER = 16 + (8 + 5) + (7 + 5 + 6) + 3 + (7 + 6 + 8 + 4) + 4 + (6 + 6 + 4)

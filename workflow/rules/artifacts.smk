@@ -4,6 +4,7 @@
 localrules:
     table,
     figure,
+    sweep,
     runs_csv,
 
 
@@ -59,6 +60,25 @@ use rule table as figure with:
         f"{RESULTS}/{{artifact}}_curves.svg",
     wildcard_constraints:
         artifact="|".join(FIGURES) or "none",
+
+
+use rule table as sweep with:
+    output:
+        report(
+            f"{RESULTS}/{{artifact}}.csv",
+            caption="../report/artifact.rst",
+            category="Figures",
+        ),
+        f"{RESULTS}/{{artifact}}.md",
+        f"{RESULTS}/{{artifact}}.tex",
+        report(
+            f"{RESULTS}/{{artifact}}.png",
+            caption="../report/artifact.rst",
+            category="Figures",
+        ),
+        f"{RESULTS}/{{artifact}}.svg",
+    wildcard_constraints:
+        artifact="|".join(SWEEPS) or "none",
 
 
 rule runs_csv:

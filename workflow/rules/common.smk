@@ -32,8 +32,9 @@ ARTIFACTS = PROJECT.artifacts or SCALE.artifacts
 WANTED = [
     spec.path for spec in mutor_config.specs([c for a in ARTIFACTS for c in CELLS[a]])
 ]
-FIGURES = [name for name, table in TABLES.items() if table.draw != "table"]
-PLAIN = [name for name in TABLES if name not in FIGURES]
+FIGURES = [name for name, table in TABLES.items() if table.draw == "solve_rates"]
+SWEEPS = [name for name, table in TABLES.items() if table.draw == "sweep"]
+PLAIN = [name for name in TABLES if name not in FIGURES + SWEEPS]
 
 
 def index_files(artifact):
