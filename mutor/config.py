@@ -297,7 +297,7 @@ def _recipe(where: str, scale: Scale, name: str, model: str | None = None, longe
     values = {**(scale.recipes[dataset.recipe] or {}), **dataset.recipe_changes, **own}
     recipe = from_mapping(Recipe, values, f"{where}: recipes: {dataset.recipe} (for {name})")
     if recipe.epochs is not None:
-        return replace(recipe, epochs=recipe.epochs * longer)
+        return replace(recipe, epochs=round(recipe.epochs * longer, 3))
     return replace(recipe, steps=round((recipe.steps or 0) * longer))
 
 
