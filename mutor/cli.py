@@ -1,4 +1,4 @@
-"""Commands of `python -m mutor`: run, collect, plan, stale, cleanup."""
+"""Commands of `python -m mutor`: run, collect, plan, compare, stale, cleanup."""
 
 from __future__ import annotations
 
@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     look = command("plan", plan, "runs to do, their time, disk and memory")
     look.add_argument("target", nargs="*", help="tables and figures (default: config.yaml's)")
 
+    two = command("compare", compare, "what differs between two runs: settings, makers, results")
+    two.add_argument("one", type=Path, help="a metrics.json, its folder, or the folder of a setting with its seeds")
+    two.add_argument("other", type=Path, help="the same")
+
     command("stale", stale, "list results older than the code they depend on")
     command("cleanup", cleanup, "delete a scale's checkpoints and models; metrics stay")
     return parser
@@ -108,6 +112,13 @@ def plan(args: argparse.Namespace, root: Path, project: c.Project) -> None:
     scale = c.load_scale(root, project.scale)
     chosen = [c.load_table(root, str(name)) for name in (args.target or project.artifacts or scale.artifacts)]
     print("\n".join(lines(chosen, scale, root / project.runs)))
+
+
+def compare(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+    """Print what differs between two runs."""
+    from mutor.compare import lines
+
+    print("\n".join(lines(args.one, args.other)))
 
 
 def stale(args: argparse.Namespace, root: Path, project: c.Project) -> None:

@@ -46,3 +46,74 @@ def wilson(share: float, count: int, level: float = 0.95) -> tuple[float, float]
     """Wilson's score interval of a share (0..1) observed over `count` problems."""
     interval = stats.binomtest(round(share * count), count).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its interval; `covers`: what it would vary over, "seeds and problems" or "problems" alone."""
+
+    estimate: float
+    low: float
+    high: float
+    covers: str
+
+
+def interval(scores: np.ndarray, rng: np.random.Generator, level: float = 0.95, draws: int = 1000) -> Interval:
+    """Interval of the mean of scores [S seeds, N problems], for other seeds and other problems of the same kind.
+
+    Two half-widths in quadrature (Zou and Donner 2008): Student's t over the seeds' means, as few seeds say little
+    about their spread, and a bootstrap of problems (whole columns, so that problems hard for all seeds stay hard).
+    With one seed the interval is over problems alone, and says so.
+    """
+    scores = np.asarray(scores, dtype=float)
+    if scores.ndim != 2 or min(scores.shape) < 1:
+        raise ValueError(f"scores: expected [seeds, problems], got shape {scores.shape}")
+    seeds, problems = scores.shape
+    mean, columns = float(scores.mean()), scores.mean(axis=0)
+    counts = rng.multinomial(problems, np.full(problems, 1 / problems), size=draws)
+    over_problems = float((counts @ columns / problems).std(ddof=1)) if problems > 1 else 0.0
+    half = float(stats.t.ppf(0.5 + level / 2, max(problems - 1, 1))) * over_problems
+    if seeds > 1:
+        over_seeds = float(scores.mean(axis=1).std(ddof=1)) / seeds**0.5
+        half = float(np.hypot(half, stats.t.ppf(0.5 + level / 2, seeds - 1) * over_seeds))
+    return Interval(mean, mean - half, mean + half, "seeds and problems" if seeds > 1 else "problems")
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Difference of two methods on the same seeds and problems, its interval and a two-sided p-value."""
+
+    difference: Interval
+    p: float
+    test: str
+
+
+def paired(ours: np.ndarray, theirs: np.ndarray, rng: np.random.Generator, draws: int = 10_000) -> Paired:
+    """Compare scores [S, N] of two methods, seed by seed and problem by problem.
+
+    p: with several seeds, how often a difference as large comes up when the two methods' scores of a problem change
+    places at random, within each seed; with one seed and right-or-wrong scores, McNemar's exact test.
+    """
+    ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"scores: shapes {ours.shape} and {theirs.shape} differ; allowed: the same seeds and problems")
+    change = ours - theirs
+    found = interval(change, rng)
+    if len(change) == 1 and np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
+        return Paired(found, mcnemar(ours[0], theirs[0]), "McNemar, exact")
+    cells = change[change != 0]
+    if not len(cells):
+        return Paired(found, 1.0, "permutation of problems within seeds")
+    extreme = 0
+    for start in range(0, draws, 500):
+        signs = rng.integers(0, 2, size=(min(500, draws - start), len(cells)), dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ cells) >= abs(cells.sum()) - 1e-9).sum())
+    return Paired(found, (extreme + 1) / (draws + 1), "permutation of problems within seeds")
+
+
+def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Exact two-sided p-value of McNemar's test: right-or-wrong scores [N] of two models on the same problems."""
+    only_ours, only_theirs = int(((ours == 1) & (theirs == 0)).sum()), int(((ours == 0) & (theirs == 1)).sum())
+    if only_ours + only_theirs == 0:
+        return 1.0
+    return float(stats.binomtest(only_ours, only_ours + only_theirs, 0.5).pvalue)

@@ -1,0 +1,64 @@
+"""Two runs side by side."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mutor import results
+from mutor.cli import main
+from mutor.compare import lines
+
+
+def write(folder, method, seed, right, **more):
+    """A record of a run that solves the problems in `right`, of ten."""
+    scores = np.isin(np.arange(10), right)
+    record = {
+        "version": 1, "scale": "smoke", "train_data": "x", "model": "m", "method": method, "settings": {}, "seed": seed,
+        "config_hash": "h", "config": {"method": method, "recipe": {"steps": 20}}, "data_hash": "d", "versions": {},
+        "checkpoints": [{"names": ["best", "last"], "step": 20, "metrics": {"solve_rate": 100 * float(scores.mean())}}],
+        "scores": results.pack(scores), **more,
+    }  # fmt: skip
+    results.write_json(folder / f"seed{seed}/metrics.json", record)
+
+
+def test_settings_seed_by_seed(tmp_path, capsys):
+    for seed in (1, 2, 3):
+        write(tmp_path / "a", "mutor", seed, range(9))
+        write(tmp_path / "b", "next_token", seed, range(4))
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    printed = capsys.readouterr().out
+    assert "method: mutor | next_token" in printed and "recipe" not in printed and "seeds 1, 2, 3" in printed
+    assert "the same code, data and machine" in printed
+    assert "solve_rate                       90         40  difference +50" in printed
+    assert "A - B = +50.00 points" in printed and "over seeds and problems; p = 0.000" in printed
+
+
+def test_two_runs_of_different_seeds_data_and_code(tmp_path):
+    write(tmp_path / "a", "mutor", 1, range(9))
+    write(
+        tmp_path / "b", "mutor", 2, range(9), data_hash="e", code={"mutor.train": "2"}, config={"recipe": {"steps": 30}}
+    )
+    printed = "\n".join(lines(tmp_path / "a/seed1/metrics.json", tmp_path / "b/seed2"))
+    assert "recipe.steps: 20 | 30" in printed and "code.mutor.train: None | 2" in printed
+    assert "scored on different problems" in printed and "data_hash: d | e" in printed
+
+
+def test_one_seed_is_tested_exactly(tmp_path):
+    write(tmp_path / "a", "mutor", 1, range(6))
+    write(tmp_path / "b", "next_token", 1, ())
+    assert "over problems; p = 0.031 (McNemar, exact)" in "\n".join(lines(tmp_path / "a", tmp_path / "b"))
+
+
+def test_what_is_not_there_is_named(tmp_path, capsys):
+    write(tmp_path / "a", "mutor", 1, ())
+    write(tmp_path / "a", "mutor", 2, ())
+    write(tmp_path / "b", "mutor", 3, ())
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
+    assert "none: no run there" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"no seed in common: \[1, 2\] and \[3\]"):
+        lines(tmp_path / "a", tmp_path / "b")
+    file = tmp_path / "b/seed3/metrics.json"
+    file.write_text(json.dumps({"version": 1}))
+    with pytest.raises(ValueError, match="field 'scale' is missing"):
+        lines(tmp_path / "a", tmp_path / "b")

@@ -1,0 +1,90 @@
+"""Statistics against scipy, cases worked by hand, and their own promises in simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mutor.stats import interval, mcnemar, paired
+
+
+def rng(seed=0):
+    """A generator."""
+    return np.random.default_rng(seed)
+
+
+def test_spread_of_seeds_alone_is_students_t():
+    """Seeds that score all problems alike: nothing varies but seeds."""
+    means = np.array([0.2, 0.5, 0.6, 0.4])
+    got = interval(np.repeat(means[:, None], 50, axis=1), rng())
+    low, high = stats.t.interval(0.95, 3, loc=means.mean(), scale=stats.sem(means))
+    assert (got.low, got.high, got.covers) == (pytest.approx(low), pytest.approx(high), "seeds and problems")
+
+
+def test_one_seed_is_over_problems_only():
+    """The bootstrap's standard error of a share is sqrt(p (1 - p) / n)."""
+    scores = (np.arange(400) < 100)[None]
+    got = interval(scores, rng(), draws=20_000)
+    half = stats.t.ppf(0.975, 399) * (0.25 * 0.75 / 400) ** 0.5
+    assert got.covers == "problems" and got.estimate == 0.25
+    assert got.high - got.estimate == pytest.approx(half, rel=0.03)
+
+
+def test_nothing_that_varies_has_no_width():
+    got = interval(np.ones((3, 20)), rng())
+    assert (got.estimate, got.low, got.high) == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"expected \[seeds, problems\], got shape \(4,\)"):
+        interval(np.ones(4), rng())
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_coverage(seeds):
+    """95% intervals hold the true mean in 93% or more of simulated experiments, at the seed counts in use."""
+    draw, hits, runs = rng(seeds), 0, 400
+    for _ in range(runs):
+        skill = draw.normal(0.0, 0.3 if seeds > 1 else 0.0, size=(seeds, 1))
+        ease = draw.normal(0.0, 1.0, size=(1, 150))
+        scores = draw.random((seeds, 150)) < 1 / (1 + np.exp(-(skill + ease)))
+        got = interval(scores, draw, draws=200)
+        hits += got.low <= 0.5 <= got.high
+    assert 0.93 <= hits / runs <= (0.98 if seeds == 1 else 1.0)
+
+
+def test_mcnemar_by_hand():
+    """Five problems only one solves, one only the other: 2 (C(6,0) + C(6,1)) / 2^6."""
+    ours = np.array([1] * 5 + [0] + [1] * 10)
+    theirs = np.array([0] * 5 + [1] + [1] * 10)
+    assert mcnemar(ours, theirs) == pytest.approx(2 * (1 + 6) / 64)
+    assert mcnemar(ours, ours) == 1.0
+    one = paired(ours[None], theirs[None], rng())
+    assert one.test == "McNemar, exact" and one.p == mcnemar(ours, theirs)
+    assert one.difference.estimate == pytest.approx(4 / 16) and one.difference.covers == "problems"
+
+
+def test_permutation_against_all_of_them():
+    """Two seeds, five problems on which the methods differ: all 2^5 exchanges counted."""
+    ours = np.array([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1]])
+    theirs = np.array([[0, 0, 1, 0, 1], [0, 1, 0, 1, 0]])
+    changes = (ours - theirs)[ours != theirs]
+    sums = [abs(np.dot(signs, changes)) for signs in itertools.product((-1, 1), repeat=len(changes))]
+    exact = np.mean([s >= abs(changes.sum()) for s in sums])
+    got = paired(ours, theirs, rng(), draws=20_000)
+    assert got.p == pytest.approx(exact, abs=0.01) and "permutation" in got.test
+
+
+def test_permutation_p_values_are_uniform_where_methods_are_alike():
+    draw = rng(5)
+    values = []
+    for _ in range(150):
+        ease = draw.random((1, 80))
+        ours, theirs = (draw.random((2, 80)) < ease for _ in range(2))
+        values.append(paired(ours, theirs, draw, draws=500).p)
+    assert 0.01 <= np.mean(np.array(values) < 0.05) <= 0.1 and 0.4 < np.mean(values) < 0.65
+
+
+def test_same_scores_and_other_shapes():
+    same = np.eye(3)
+    assert paired(same, same, rng()).p == 1.0
+    with pytest.raises(ValueError, match=r"\(3, 3\) and \(2, 3\) differ"):
+        paired(same, same[:2], rng())
