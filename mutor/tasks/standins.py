@@ -352,13 +352,16 @@ def _stream(name: str, split: str) -> Iterator[Row]:
 
 
 @lru_cache(maxsize=1)
-def _held_out() -> frozenset[str]:
+def _held_out() -> dict[tuple[str, str], list[Row]]:
+    """All held-out splits, made in the order of SIZES, each apart from those before it."""
+    found: dict[tuple[str, str], list[Row]] = {}
     asked: set[str] = set()
     for name, splits in SIZES.items():
         for split in splits:
             if split in HELD_OUT:
-                asked |= {_asked(row) for row in _first(name, split, asked)}
-    return frozenset(asked)
+                found[name, split] = list(_first(name, split, asked))
+                asked |= {_asked(row) for row in found[name, split]}
+    return found
 
 
 def _first(name: str, split: str, forbidden: Any) -> Iterator[Row]:
@@ -374,17 +377,10 @@ def _first(name: str, split: str, forbidden: Any) -> Iterator[Row]:
 
 def rows(name: str, split: str) -> Iterator[Row]:
     """The rows of a generated split, in the published format of dataset `name`."""
-    if split in HELD_OUT:
-        before: set[str] = set()
-        for other, splits in SIZES.items():  # held-out splits are made in this order, each apart from those before
-            for mine in splits:
-                if mine in HELD_OUT:
-                    if (other, mine) == (name, split):
-                        yield from _first(name, split, before)
-                        return
-                    before |= {_asked(row) for row in _first(other, mine, before)}
-    else:
-        yield from _first(name, split, _held_out())
+    held_out = _held_out()
+    if (name, split) in held_out:
+        return iter(held_out[name, split])
+    return _first(name, split, {_asked(row) for found in held_out.values() for row in found})
 
 
 @lru_cache(maxsize=1)
