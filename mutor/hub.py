@@ -18,20 +18,21 @@ def lock_file() -> Path:
     return find_root() / "config/revisions.json"
 
 
+def _revisions() -> dict[str, str]:
+    file = lock_file()
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def known_revision(kind: str, repository: str) -> str | None:
     """The revision written down for a "dataset" or "model"; None before its first download."""
-    file = lock_file()
-    revisions = json.loads(file.read_text()) if file.exists() else {}
-    return revisions.get(f"{kind} {repository}")
+    return _revisions().get(f"{kind} {repository}")
 
 
 def remember(kind: str, repository: str, revision: str) -> None:
     """Write down a revision at the first download. Raises ValueError if another one stands there."""
     known = known_revision(kind, repository)
     if known is None:
-        file = lock_file()
-        revisions = json.loads(file.read_text()) if file.exists() else {}
-        write_json(file, revisions | {f"{kind} {repository}": revision})
+        write_json(lock_file(), _revisions() | {f"{kind} {repository}": revision})
     elif known != revision:
         raise ValueError(
             f"{kind} {repository}: got revision {revision}, config/revisions.json says {known}; delete that line there "

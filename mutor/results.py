@@ -36,12 +36,17 @@ def seed_folder(runs: Path, spec: Spec, seed: int) -> Path:
     return Path(runs) / spec.path / f"seed{seed}"
 
 
-def write_json(file: Path, content: Any) -> None:
+def write_text(file: Path, text: str) -> None:
     """Write whole or not at all: to a temporary file beside it, then renamed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write as JSON, whole or not at all."""
+    write_text(file, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def pack(scores: np.ndarray) -> dict[str, Any]:

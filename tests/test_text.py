@@ -132,7 +132,7 @@ def test_batched_answers_equal_one_by_one_without_cache(tiny, tools, family, wor
 
 
 def test_killed_evaluation_goes_on_where_it_was(tiny, words, tmp_path):
-    from mutor.tasks.harness import PrefixLM, evaluate
+    from mutor.tasks.harness import evaluate
 
     model = tiny("llama")
     found = [Problem(f"<{i}> <{i + 1}>", "", "<5>") for i in range(3, 15)]
@@ -154,7 +154,7 @@ def test_killed_evaluation_goes_on_where_it_was(tiny, words, tmp_path):
         answers(cache=tmp_path / "answers", say=stop)
     again: list[str] = []
     assert answers(cache=tmp_path / "answers", say=again.append) == whole
-    assert len(again) < 4 and again[-1].endswith("answers") and issubclass(PrefixLM, object)
+    assert again == ["3/9 answers", "6/9 answers", "9/9 answers"]  # the first batch was kept
 
 
 def test_gold_answers_score_full_marks(gsm8k):

@@ -10,12 +10,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mutor.checks import setting
+from mutor.results import write_text
 from mutor.tasks.corpora import CORPORA, Origin, Problem, problems
 from mutor.tasks.scoring import COMPARE, EXTRACT, rouge
 
@@ -81,6 +83,8 @@ class Text:
         self.prefix_lm = config.prefix_lm and not self.corpus.whole
         self.benchmark = "rougeL" if self.corpus.compare == "rouge" else "accuracy"
         self.problems = {split: self._problems(split) for split in ("valid", "test")}
+        self.examples = {split: self.encode(found) for split, found in self.problems.items()}
+        self.longest_prompt = max(prefix for found in self.examples.values() for _, prefix in found)
 
     @staticmethod
     def describe(config: TextConfig) -> str:
@@ -108,11 +112,19 @@ class Text:
             raise ValueError(f"{self.describe(c)}: no {split} problems in {own or c.folder or c.source}")
         return found
 
+    @cached_property
+    def _training(self) -> list[Problem]:
+        return self._problems("train")
+
     def train(self, seed: int) -> data.Source:
         """Tokenised training examples, those longer than `max_tokens` dropped and counted; the same for all seeds."""
+        return self._source
+
+    @cached_property
+    def _source(self) -> data.Source:
         from mutor.data import Source
 
-        found = self._problems("train")
+        found = self._training
         if self.config.expect and self.data_hash() != self.config.expect:
             raise ValueError(f"expect: the data have hash {self.data_hash()}, not {self.config.expect}; refused")
         if not self.config.calculator:
@@ -164,7 +176,7 @@ class Text:
             prefix_lm=self.prefix_lm, cache=cache, say=say,
         )  # fmt: skip
         metrics = {name: 100 * float(values.mean()) for name, values in scores.items()}
-        _, metrics["loss"] = score_forced(model, method, context, self.encode(found), batch_size)
+        _, metrics["loss"] = score_forced(model, method, context, self.examples[split], batch_size)
         values = scores[self.benchmark]
         if keep:
             self._keep(keep, found, outputs, values)
@@ -174,10 +186,9 @@ class Text:
 
     def _new_tokens(self, room: int) -> int:
         """Longest answer: `new_tokens`, or what is left of the model's positions behind the longest prompt."""
-        longest = max(prefix for split in self.problems.values() for _, prefix in self.encode(split))
-        if longest >= room:
-            raise ValueError(f"a prompt has {longest} tokens; allowed: below {room}, the model's positions")
-        return min(self.corpus.new_tokens, room - longest)
+        if self.longest_prompt >= room:
+            raise ValueError(f"a prompt has {self.longest_prompt} tokens; allowed: below {room}, the model's positions")
+        return min(self.corpus.new_tokens, room - self.longest_prompt)
 
     def _keep(self, file: Path, found: Sequence[Problem], outputs: Sequence[str], values: np.ndarray) -> None:
         lines = []
@@ -186,9 +197,7 @@ class Text:
             if self.corpus.compare != "rouge":
                 line["answer"] = EXTRACT[self.corpus.extract](output)
             lines.append(json.dumps(line, ensure_ascii=False))
-        temporary = file.with_suffix(".part")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, "\n".join(lines) + "\n")
 
     def prepare(self, model: Any) -> None:
         """Tell a new model its special tokens, so that its checkpoints answer and stop wherever they are loaded.
@@ -210,7 +219,7 @@ class Text:
     def data_hash(self) -> str:
         """A hash of all problems, training ones included."""
         digest = hashlib.sha256()
-        for found in (self._problems("train"), self.problems["valid"], self.problems["test"]):
+        for found in (self._training, self.problems["valid"], self.problems["test"]):
             for problem in found:
                 digest.update(json.dumps([problem.prompt, problem.answer, problem.gold]).encode())
         return digest.hexdigest()[:16]
