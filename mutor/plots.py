@@ -69,11 +69,16 @@ def solve_rates(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -
                 axis.text(rows[0]["chance"], -0.75, " chance 1/n", color="#555555", fontsize=7.5, va="center")
             axis.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -1.05), xlabel="solve rate (%)", title=_graph(group))
             axis.set_yticks(range(len(rows)), [f"{r['label']}  (n={r['n_seeds']})" for r in rows])
-        stands = "; ".join(sorted(set(filter(None, frame["stands_in_for"])))[:2])
         figure.suptitle(f"{table.title} — scale {scale.name}", fontsize=10)
-        if stands:
-            figure.supxlabel("Stands in for " + _wrap(stands, 30 + 50 * len(groups)), fontsize=7, color="#555555")
+        _stands_in(figure, frame, len(groups))
         return save(figure, folder, table.name)
+
+
+def _stands_in(figure: Any, frame: pd.DataFrame, panels: int) -> None:
+    """What stands in for what, below a figure."""
+    stands = "; ".join(sorted(set(filter(None, frame["stands_in_for"])))[:2])
+    if stands:
+        figure.supxlabel("Stands in for " + _wrap(stands, 30 + 50 * panels), fontsize=7, color="#555555")
 
 
 def sweep(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -104,9 +109,7 @@ def sweep(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list
             axis.set(title=group, xlabel=table.over, ylabel=f"{table.metrics[0]} (%)")
         axes[0][0].legend(fontsize=8)
         figure.suptitle(f"{table.title} — scale {scale.name}; crosses and dots: published", fontsize=9)
-        stands = "; ".join(sorted(set(filter(None, frame["stands_in_for"])))[:2])
-        if stands:
-            figure.supxlabel("Stands in for " + _wrap(stands, 30 + 50 * len(groups)), fontsize=7, color="#555555")
+        _stands_in(figure, frame, len(groups))
         return save(figure, folder, table.name)
 
 

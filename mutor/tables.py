@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,11 @@ def cell_frame(table: Table, scale: Scale, runs: Path, reported: pd.DataFrame) -
     if table.draw == "flops":
         rows = list(_flops_rows(table, scale, reported))
     else:
-        row = _settings_row if table.draw == "settings" else _cell_row
-        rows = [row(table, cell, runs, reported) for cell in cells(table, scale)]
+        found = cells(table, scale)
+        if table.needs_runs:
+            rows = [_cell_row(table, cell, runs, reported) for cell in found]
+        else:
+            rows = [_settings_row(table, cell) for cell in found]
         if not rows:
             roles = {f"{row.model} on {row.train_data}" for row in table.rows}
             raise ValueError(
@@ -80,34 +82,41 @@ def _cell_row(table: Table, cell: Cell, runs: Path, reported: pd.DataFrame) -> d
     values = [results.checkpoint_metrics(record, table.checkpoint)[cell.metric] for record in found]
     problems = found[0]["scores"]["count"] if found else None
     summary = summarise(values, problems, rate=cell.unit == "percent")
-    name = task.describe(spec.task_config)
-    published = _published(reported, table, spec, cell.metric, name)
+    row = _described(table, cell)
+    published = _published(reported, table, spec, cell.metric, row["train_data"])
     stands_in = spec.stands_in_for
     difference = None if published is None or summary.mean is None or stands_in else summary.mean - published
+    return row | {
+        "added_params": found[0]["added_parameters"] if found else "", "n_seeds": summary.n_seeds,
+        "mean": summary.mean, "std": summary.std, "ci_low": summary.ci_low, "ci_high": summary.ci_high,
+        "reported": published, "reported_difference": difference, "values": values,
+        "chance": task.chance(spec.task_config) if hasattr(task, "chance") else None,
+    }  # fmt: skip
+
+
+def _described(table: Table, cell: Cell) -> dict[str, Any]:
+    """A cell's columns without its numbers."""
+    spec = cell.spec
+    task = load(TASKS, spec.dataset.task, "task")
     settings = {key: getattr(spec.method_config, key, "") for key in PUBLISHED_SETTINGS}
     if settings["placement"] == "all":
         settings["registers"] = ""
     return {
         "artifact": table.name, "scale": spec.scale, "role": spec.model_config.role, "model": spec.model,
-        "method": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""), "train_data": name,
-        "benchmark": task.scored_on(spec.task_config),
+        "method": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""),
+        "train_data": task.describe(spec.task_config), "benchmark": task.scored_on(spec.task_config),
         "metric": cell.metric, "unit": cell.unit, **settings,
-        "iterations": spec.recipe.steps, "epochs": spec.recipe.epochs,
-        "added_params": found[0]["added_parameters"] if found else "", "n_seeds": summary.n_seeds,
-        "mean": summary.mean, "std": summary.std, "ci_low": summary.ci_low, "ci_high": summary.ci_high,
-        "reported": published, "reported_difference": difference,
-        "stands_in_for": stands_in, "label": cell.row.label or _label(spec), "values": values,
-        "chance": task.chance(spec.task_config) if hasattr(task, "chance") else None, "data": spec.data,
-        "path": spec.path,
+        "iterations": spec.recipe.steps, "epochs": spec.recipe.epochs, "stands_in_for": spec.stands_in_for,
+        "label": cell.row.label or _label(spec), "data": spec.data, "path": spec.path,
     }  # fmt: skip
 
 
-def _settings_row(table: Table, cell: Cell, runs: Path, reported: pd.DataFrame) -> dict[str, Any]:
+def _settings_row(table: Table, cell: Cell) -> dict[str, Any]:
     """One setting of a run, by name: of its recipe, its method or its task; nothing where it has none of that name."""
     spec = cell.spec
     places = (spec.recipe, spec.method_config, spec.task_config, CORPORA.get(getattr(spec.task_config, "corpus", "")))
     values = [getattr(place, cell.metric, None) for place in places]
-    row = _cell_row(replace(table, metrics=()), cell, runs / "none", reported)
+    row = _described(table, cell)
     text = f"{row['label'].split(', d_max')[0]} on {row['train_data']}"
     value = next((v for v in values if v is not None), None)
     return row | {"mean": value, "n_seeds": "", "unit": "", "reported": None, "label": text}
