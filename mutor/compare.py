@@ -68,12 +68,18 @@ def _different(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 def _paired(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
     """Scores of the same problems, compared problem by problem."""
-    if any(a.get("data_hash") != b.get("data_hash") or a["scores"]["count"] != b["scores"]["count"] for a, b in pairs):
+    if any(a.get("data_hash") != b.get("data_hash") for a, b in pairs):
         return ["   scored on different problems, so not compared problem by problem"]
-    sides = [np.array([results.unpack(r["scores"]) for r in side], dtype=float) for side in zip(*pairs, strict=True)]
-    found = paired(sides[0], sides[1], np.random.default_rng(0))
-    d = found.difference
-    return [
-        f"   problem by problem: A - B = {100 * d.estimate:+.2f} points, 95% interval {100 * d.low:+.2f} to "
-        f"{100 * d.high:+.2f} over {d.covers}; p = {found.p:.2g} ({found.test})"
-    ]
+    out = []
+    for metric in results.checkpoint_metrics(pairs[0][0], "last"):
+        scores = [[results.problem_scores(r, "last", metric) for r in pair] for pair in pairs]
+        if any(s is None for pair in scores for s in pair):
+            continue
+        ours, theirs = (np.array(side) for side in zip(*scores, strict=True))
+        found = paired(ours, theirs, np.random.default_rng(0))
+        d = found.difference
+        out.append(
+            f"   {metric}, problem by problem: A - B = {100 * d.estimate:+.2f} points, 95% interval {100 * d.low:+.2f} "
+            f"to {100 * d.high:+.2f} over {d.covers}; p = {found.p:.2g} ({found.test})"
+        )
+    return out

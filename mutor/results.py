@@ -107,6 +107,12 @@ def checkpoint_metrics(record: dict[str, Any], name: str) -> dict[str, float]:
     return next(c["metrics"] for c in record["checkpoints"] if name in c["names"])
 
 
+def problem_scores(record: dict[str, Any], name: str, metric: str) -> np.ndarray | None:
+    """Scores [N] of a record's checkpoint `last` or `best`, 0 to 1 a problem; None where `metric` has none."""
+    packed = next(c.get("scores", {}) for c in record["checkpoints"] if name in c["names"])
+    return unpack(packed[metric]).astype(float) if metric in packed else None
+
+
 def meaning(file: Path) -> str:
     """Hash of what a Python file does: comments, docstrings and formatting do not count."""
     tree = ast.parse(file.read_text())

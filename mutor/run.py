@@ -114,7 +114,7 @@ def _seed(
         base = results.seed_folder(place.runs, spec.base, spec.base_seed_of(seed)) / "last" if spec.base else None
         _train(spec, seed, folder, base, task, method, context, device, say)
     training = json.loads((folder / "last/training.json").read_text())
-    checkpoints, scores = _evaluate(spec, folder, task, method, context, device, training, say)
+    checkpoints = _evaluate(spec, folder, task, method, context, device, training, say)
     say("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
     memory = (
         torch.cuda.max_memory_allocated()
@@ -127,10 +127,11 @@ def _seed(
         "train_data_name": task.describe(spec.task_config), "train_data_role": spec.dataset.role,
         "model_role": spec.model_config.role, "stands_in_for": spec.stands_in_for, "method": spec.method,
         "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
-        "checkpoints": checkpoints, "scores": results.pack(scores), "curve": training["curve"],
+        "checkpoints": checkpoints, "curve": training["curve"],
         "steps": training["steps"], "tokens": training["tokens"], "seconds_training": training["seconds"],
         "examples": training["examples"], "examples_dropped": training["examples_dropped"],
-        "trainable_parameters": training["trainable_parameters"], "added_parameters": training["added_parameters"],
+        "parameters": training["parameters"], "trainable_parameters": training["trainable_parameters"],
+        "added_parameters": training["added_parameters"],
         "peak_memory_bytes": memory, "device": _device_name(device), "threads": place.threads,
         "started": training["started"], "finished": _now(), "resumed": training["resumed"],
         "data_hash": task.data_hash(), "code": code, "weights_hash": training["weights_hash"],
@@ -192,6 +193,7 @@ def _train(
                     "curve": curve, "steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 3),
                     "tokens": next((e["tokens"] for e in reversed(curve) if "tokens" in e), 0), "started": started,
                     "resumed": resumed, "added_parameters": method.added_parameters(plain),
+                    "parameters": sum(p.numel() for p in plain.parameters()),
                     "trainable_parameters": sum(p.numel() for p in plain.parameters() if p.requires_grad),
                     "examples": source.size, "examples_dropped": source.dropped,
                     "weights_hash": _weights_hash(target),
@@ -207,15 +209,15 @@ def _best_so_far(trainer: Any, goal: str) -> float:
 def _evaluate(
     spec: Spec, folder: Path, task: Any, method: Any, context: Any, device: str, training: dict[str, Any],
     say: Callable[[str], None],
-) -> tuple[list[dict[str, Any]], Any]:  # fmt: skip
-    """Test metrics of the best and the last checkpoint, as anyone would load them; the last one's scores."""
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Test metrics and scores of the best and the last checkpoint, as anyone would load them."""
     from transformers import AutoModelForCausalLM
 
     from mutor.models.build import torch_dtype
 
     best = json.loads((folder / "best/training.json").read_text()) if (folder / "best").exists() else None
     same = best is None or best["step"] == training["steps"]
-    found, scores = [], None
+    found = []
     for name, step in (("best", best and best["step"]), ("last", training["steps"])):
         if name == "best" and same:
             continue
@@ -232,8 +234,11 @@ def _evaluate(
         )
         names = ["best", "last"] if name == "last" and same else [name]
         seconds = round(time.monotonic() - began, 3)
-        found.append({"names": names, "step": step, "metrics": metrics, "seconds_evaluating": seconds})
-    return found, scores
+        packed = {metric: results.pack(values) for metric, values in scores.items()}
+        found.append(
+            {"names": names, "step": step, "metrics": metrics, "scores": packed, "seconds_evaluating": seconds}
+        )
+    return found
 
 
 def _clear_foreign(folder: Path, spec: Spec) -> None:

@@ -9,37 +9,46 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Summary:
-    """mean and sample standard deviation over seeds, a 95% interval, and what the interval covers."""
+    """mean and sample standard deviation over seeds, a 95% interval, and what it would vary over, if there is one."""
 
     n_seeds: int
     mean: float | None = None
     std: float | None = None
     ci_low: float | None = None
     ci_high: float | None = None
+    covers: str = ""
 
 
-def summarise(values: Sequence[float], problems: int | None = None, *, rate: bool = True) -> Summary:
+def summarise(
+    values: Sequence[float], scores: Sequence[np.ndarray | None] = (), *, rate: bool = True, level: float = 0.95
+) -> Summary:
     """Summary of one metric over seeds.
 
-    values: one a seed, in percent if `rate`; problems: how many problems each is a rate over. With several seeds the
-    interval is Student's t over seeds, cut to 0..100 for rates; with one, Wilson's over the problems; with one and no
-    count, none.
+    values: one a seed, in percent if `rate`; scores: of each seed the scores [N] of the same problems, 0 to 1, where
+    they are kept. With scores the interval is over seeds and problems (`interval`), with one seed over problems alone
+    (Wilson's for right or wrong); without, Student's t over the seeds, for one seed none. Rates are cut to 0..100.
     """
     n = len(values)
     if n == 0:
         return Summary(0)
     mean = float(np.mean(values))
-    if n == 1:
-        if not (rate and problems):
-            return Summary(1, mean)
-        low, high = wilson(mean / 100, problems)
-        return Summary(1, mean, None, 100 * low, 100 * high)
-    std = float(np.std(values, ddof=1))
-    half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5
-    low, high = mean - half, mean + half
+    std = float(np.std(values, ddof=1)) if n > 1 else None
+    kept = [s for s in scores if s is not None]
+    if len(kept) == n and len({len(s) for s in kept}) == 1:
+        table = np.array(kept, dtype=float)
+        if n == 1 and np.isin(table, (0, 1)).all():
+            low, high = (100 * end for end in wilson(table.mean(), table.size, level))
+            return Summary(1, mean, None, low, high, "problems")
+        found = interval(100 * table, np.random.default_rng(0), level)
+        low, high, covers = found.low, found.high, found.covers
+    elif std is not None:
+        half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * std / n**0.5
+        low, high, covers = mean - half, mean + half, "seeds"
+    else:
+        return Summary(1, mean)
     if rate:
         low, high = max(low, 0.0), min(high, 100.0)
-    return Summary(n, mean, std, low, high)
+    return Summary(n, mean, std, low, high, covers)
 
 
 def wilson(share: float, count: int, level: float = 0.95) -> tuple[float, float]:

@@ -80,8 +80,8 @@ def _cell_row(table: Table, cell: Cell, runs: Path, reported: pd.DataFrame) -> d
     task = load(TASKS, spec.dataset.task, "task")
     found = [record for _, record in results.records(runs, spec)]
     values = [results.checkpoint_metrics(record, table.checkpoint)[cell.metric] for record in found]
-    problems = found[0]["scores"]["count"] if found else None
-    summary = summarise(values, problems, rate=cell.unit == "percent")
+    scores = [results.problem_scores(record, table.checkpoint, cell.metric) for record in found]
+    summary = summarise(values, scores, rate=cell.unit == "percent")
     row = _described(table, cell)
     published = _published(reported, table, spec, cell.metric, row["train_data"])
     stands_in = spec.stands_in_for

@@ -16,8 +16,10 @@ def write(folder, method, seed, right, **more):
     record = {
         "version": 1, "scale": "smoke", "train_data": "x", "model": "m", "method": method, "settings": {}, "seed": seed,
         "config_hash": "h", "config": {"method": method, "recipe": {"steps": 20}}, "data_hash": "d", "versions": {},
-        "checkpoints": [{"names": ["best", "last"], "step": 20, "metrics": {"solve_rate": 100 * float(scores.mean())}}],
-        "scores": results.pack(scores), **more,
+        "checkpoints": [
+            {"names": ["best", "last"], "step": 20, "metrics": {"solve_rate": 100 * float(scores.mean())},
+             "scores": {"solve_rate": results.pack(scores)}}
+        ], **more,
     }  # fmt: skip
     results.write_json(folder / f"seed{seed}/metrics.json", record)
 
@@ -31,7 +33,8 @@ def test_settings_seed_by_seed(tmp_path, capsys):
     assert "method: mutor | next_token" in printed and "recipe" not in printed and "seeds 1, 2, 3" in printed
     assert "the same code, data and machine" in printed
     assert "solve_rate                       90         40  difference +50" in printed
-    assert "A - B = +50.00 points" in printed and "over seeds and problems; p = 0.000" in printed
+    assert "solve_rate, problem by problem: A - B = +50.00 points" in printed
+    assert "over seeds and problems; p = 0.000" in printed
 
 
 def test_two_runs_of_different_seeds_data_and_code(tmp_path):

@@ -57,7 +57,7 @@ def test_record_says_what_was_run_and_by_what(finished):
     assert set(record["versions"]) >= {"python", "torch", "transformers", "numpy"}
     assert [e["step"] for e in record["curve"] if "register" in e] == [5, 10, 15, 20]
     assert [e["step"] for e in record["curve"] if "eval_solve_rate" in e] == [10, 20]
-    solved = results.unpack(record["scores"])
+    solved = results.problem_scores(record, "last", "solve_rate")
     assert results.checkpoint_metrics(record, "last")["solve_rate"] == 100 * solved.mean() and len(solved) == 100
     index = json.loads((runs / spec.path / "index.json").read_text())
     assert index["config_hash"] == spec.config_hash and list(index["seeds"]) == ["7"]
@@ -73,9 +73,10 @@ def test_saved_model_is_plain_and_scores_as_recorded(finished):
 
     task = load(TASKS, "star_graph", "t")(spec.task_config)
     method = load(METHODS, "next_token", "m")(None)  # anyone's evaluation, no registers involved
-    metrics, solved = task.evaluate(plain.eval(), method, Context(pad_id=task.pad_id), "test", 33)
+    metrics, scores = task.evaluate(plain.eval(), method, Context(pad_id=task.pad_id), "test", 33)
     record = results.read(folder / "metrics.json")
-    assert (solved == results.unpack(record["scores"])).all()
+    for metric, values in scores.items():
+        assert (values == results.problem_scores(record, "last", metric)).all()
     assert metrics["loss"] == pytest.approx(results.checkpoint_metrics(record, "last")["loss"], rel=1e-5)
 
 

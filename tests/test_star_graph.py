@@ -217,8 +217,8 @@ class Oracle(torch.nn.Module):
 def test_scores_of_known_answerers(kind, low, high):
     task = StarGraph(StarGraphConfig(3, 3, 12, test_size=1500))
     method = load(METHODS, "next_token", "m")(None)
-    metrics, solved = task.evaluate(Oracle(task, kind), method, Context(), "test", 400)
-    assert low <= metrics["solve_rate"] <= high and metrics["solve_rate"] == 100 * solved.mean()
+    metrics, scores = task.evaluate(Oracle(task, kind), method, Context(), "test", 400)
+    assert low <= metrics["solve_rate"] <= high and metrics["solve_rate"] == 100 * scores["solve_rate"].mean()
     assert metrics["chance"] == pytest.approx(100 / 3)
     assert metrics["accuracy_at_1"] == 100
     assert metrics["loss"] == pytest.approx(np.log(16), abs=1e-4)

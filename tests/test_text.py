@@ -255,7 +255,7 @@ def test_a_whole_run_from_a_shared_base(tmp_path):
         record = results.read(folder / "metrics.json")
         assert record["examples"] == 96 and record["steps"] == 2 * 12
         lines = [json.loads(line) for line in (folder / "predictions-last.jsonl").read_text().splitlines()]
-        right = results.unpack(record["scores"])
+        right = results.problem_scores(record, "last", "accuracy")
         assert len(lines) == len(right) == 24 and [bool(x["accuracy"]) for x in lines] == right.tolist()
         assert not list(folder.glob("*.answers*"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "last")

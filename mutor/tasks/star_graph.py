@@ -331,10 +331,11 @@ class StarGraph:
     def evaluate(
         self, model: Any, method: Method, context: Context, split: str, batch_size: int, keep: Path | None = None,
         say: Any = None,
-    ) -> tuple[dict[str, float], np.ndarray]:  # fmt: skip
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:  # fmt: skip
         """Score greedy answers without teacher forcing (whole path right), and each position with and without it.
 
-        Returns the metrics (rates in percent, loss in nats a token) and bool [N], the graphs solved.
+        Returns the metrics (rates in percent, loss in nats a token), and of the first two the scores of every graph,
+        bool [N].
         """
         import torch
 
@@ -355,16 +356,13 @@ class StarGraph:
         solved: np.ndarray = np.all(right, axis=1)
         step = length - 2 if self.config.reverse or self.config.direction == "backward" else 1
         forced, loss = score_forced(model, method, context, examples, batch_size)
-        metrics = {
-            "solve_rate": 100 * float(solved.mean()),
-            "first_step_accuracy": 100 * float(right[:, step].mean()),
-            "chance": self.chance(self.config),
-            "loss": loss,
-        }
+        scores: dict[str, np.ndarray] = {"solve_rate": solved, "first_step_accuracy": right[:, step]}
+        metrics = {name: 100 * float(values.mean()) for name, values in scores.items()}
+        metrics |= {"chance": self.chance(self.config), "loss": loss}
         metrics |= {f"accuracy_at_{i + 1}": 100 * float(right[:, i].mean()) for i in range(length)}
         if self.tokenizer is None:
             metrics |= {f"forced_accuracy_at_{i + 1}": 100 * float(forced[:, i].mean()) for i in range(length)}
-        return metrics, solved
+        return metrics, scores
 
     def prepare(self, model: Any) -> None:
         """Nothing to tell a new model."""

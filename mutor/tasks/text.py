@@ -159,11 +159,12 @@ class Text:
     def evaluate(
         self, model: Any, method: Method, context: Context, split: str, batch_size: int, keep: Path | None = None,
         say: Any = None,
-    ) -> tuple[dict[str, float], np.ndarray]:  # fmt: skip
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:  # fmt: skip
         """Greedy answers through lm-evaluation-harness, scored; and the loss of the right answers.
 
         keep: a .jsonl file for all predictions; answers are kept beside it as they come, so a killed evaluation goes
-        on. Returns the metrics (percent; loss in nats a token) and the scores of `benchmark`, bool or float [N].
+        on. Returns the metrics (percent; loss in nats a token), and of all but the loss the scores of every problem,
+        [N], right or wrong or 0 to 1.
         """
         from mutor.data import score_forced
         from mutor.tasks.harness import evaluate
@@ -177,12 +178,11 @@ class Text:
         )  # fmt: skip
         metrics = {name: 100 * float(values.mean()) for name, values in scores.items()}
         _, metrics["loss"] = score_forced(model, method, context, self.examples[split], batch_size)
-        values = scores[self.benchmark]
         if keep:
-            self._keep(keep, found, outputs, values)
+            self._keep(keep, found, outputs, scores[self.benchmark])
             for file in keep.parent.glob(f"{keep.stem}.answers*"):
                 file.unlink()
-        return metrics, values if self.benchmark == "rougeL" else values.astype(bool)
+        return metrics, {name: v.astype(bool) if name == "accuracy" else v for name, v in scores.items()}
 
     def _new_tokens(self, room: int) -> int:
         """Longest answer: `new_tokens`, or what is left of the model's positions behind the longest prompt."""
