@@ -46,6 +46,7 @@ reference: env
 	find runs/$(SCALE) -name metrics.json | tar cf - -T - | tar xf - -C results/reference/$(SCALE)
 	$(BIN)/python -m mutor collect --scale $(SCALE) \
 	  --runs results/reference/$(SCALE)/runs --results results/reference/$(SCALE)
+	$(BIN)/python -m mutor readme
 
 clean:
 	rm -rf $(VENV) .snakemake runs

@@ -20,3 +20,5 @@ rule all:
     input:
         artifact_files(ARTIFACTS),
         f"{RESULTS}/runs.csv",
+        f"{RESULTS}/claims.csv",
+        f"{RESULTS}/report.html",

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mutor.checks import setting
 
@@ -42,3 +44,9 @@ def attention_exceeds_feed_forward(shape: Shape) -> float:
     """Tokens from which all of attention exceeds the feed-forward layer (the definition of the paper's footnote)."""
     d, q, kv, f = shape.width, shape.query, shape.key_value, shape.feed_forward
     return (6 * d * f - 2 * (d * q + 2 * d * kv + q * d)) / (4 * d)
+
+
+def training_flops(record: Mapping[str, Any]) -> float | None:
+    """FLOPs of a finished run as the paper counts: 6 x parameters x tokens through the model, registers included."""
+    parameters = record.get("parameters", record.get("trainable_parameters"))
+    return 6.0 * parameters * record["tokens"] if parameters and record.get("tokens") else None

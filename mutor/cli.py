@@ -1,4 +1,4 @@
-"""Commands of `python -m mutor`: run, collect, plan, compare, stale, cleanup."""
+"""Commands of `python -m mutor`: run, collect, plan, compare, readme, stale, cleanup."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         root = c.find_root()
         project = c.load_project(root, {"scale": args.scale} if args.scale else None)
-        for folder in ("runs", "results"):
-            if getattr(args, folder, None):
-                project = replace(project, **{folder: getattr(args, folder)})
+        for name in ("runs", "results", "artifacts"):
+            if getattr(args, name, None):
+                project = replace(project, **{name: getattr(args, name)})
         return args.command(args, root, project) or 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--rerun-stale", action="store_true", help="run again what was made by older code")
 
     draw = command("collect", collect, "build a table or figure from whatever runs exist")
-    draw.add_argument("artifact", nargs="*", help="files of config/tables, `runs` for runs.csv (default: all wanted)")
+    draw.add_argument("artifact", nargs="*", help="files of config/tables, claims, runs, report (default: all)")
+    draw.add_argument("--artifacts", nargs="+", help="what the report shows (default: all wanted)")
     draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's)")
 
     look = command("plan", plan, "runs to do, their time, disk and memory")
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("one", type=Path, help="a metrics.json, its folder, or the folder of a setting with its seeds")
     two.add_argument("other", type=Path, help="the same")
 
+    command("readme", readme, "write README.md's results from results/reference")
     command("stale", stale, "list results older than the code they depend on")
     command("cleanup", cleanup, "delete a scale's checkpoints and models; metrics stay")
     return parser
@@ -90,19 +92,27 @@ def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
 
 def collect(args: argparse.Namespace, root: Path, project: c.Project) -> None:
     """Build artifacts."""
-    from mutor.tables import collect_artifact, collect_runs
+    from mutor.claims import collect_claims
+    from mutor.report import collect_report
+    from mutor.tables import collect_artifact, collect_runs, read_reported
 
     scale = c.load_scale(root, project.scale)
-    for name in args.artifact or [*(project.artifacts or scale.artifacts), "runs"]:
+    runs, folder = results.Records(root / project.runs), root / project.results
+    reported = read_reported(root / "config/reported.csv")
+    wanted = list(project.artifacts or scale.artifacts)
+    for name in args.artifact or [*wanted, "claims", "runs", "report"]:
         if name == "runs":
-            files = collect_runs(root / project.runs, scale.name, root / project.results)
+            files = collect_runs(runs, scale.name, folder)
+        elif name == "claims":
+            files = collect_claims(root, scale, runs, reported, folder)
+        elif name == "report":
+            files = collect_report(root, wanted, scale, runs, reported, folder)
         else:
-            table = c.load_table(root, name)
-            files = collect_artifact(
-                table, scale, root / project.runs, root / project.results, root / "config/reported.csv"
-            )
+            files = collect_artifact(c.load_table(root, name), scale, runs, reported, folder)
         for file in files:
             print(file.relative_to(root) if file.is_relative_to(root) else file)
+    for problem in runs.problems:
+        print(f"left out: {problem}", file=sys.stderr)
 
 
 def plan(args: argparse.Namespace, root: Path, project: c.Project) -> None:
@@ -111,7 +121,7 @@ def plan(args: argparse.Namespace, root: Path, project: c.Project) -> None:
 
     scale = c.load_scale(root, project.scale)
     chosen = [c.load_table(root, str(name)) for name in (args.target or project.artifacts or scale.artifacts)]
-    print("\n".join(lines(chosen, scale, root / project.runs)))
+    print("\n".join(lines(chosen, scale, root / project.runs, root / "results/reference")))
 
 
 def compare(args: argparse.Namespace, root: Path, project: c.Project) -> None:
@@ -119,6 +129,14 @@ def compare(args: argparse.Namespace, root: Path, project: c.Project) -> None:
     from mutor.compare import lines
 
     print("\n".join(lines(args.one, args.other)))
+
+
+def readme(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+    """Write the README's results."""
+    from mutor.report import readme as written
+
+    file = root / "README.md"
+    results.write_text(file, written(root, file.read_text()))
 
 
 def stale(args: argparse.Namespace, root: Path, project: c.Project) -> None:

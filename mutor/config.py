@@ -55,6 +55,7 @@ class Dataset:
     base: str | None = setting(None, doc="a dataset that models are first trained on, next-token, seed by seed")
     base_seed: int | None = setting(None, doc="one base model of this seed for all seeds, instead of one each", low=0)
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
+    plan: dict = setting({}, doc="for `plan` before anything ran: examples, about, and tokens of one, at most")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ class Scale:
     models: dict = setting({}, doc="name -> model")
     datasets: dict = setting({}, doc="name -> dataset")
     recipes: dict = setting({}, doc="name -> recipe")
+    plan: dict = setting({}, doc="for `plan` before anything ran: model -> parameters")
     name: str = setting("", doc="the file's name")
 
 
@@ -208,7 +210,8 @@ def find_root(start: Path | None = None) -> Path:
     raise ValueError("no config/config.yaml found in this folder or above it; call from the project's folder")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A file of settings; ValueError where it is not YAML or no mapping."""
     try:
         content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
@@ -223,7 +226,7 @@ def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Projec
     changes = dict(changes or {})
     if isinstance(changes.get("artifacts"), str):
         changes["artifacts"] = [part for part in changes["artifacts"].split(",") if part]
-    project = from_mapping(Project, {**_read(root / "config/config.yaml"), **changes}, "config/config.yaml")
+    project = from_mapping(Project, {**read_yaml(root / "config/config.yaml"), **changes}, "config/config.yaml")
     choose(project.scale, scales(root), "scale")
     for name in project.artifacts or ():
         choose(str(name), tables(root), "artifacts")
@@ -244,9 +247,11 @@ def load_scale(root: Path, name: str) -> Scale:
     """A scale with its models, datasets and recipes checked."""
     choose(name, scales(root), "scale")
     where = f"config/scales/{name}.yaml"
-    scale = from_mapping(Scale, {**_read(root / where), "name": name}, where)
+    scale = from_mapping(Scale, {**read_yaml(root / where), "name": name}, where)
     for artifact in scale.artifacts:
         choose(str(artifact), tables(root), f"{where}: artifacts")
+    for key in scale.plan:
+        choose(key, scale.models, f"{where}: plan")
     for key, value in scale.models.items():
         scale.models[key] = from_mapping(ModelConfig, value, f"{where}: models: {key}")
     for key, value in scale.datasets.items():
@@ -255,6 +260,8 @@ def load_scale(root: Path, name: str) -> Scale:
         choose(dataset.recipe, scale.recipes, f"{here}: recipe")
         for method in dataset.settings:
             choose(method, METHODS, f"{here}: settings")
+        for about in dataset.plan:
+            choose(about, ("examples", "tokens"), f"{here}: plan")
         scale.datasets[key] = dataset
     for dataset_name, dataset in scale.datasets.items():  # a wrong value is found even if no table asks for it
         if dataset.base is not None:
@@ -275,7 +282,7 @@ def load_table(root: Path, name: str) -> Table:
     """A table with its rows checked."""
     choose(name, tables(root), "table")
     where = f"config/tables/{name}.yaml"
-    table = from_mapping(Table, {**_read(root / where), "name": name}, where)
+    table = from_mapping(Table, {**read_yaml(root / where), "name": name}, where)
     rows = []
     for number, given in enumerate(table.rows, start=1):
         row = from_mapping(Row, given, f"{where}: row {number}")

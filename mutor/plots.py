@@ -56,7 +56,8 @@ def solve_rates(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -
                     low, high = _or(row["ci_low"], row["mean"]), _or(row["ci_high"], row["mean"])
                     error = [[row["mean"] - low], [high - row["mean"]]]
                     axis.errorbar(row["mean"], y, xerr=error, color=own, capsize=3, lw=1)
-                    spread = [y + 0.16 * (i - (len(row["values"]) - 1) / 2) for i in range(len(row["values"]))]
+                    between = min(0.16, 0.6 / len(row["values"]))
+                    spread = [y + between * (i - (len(row["values"]) - 1) / 2) for i in range(len(row["values"]))]
                     axis.plot(
                         row["values"], spread, "o", color=own, ms=4, mec="white", mew=0.4, clip_on=False, zorder=3
                     )
@@ -118,7 +119,7 @@ def _panel(frame: pd.DataFrame, group: str) -> list[dict[str, Any]]:
     return [dict(row) for _, row in rows.iterrows()]
 
 
-def curves(table: Table, scale: Scale, runs: Path, folder: Path) -> list[Path]:
+def curves(table: Table, scale: Scale, runs: results.Records, folder: Path) -> list[Path]:
     """Learning curves: a row a graph; validation solve rate, next-token loss and auxiliary losses over steps."""
     chosen = {c.spec.path: c for c in cells(table, scale) if not c.row.control}
     groups = list(dict.fromkeys(c.spec.data for c in chosen.values()))
@@ -132,7 +133,7 @@ def curves(table: Table, scale: Scale, runs: Path, folder: Path) -> list[Path]:
             for cell in (c for c in chosen.values() if c.spec.data == group):
                 label = cell.row.label or cell.row.method
                 own = COLOURS[labels.index(label) % len(COLOURS)]
-                for number, (_, record) in enumerate(results.records(runs, cell.spec)):
+                for number, record in enumerate(runs.of(cell.spec)):
                     _draw_curves(row, record, own, label if number == 0 else None)
             for axis, name in zip(row, panels, strict=True):
                 axis.set(xlabel="step", ylabel=name)

@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,10 @@ VERSION = 1
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
 # code that decides which runs there are and how they are shown, not what comes out of one
 NOT_IN_RESULTS = ("mutor.__main__", "mutor.cli", "mutor.config", "mutor.registry", "mutor.checks", "mutor.results")
-REQUIRED = ("version", "scale", "train_data", "model", "method", "settings", "seed", "config_hash", "checkpoints")
+REQUIRED = (
+    "version", "scale", "train_data", "model", "method", "settings", "seed", "config", "config_hash", "checkpoints",
+    "versions",
+)  # fmt: skip
 
 
 def seed_folder(runs: Path, spec: Spec, seed: int) -> Path:
@@ -70,27 +72,82 @@ def read(file: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: not a run record: {error}") from None
     for key in REQUIRED:
-        if key not in record:
+        if not isinstance(record, dict) or key not in record:
             raise ValueError(f"{file}: field {key!r} is missing")
     if record["version"] != VERSION:
         raise ValueError(f"{file}: field 'version' is {record['version']!r}, this program reads {VERSION}")
     for checkpoint in record["checkpoints"]:
+        if not isinstance(checkpoint, dict) or not {"names", "step", "metrics"} <= checkpoint.keys():
+            raise ValueError(f"{file}: field 'checkpoints' needs names, step and metrics, has {checkpoint!r}")
         for metric, value in checkpoint["metrics"].items():
-            rate = metric.endswith("rate") or "accuracy" in metric
+            rate = metric.endswith("rate") or "accuracy" in metric or metric.startswith("rouge")
             if not isinstance(value, (int, float)) or not math.isfinite(value) or (rate and not 0 <= value <= 100):
                 raise ValueError(
                     f"{file}: field {metric!r} is {value!r}, allowed: {'0 to 100' if rate else 'a number'}"
                 )
+    if not {"best", "last"} <= {name for checkpoint in record["checkpoints"] for name in checkpoint["names"]}:
+        raise ValueError(f"{file}: field 'checkpoints' lacks 'best' or 'last'")
     return record
 
 
-def records(runs: Path, spec: Spec) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """All readable records of a setting whose configuration is the one asked for, by seed."""
-    found = (Path(runs) / spec.path).glob("seed*/metrics.json")
-    for file in sorted(found, key=lambda f: int(f.parent.name.removeprefix("seed"))):
-        record = read(file)
-        if record["config_hash"] == spec.config_hash:
-            yield file, record
+class Records:
+    """The run records below a folder, each read once.
+
+    Records(Path("runs")).of(spec) lists a setting's; .of_scale("laptop") all of a scale, broken ones left out. What was
+    left out, and why, stands in `problems`: broken records, copies in another run's folder, and records of the same run
+    with other numbers, of which the one in the folder seed<n> counts.
+    """
+
+    def __init__(self, runs: Path) -> None:
+        self.runs = Path(runs)
+        self.problems: list[str] = []
+        self._settings: dict[str, list[dict[str, Any]]] = {}
+
+    def of(self, spec: Spec) -> list[dict[str, Any]]:
+        """The records of a setting whose configuration is the one asked for, by seed."""
+        return [r for r in self.at(spec.path) if r["config_hash"] == spec.config_hash]
+
+    def of_scale(self, scale: str) -> list[dict[str, Any]]:
+        """All records of a scale, by folder and seed."""
+        folders = sorted({f.parent.parent for f in (self.runs / scale).glob("*/*/*/*/seed*/metrics.json")})
+        return [record for folder in folders for record in self.at(folder.relative_to(self.runs).as_posix())]
+
+    def at(self, path: str) -> list[dict[str, Any]]:
+        """The records in a setting's folder, by seed, each with its `path` and `file`."""
+        if path not in self._settings:
+            found: dict[tuple[int, str], dict[str, Any]] = {}
+            files = (self.runs / path).glob("seed*/metrics.json")
+            for file in sorted(files, key=lambda f: (len(f.parent.name), f.parent.name)):
+                try:
+                    record = read(file)
+                    _belongs(record, file, path)
+                    same = found.setdefault((record["seed"], record["config_hash"]), record)
+                    if same is record:
+                        record |= {"path": path, "file": file}
+                    else:
+                        _agree(same, record, file)
+                except ValueError as error:
+                    self.problems.append(str(error))
+            self._settings[path] = [found[key] for key in sorted(found)]
+        return self._settings[path]
+
+
+def _belongs(record: dict[str, Any], file: Path, path: str) -> None:
+    says = "/".join(str(record[key]) for key in ("scale", "train_data", "model", "method"))
+    if not path.startswith(f"{says}/"):
+        raise ValueError(f"{file}: a record of {says}, in the folder of {path}")
+
+
+def _agree(first: dict[str, Any], second: dict[str, Any], file: Path) -> None:
+    """Raise ValueError where two records of the same run have different numbers."""
+    for name in ("best", "last"):
+        ours, theirs = checkpoint_metrics(first, name), checkpoint_metrics(second, name)
+        for metric in ours:
+            if ours[metric] != theirs.get(metric):
+                raise ValueError(
+                    f"{file}: contradicts {first['file']}, the same run: {name} {metric} is {theirs.get(metric)} here "
+                    f"and {ours[metric]} there"
+                )
 
 
 def finished(runs: Path, spec: Spec, seed: int) -> bool:

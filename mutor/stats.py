@@ -1,4 +1,6 @@
-"""Means and intervals over seeds, as pure functions."""
+"""Means and intervals over seeds and problems, as pure functions."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,9 +43,8 @@ def summarise(
             return Summary(1, mean, None, low, high, "problems")
         found = interval(100 * table, np.random.default_rng(0), level)
         low, high, covers = found.low, found.high, found.covers
-    elif std is not None:
-        half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * std / n**0.5
-        low, high, covers = mean - half, mean + half, "seeds"
+    elif (varying := over_seeds(values, level=level)) is not None:
+        low, high, covers = varying.low, varying.high, varying.covers
     else:
         return Summary(1, mean)
     if rate:
@@ -59,12 +60,24 @@ def wilson(share: float, count: int, level: float = 0.95) -> tuple[float, float]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval; `covers`: what it would vary over, "seeds and problems" or "problems" alone."""
+    """An estimate with its interval.
+
+    covers: what it would vary over, "seeds and problems", "seeds" or "problems"; spread: standard deviation of one
+    seed's mean, None with one seed; over_problems: half the width that problems alone give.
+    """
 
     estimate: float
     low: float
     high: float
     covers: str
+    spread: float | None = None
+    over_problems: float = 0.0
+
+    def times(self, factor: float) -> Interval:
+        """The same in another unit: shares to percent."""
+        mean, low, high = (factor * x for x in (self.estimate, self.low, self.high))
+        spread = None if self.spread is None else factor * self.spread
+        return Interval(mean, low, high, self.covers, spread, factor * self.over_problems)
 
 
 def interval(scores: np.ndarray, rng: np.random.Generator, level: float = 0.95, draws: int = 1000) -> Interval:
@@ -81,11 +94,50 @@ def interval(scores: np.ndarray, rng: np.random.Generator, level: float = 0.95, 
     mean, columns = float(scores.mean()), scores.mean(axis=0)
     counts = rng.multinomial(problems, np.full(problems, 1 / problems), size=draws)
     over_problems = float((counts @ columns / problems).std(ddof=1)) if problems > 1 else 0.0
-    half = float(stats.t.ppf(0.5 + level / 2, max(problems - 1, 1))) * over_problems
-    if seeds > 1:
-        over_seeds = float(scores.mean(axis=1).std(ddof=1)) / seeds**0.5
-        half = float(np.hypot(half, stats.t.ppf(0.5 + level / 2, seeds - 1) * over_seeds))
-    return Interval(mean, mean - half, mean + half, "seeds and problems" if seeds > 1 else "problems")
+    half = from_problems = float(stats.t.ppf(0.5 + level / 2, max(problems - 1, 1))) * over_problems
+    spread = float(scores.mean(axis=1).std(ddof=1)) if seeds > 1 else None
+    if spread is not None:
+        half = float(np.hypot(half, stats.t.ppf(0.5 + level / 2, seeds - 1) * spread / seeds**0.5))
+    covers = "problems" if spread is None else "seeds and problems"
+    return Interval(mean, mean - half, mean + half, covers, spread, from_problems)
+
+
+def over_seeds(ours: Sequence[float], theirs: Sequence[float] | None = None, level: float = 0.95) -> Interval | None:
+    """Interval of the mean of `ours`, or of mean(ours) - mean(theirs) (Welch's), where only one number a seed is known.
+
+    None with a single seed on a side: nothing tells how it would vary.
+    """
+    if len(ours) < 2 or (theirs is not None and len(theirs) < 2):
+        return None
+    mean, spread = float(np.mean(ours)), float(np.std(ours, ddof=1))
+    if theirs is None:
+        half = float(stats.t.ppf(0.5 + level / 2, len(ours) - 1)) * spread / len(ours) ** 0.5
+        return Interval(mean, mean - half, mean + half, "seeds", spread)
+    mean -= float(np.mean(theirs))
+    spread = float(np.hypot(spread, np.std(theirs, ddof=1)))
+    if spread == 0:
+        return Interval(mean, mean, mean, "seeds", 0.0)
+    found = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(level)
+    return Interval(mean, float(found.low), float(found.high), "seeds", spread)
+
+
+def needed(effect: float, spread: float | None, over_problems: float, level: float = 0.95, most: int = 1000) -> str:
+    """What would bring half the width of an interval below |effect|, in words: seeds, problems.
+
+    spread, over_problems: of an `Interval`; that more seeds spread as these do, and that the effect is the true one, is
+    assumed.
+    """
+    effect = abs(effect)
+    if spread is None:
+        return "three seeds or more"
+    if over_problems >= effect:
+        factor = (over_problems / effect) ** 2 if effect else np.inf
+        return f"more than {factor:.0f} times the problems" if factor < most else "a larger effect"
+    for seeds in range(2, most + 1):
+        half = float(stats.t.ppf(0.5 + level / 2, seeds - 1)) * spread / seeds**0.5
+        if np.hypot(half, over_problems) < effect:
+            return f"about {seeds} seeds"
+    return f"more than {most} seeds"
 
 
 @dataclass(frozen=True)

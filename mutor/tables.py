@@ -1,6 +1,6 @@
 """Artifacts from run records: a tidy CSV (one row a cell, the same columns in all), Markdown, LaTeX, figures.
 
-collect_artifact(load_table(root, "figure4"), scale, runs, results, reported_csv)
+collect_artifact(load_table(root, "figure4"), scale, Records(runs), read_reported(file), folder)
 """
 
 from __future__ import annotations
@@ -27,16 +27,25 @@ COLUMNS = [
 PUBLISHED_SETTINGS = ("d_max", "a", "registers", "placement", "register_embedding")
 
 
-def collect_artifact(table: Table, scale: Scale, runs: Path, folder: Path, reported_csv: Path) -> list[Path]:
-    """Build all files of one table or figure from whatever runs exist; returns them."""
-    reported = pd.read_csv(reported_csv, dtype=str, keep_default_na=False)
+def read_reported(file: Path) -> pd.DataFrame:
+    """The published values, config/reported.csv, as texts."""
+    return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def collect_artifact(
+    table: Table, scale: Scale, runs: results.Records, reported: pd.DataFrame, folder: Path
+) -> list[Path]:
+    """Build all files of one table or figure from whatever runs exist; returns them.
+
+    What is wrong with a record, which is then left out, stands below the table.
+    """
     frame = cell_frame(table, scale, runs, reported)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{table.name}.{ending}" for ending in ("csv", "md", "tex")]
     write(files[0], lambda f: frame[COLUMNS].to_csv(f, index=False, lineterminator="\n", float_format="%.6g"))
     shown = published_shape(frame, table)
     beside = published_rows(reported, table)
-    write(files[1], lambda f: f.write_text(markdown(table, scale, shown, beside)))
+    write(files[1], lambda f: f.write_text(markdown(table, scale, shown, beside, runs)))
     write(files[2], lambda f: f.write_text(latex(table, scale, shown)))
     if table.draw == "solve_rates":
         from mutor.plots import curves, solve_rates
@@ -57,7 +66,7 @@ def write(file: Path, writer: Callable[[Path], Any]) -> None:
     os.replace(temporary, file)
 
 
-def cell_frame(table: Table, scale: Scale, runs: Path, reported: pd.DataFrame) -> pd.DataFrame:
+def cell_frame(table: Table, scale: Scale, runs: results.Records, reported: pd.DataFrame) -> pd.DataFrame:
     """One row a cell, in the table's order, with COLUMNS and for drawing: label, values, chance, data, path."""
     if table.draw == "flops":
         rows = list(_flops_rows(table, scale, reported))
@@ -75,10 +84,15 @@ def cell_frame(table: Table, scale: Scale, runs: Path, reported: pd.DataFrame) -
     return pd.DataFrame(rows, columns=[*COLUMNS, "label", "values", "chance", "data", "path"])
 
 
-def _cell_row(table: Table, cell: Cell, runs: Path, reported: pd.DataFrame) -> dict[str, Any]:
+def cell_records(cell: Cell, runs: results.Records) -> list[dict[str, Any]]:
+    """The records that a cell is made of: all seeds there are, or as many as the source has."""
+    return runs.of(cell.spec)[: cell.row.max_seeds]
+
+
+def _cell_row(table: Table, cell: Cell, runs: results.Records, reported: pd.DataFrame) -> dict[str, Any]:
     spec = cell.spec
     task = load(TASKS, spec.dataset.task, "task")
-    found = [record for _, record in results.records(runs, spec)]
+    found = cell_records(cell, runs)
     values = [results.checkpoint_metrics(record, table.checkpoint)[cell.metric] for record in found]
     scores = [results.problem_scores(record, table.checkpoint, cell.metric) for record in found]
     summary = summarise(values, scores, rate=cell.unit == "percent")
@@ -214,7 +228,7 @@ def _text(row: Any) -> str:
     return f"{row['mean']:.1f}{spread}{seeds}{published}"
 
 
-def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFrame) -> str:
+def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFrame, runs: results.Records) -> str:
     """The table in Markdown, with what stands in for what, notes and the published values."""
     where = f"Scale: {scale.name} ({scale.description})."
     if table.draw == "flops":
@@ -223,19 +237,27 @@ def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFra
     shown_metrics = table.metrics[0] if table.draw == "solve_rates" else ", ".join(table.metrics)
     if table.needs_runs:
         parts += [f"{shown_metrics}, percent, mean ± standard deviation over seeds (n = seeds).", ""]
-    parts += [_grid(shown), ""]
+    parts += [grid(shown), ""]
     shown_specs = [cell.spec for cell in cells(table, scale)]
     stands = {text for s in shown_specs for text in (s.dataset.stands_in_for, s.model_config.stands_in_for)}
     parts += [f"- Stands in for {text}." for text in sorted(filter(None, stands))]
     parts += [f"- {note}" for note in table.notes]
+    parts += [f"- Left out: {problem}" for problem in _problems(shown_specs, runs)]
     if len(beside):
         order = "model variant method d_max a train_data metric epochs value seeds source"
         columns = [name for name in order.split() if beside[name].ne("").any()]
-        parts += ["", "Published values:", "", _grid(beside[columns].set_index("model"))]
+        parts += ["", "Published values:", "", grid(beside[columns].set_index("model"))]
     return "\n".join(parts) + "\n"
 
 
-def _grid(frame: pd.DataFrame) -> str:
+def _problems(specs: list[Any], runs: results.Records) -> list[str]:
+    """What is wrong with records of these settings, files named from the folder of runs."""
+    paths = {f"{runs.runs / spec.path}/" for spec in specs}
+    return [p.replace(f"{runs.runs}/", "") for p in runs.problems if any(p.startswith(path) for path in paths)]
+
+
+def grid(frame: pd.DataFrame) -> str:
+    """A frame in Markdown, its index in the first column."""
     head = [str(frame.index.name or ""), *map(str, frame.columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += [
@@ -264,11 +286,10 @@ def _escape(text: Any) -> str:
     return out.replace("±", r"$\pm$")
 
 
-def collect_runs(runs: Path, scale: str, folder: Path) -> list[Path]:
+def collect_runs(runs: results.Records, scale: str, folder: Path) -> list[Path]:
     """runs.csv: one row a seeded run, every setting and metric, and what made it."""
     rows = []
-    for file in sorted((runs / scale).glob("*/*/*/*/seed*/metrics.json")):
-        record = results.read(file)
+    for record in runs.of_scale(scale):
         flat = {k: v for k, v in record.items() if isinstance(v, (str, int, float, bool)) or v is None}
         flat |= {f"setting.{k}": v for k, v in record["config"]["settings"].items()}
         flat |= {f"recipe.{k}": v for k, v in record["config"]["recipe"].items()}

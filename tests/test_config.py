@@ -1,11 +1,13 @@
 """Configuration: what runs are asked for, and errors that say what to write instead."""
 
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -154,6 +156,52 @@ def test_plan_lists_runs_and_bounds(capsys, tmp_path):
     assert main(["plan", "figure4", "--scale", "smoke", "--runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "9 settings, 18 seeded runs to do" in printed and "smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=1" in printed
+
+
+def test_plan_bounds_what_has_never_run(capsys, tmp_path):
+    """6 x 2,506,172,416 parameters x 7473 examples x 5 epochs x 512 tokens, three seeds."""
+    assert main(["plan", "table1", "--scale", "paper", "--runs", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"<{3 * 6 * 2506172416 * 7473 * 5 * 512:.1e}  paper/gsm8k/gemma-2b/next_token/default" in printed
+    assert re.search(r"at 40% of the bf16 peak: [\d,]+ hours of A100 or [\d,]+ hours of H100", printed)
+
+
+def test_plan_judges_by_finished_runs(capsys, tmp_path):
+    """Of the laptop reference: what has run there costs as much again, and tokens fed are compared by method."""
+    assert main(["plan", "figure4", "--scale", "laptop", "--runs", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    runs = pd.read_csv(ROOT / "results/reference/laptop/runs.csv")
+    plain = runs[(runs["method"] == "next_token") & (runs["train_data"] == "g2x5")]
+    line = next(line for line in printed.splitlines() if line.endswith("laptop/g2x5/gpt2-6x64/next_token/default"))
+    expected = (plain["seconds_training"] / plain["steps"]).median() * plain["steps"].median() * 3 / 60
+    assert float(line.split()[2]) == pytest.approx(expected, abs=0.06)
+    mutor = runs[(runs["method"] == "mutor") & (runs["train_data"] == "g2x5")]
+    ratio = (mutor["tokens"] / mutor["steps"]).median() / (plain["tokens"] / plain["steps"]).median()
+    assert f"mutor {ratio:.2f}" in printed and 1.05 < ratio < 1.2  # 32 tokens and up to 5 registers
+    assert f"judged by {len(runs)} finished runs" in printed
+
+
+@pytest.mark.parametrize("name", ["paper", "gpu"])
+def test_plan_knows_how_large_models_are(name):
+    """Parameters as transformers builds them from the published configurations."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    published = {
+        "gemma-2b": ("gemma", {"vocab_size": 256000, "hidden_size": 2048, "num_hidden_layers": 18, "head_dim": 256,
+                               "num_attention_heads": 8, "num_key_value_heads": 1, "intermediate_size": 16384}),
+        "llama-3-8b": ("llama", {"vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32,
+                                 "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}),
+        "gpt2-large": ("gpt2", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
+    }  # fmt: skip
+    scale = config.load_scale(ROOT, name)
+    assert scale.plan
+    for model, parameters in scale.plan.items():
+        own = scale.models[model]
+        family, shape = published.get(model, (own.architecture, {**own.config, "vocab_size": 34}))
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+        assert sum(p.numel() for p in built.parameters()) == parameters
 
 
 def test_hash_is_of_what_differs_from_defaults():

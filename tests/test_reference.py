@@ -6,9 +6,11 @@ import pandas as pd
 import pytest
 
 from mutor import config, results
-from mutor.tables import collect_artifact, collect_runs
+from mutor.results import Records
+from mutor.tables import collect_artifact, collect_runs, read_reported
 
 ROOT = Path(__file__).parent.parent
+REPORTED = read_reported(ROOT / "config/reported.csv")
 SCALES = sorted(folder.name for folder in (ROOT / "results/reference").glob("*") if folder.is_dir())
 
 
@@ -18,13 +20,13 @@ def test_artifacts_are_rebuilt_from_the_records(name, tmp_path):
     scale = config.load_scale(ROOT, name)
     for file in folder.glob("*.md"):
         table = config.load_table(ROOT, file.stem)
-        collect_artifact(table, scale, folder / "runs", tmp_path, ROOT / "config/reported.csv")
+        collect_artifact(table, scale, Records(folder / "runs"), REPORTED, tmp_path)
         for ending in ("csv", "md", "tex"):
             fresh = (tmp_path / f"{file.stem}.{ending}").read_text()
             assert fresh == (folder / f"{file.stem}.{ending}").read_text(), (
                 f"{name}/{file.stem}.{ending} is out of step"
             )
-    collect_runs(folder / "runs", name, tmp_path)
+    collect_runs(Records(folder / "runs"), name, tmp_path)
     assert (tmp_path / "runs.csv").read_text() == (folder / "runs.csv").read_text()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mutor.stats import interval, mcnemar, paired
+from mutor.stats import interval, mcnemar, needed, over_seeds, paired
 
 
 def rng(seed=0):
@@ -88,3 +88,23 @@ def test_same_scores_and_other_shapes():
     assert paired(same, same, rng()).p == 1.0
     with pytest.raises(ValueError, match=r"\(3, 3\) and \(2, 3\) differ"):
         paired(same, same[:2], rng())
+
+
+def test_one_number_a_seed():
+    ours, theirs = [70.1, 72.4, 71.0], [68.0, 66.5, 69.9, 67.0]
+    welch = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    got = over_seeds(ours, theirs)
+    assert (got.low, got.high) == pytest.approx((welch.low, welch.high)) and got.covers == "seeds"
+    alone = over_seeds(ours)
+    assert (alone.low, alone.high) == pytest.approx(stats.t.interval(0.95, 2, np.mean(ours), stats.sem(ours)))
+    assert over_seeds([1.0]) is None and over_seeds(ours, [1.0]) is None
+    assert over_seeds([2.0, 2.0], [1.0, 1.0]).low == 1.0
+
+
+def test_what_would_decide():
+    """With n seeds half the width is t(n - 1) s / sqrt(n): 2.57 at 6 seeds of s = 2.45, 2.27 at 7."""
+    assert stats.t.ppf(0.975, 5) * 2.45 / 6**0.5 > 2.5 > stats.t.ppf(0.975, 6) * 2.45 / 7**0.5
+    assert needed(2.5, 2.45, 0.0) == needed(-2.5, 2.45, 0.0) == "about 7 seeds"
+    assert needed(2.5, None, 0.1) == "three seeds or more"
+    assert needed(1.0, 0.1, 3.0) == "more than 9 times the problems"
+    assert needed(0.0, 0.1, 3.0) == "a larger effect" and needed(0.01, 5.0, 0.0) == "more than 1000 seeds"

@@ -9,10 +9,12 @@ import pytest
 from scipy import stats
 
 from mutor import config, results, tables
+from mutor.results import Records
 from mutor.stats import summarise, wilson
-from mutor.tables import COLUMNS, collect_artifact
+from mutor.tables import COLUMNS, collect_artifact, read_reported
 
 ROOT = Path(__file__).parent.parent
+REPORTED = read_reported(ROOT / "config/reported.csv")
 
 
 def test_summary_by_hand():
@@ -72,7 +74,7 @@ def built(tmp_path):
             file = results.seed_folder(tmp_path / "runs", cell.spec, seed) / "metrics.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(record(cell.spec, seed, rate)))
-    files = collect_artifact(table, scale, tmp_path / "runs", tmp_path / "out", ROOT / "config/reported.csv")
+    files = collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path / "out")
     return tmp_path, files
 
 
@@ -103,7 +105,7 @@ def test_files_equal_the_golden_ones(built):
 def test_same_records_give_the_same_picture(built, tmp_path):
     folder, files = built
     scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "figure4")
-    collect_artifact(table, scale, folder / "runs", tmp_path / "again", ROOT / "config/reported.csv")
+    collect_artifact(table, scale, Records(folder / "runs"), REPORTED, tmp_path / "again")
     for file in files:
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
     svg = (folder / "out/figure4.svg").read_text()
@@ -112,7 +114,7 @@ def test_same_records_give_the_same_picture(built, tmp_path):
 
 def test_published_values_stand_beside_their_cells(tmp_path):
     scale, table = config.load_scale(ROOT, "gpu"), config.load_table(ROOT, "figure4")
-    collect_artifact(table, scale, tmp_path / "runs", tmp_path / "out", ROOT / "config/reported.csv")
+    collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path / "out")
     frame = pd.read_csv(tmp_path / "out/figure4.csv")
     cells = frame[frame["metric"] == "solve_rate"].set_index(["train_data", "method", "d_max"])["reported"]
     assert cells["star_graph n=3 l=5 labels=30", "parallel_mtp", 4] == 100
@@ -125,22 +127,58 @@ def test_published_values_stand_beside_their_cells(tmp_path):
     assert frame["reported_difference"].isna().all() and (frame["n_seeds"] == 0).all()
 
 
-def test_broken_record_is_named(built, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("solve_rate", 170, "'solve_rate' is 170"),
+        ("solve_rate", float("nan"), "'solve_rate' is nan, allowed: 0 to 100"),
+    ],
+)
+def test_broken_record_is_left_out_visibly(built, tmp_path, field, value, says):
     folder, _ = built
-    file = next((folder / "runs").glob("**/metrics.json"))
+    file = next((folder / "runs").glob("**/seed42/metrics.json"))
     content = json.loads(file.read_text())
-    content["checkpoints"][0]["metrics"]["solve_rate"] = 170
+    content["checkpoints"][0]["metrics"][field] = value
     file.write_text(json.dumps(content))
     scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "figure4")
-    with pytest.raises(ValueError, match=r"metrics\.json") as error:
-        collect_artifact(table, scale, folder / "runs", tmp_path / "out", ROOT / "config/reported.csv")
-    assert "solve_rate" in str(error.value)
+    runs = Records(folder / "runs")
+    collect_artifact(table, scale, runs, REPORTED, tmp_path / "out")
+    text = (tmp_path / "out/figure4.md").read_text()
+    assert f"Left out: {file.relative_to(folder / 'runs')}: field {says}" in text and len(runs.problems) == 1
+    frame = pd.read_csv(tmp_path / "out/figure4.csv")
+    assert sorted(frame.loc[frame["n_seeds"] > 0, "n_seeds"].unique()) == [1, 2]
+
+
+def test_records_merge_by_copying_and_contradictions_are_reported(built):
+    folder, _ = built
+    file = next((folder / "runs").glob("**/seed42/metrics.json"))
+    setting = file.parent.parent
+    other = setting / "seed42-other/metrics.json"
+    results.write_json(other, json.loads(file.read_text()))  # the same run, made again with the same numbers
+    path = setting.relative_to(folder / "runs").as_posix()
+    same = Records(folder / "runs")
+    assert [r["seed"] for r in same.at(path)] == [42, 43] and same.problems == []
+    content = json.loads(file.read_text())
+    before = content["checkpoints"][0]["metrics"]["solve_rate"]
+    content["checkpoints"][0]["metrics"]["solve_rate"] = 1.0
+    results.write_json(other, content)
+    differs = Records(folder / "runs")
+    assert results.checkpoint_metrics(differs.at(path)[0], "last")["solve_rate"] == before
+    assert (
+        len(differs.problems) == 1
+        and "contradicts" in differs.problems[0]
+        and "solve_rate is 1.0" in differs.problems[0]
+    )
+    elsewhere = folder / "runs" / path.replace("next_token", "teacherless").replace("mutor", "teacherless") / "seed9"
+    results.write_json(elsewhere / "metrics.json", json.loads(file.read_text()))
+    strange = Records(folder / "runs")
+    assert strange.at(elsewhere.parent.relative_to(folder / "runs").as_posix()) == []
+    assert "in the folder of" in strange.problems[0]
 
 
 def test_reported_values_are_all_there():
-    reported = pd.read_csv(ROOT / "config/reported.csv", dtype=str, keep_default_na=False)
-    assert len(reported) == 300 and reported["artifact"].nunique() == 21
-    assert {f"table{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17)} <= set(reported["artifact"])
+    assert len(REPORTED) == 300 and REPORTED["artifact"].nunique() == 21
+    assert {f"table{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17)} <= set(REPORTED["artifact"])
 
 
 LANGUAGE = (
@@ -153,9 +191,8 @@ LANGUAGE = (
 def test_every_published_value_has_its_cell_at_paper_scale(name, tmp_path):
     """Each published number once, beside the cell with its model, data, method, metric, settings and epochs."""
     table, scale = config.load_table(ROOT, name), config.load_scale(ROOT, "paper")
-    reported = pd.read_csv(ROOT / "config/reported.csv", dtype=str, keep_default_na=False)
-    frame = tables.cell_frame(table, scale, tmp_path, reported)
-    published = reported[reported["artifact"] == name]
+    frame = tables.cell_frame(table, scale, Records(tmp_path), REPORTED)
+    published = REPORTED[REPORTED["artifact"] == name]
     key = ["role", "method", "train_data", "benchmark", "metric"]
     ours = frame[frame["reported"].notna()]
     got = [ours[k].str.replace(r" \(.*", "", regex=True) for k in key]
@@ -168,12 +205,11 @@ def test_every_published_value_has_its_cell_at_paper_scale(name, tmp_path):
 
 def test_settings_tables_say_what_the_protocol_says(tmp_path):
     """Best settings and budgets of the paper, read off the tables that the workflow writes."""
-    reported = pd.read_csv(ROOT / "config/reported.csv", dtype=str, keep_default_na=False)
     scale = config.load_scale(ROOT, "paper")
     frames = {}
     for name in ("table10", "table11"):
-        collect_artifact(config.load_table(ROOT, name), scale, tmp_path, tmp_path, ROOT / "config/reported.csv")
-        frames[name] = tables.cell_frame(config.load_table(ROOT, name), scale, tmp_path, reported)
+        collect_artifact(config.load_table(ROOT, name), scale, Records(tmp_path), REPORTED, tmp_path)
+        frames[name] = tables.cell_frame(config.load_table(ROOT, name), scale, Records(tmp_path), REPORTED)
         assert config.run_cells(config.load_table(ROOT, name), scale) == []
 
     def value(name, metric, **where):
@@ -196,14 +232,14 @@ def test_settings_tables_say_what_the_protocol_says(tmp_path):
 
 def test_sweep_figure_is_drawn_with_and_without_runs(tmp_path):
     table, scale = config.load_table(ROOT, "table4"), config.load_scale(ROOT, "paper")
-    collect_artifact(table, scale, tmp_path / "runs", tmp_path, ROOT / "config/reported.csv")
+    collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path)
     empty = (tmp_path / "table4.svg").read_text()
     for cell in config.cells(table, scale):
         for seed in cell.spec.seeds:
             made = record(cell.spec, seed, 50.0)
             made["checkpoints"][0]["metrics"] = {"accuracy": 40.0 + seed % 3}
             results.write_json(results.seed_folder(tmp_path / "runs", cell.spec, seed) / "metrics.json", made)
-    files = collect_artifact(table, scale, tmp_path / "runs", tmp_path, ROOT / "config/reported.csv")
+    files = collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path)
     assert [f.suffix for f in files] == [".csv", ".md", ".tex", ".png", ".svg"]
     full = (tmp_path / "table4.svg").read_text()
     assert "parallel_mtp" in full and "d_max" in full and len(full) > len(empty)

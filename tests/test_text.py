@@ -270,7 +270,8 @@ def test_a_whole_run_from_a_shared_base(tmp_path):
 
 def test_a_users_own_model_and_data_through_every_method(tmp_path, tiny, monkeypatch):
     """The scale and table made for it, with a local model and 200 lines."""
-    from mutor.tables import collect_artifact
+    from mutor.results import Records
+    from mutor.tables import collect_artifact, read_reported
     from mutor.tasks.standins import tokenizer
 
     model = tiny("llama", vocab_size=len(tokenizer()), max_position_embeddings=128, scale=1.0)
@@ -290,7 +291,9 @@ def test_a_users_own_model_and_data_through_every_method(tmp_path, tiny, monkeyp
     assert {s.method for s in specs} == {m for m in METHODS if m != "teacherless"}
     for spec in specs:
         run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path / "runs", device="cpu"))
-    csv, *_ = collect_artifact(table, scale, tmp_path / "runs", tmp_path, ROOT / "config/reported.csv")
+    csv, *_ = collect_artifact(
+        table, scale, Records(tmp_path / "runs"), read_reported(ROOT / "config/reported.csv"), tmp_path
+    )
     frame = pd.read_csv(csv)
     assert frame["n_seeds"].eq(1).all() and frame["train_data"].eq("train").all() and len(frame) == 12
     losses = frame[frame["metric"] == "loss"]

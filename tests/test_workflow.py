@@ -107,6 +107,18 @@ def test_smoke_scale_runs_from_text_to_table(smoke):
     assert len(list(smoke.glob("runs/smoke/mix/*/*/*/seed*/metrics.json"))) == 1
 
 
+def test_smoke_scale_ends_in_claims_and_a_report(smoke):
+    claims = pd.read_csv(smoke / "results/claims.csv")
+    artifacts = config.load_scale(ROOT, "smoke").artifacts
+    wanted = claims[claims["table"].isin(artifacts)]
+    assert wanted["verdict"].isin(["same direction", "opposite direction", "undecided", "not at this scale"]).all()
+    table1 = claims[(claims["table"] == "table1") & (claims["verdict"] != "not at this scale")]
+    assert len(table1) == 2 and (table1["n_seeds"] == 2).all() and table1["stands_in_for"].notna().all()
+    page = (smoke / "results/report.html").read_text()
+    assert all(f'<section id="{name}">' in page for name in artifacts)
+    assert "No cell lacks a seed." in page
+
+
 def test_nothing_to_do_is_quick_and_does_nothing(smoke):
     done = snakemake(smoke, "--cores", "2", "--config", "scale=smoke", timeout=60)
     assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr

@@ -6,6 +6,8 @@ localrules:
     figure,
     sweep,
     runs_csv,
+    claims,
+    report_html,
 
 
 rule table:
@@ -27,14 +29,12 @@ rule table:
     conda:
         "../../environment.yml"
     params:
-        python=PYTHON,
-        scale=PROJECT.scale,
+        command=lambda wildcards: collect(wildcards.artifact),
         state=lambda wildcards: table_state(wildcards.artifact),
     message:
         "Collecting {wildcards.artifact}"
     shell:
-        "{params.python} -m mutor collect {wildcards.artifact} --scale {params.scale} "
-        f"--runs {RUNS} --results {RESULTS} > {{log:q}} 2>&1"
+        "{params.command} > {log:q} 2>&1"
 
 
 use rule table as figure with:
@@ -91,14 +91,57 @@ rule runs_csv:
             category="Runs",
         ),
     log:
-        f"{RUNS}/logs/runs_csv.log",
+        f"{RUNS}/logs/runs.log",
     conda:
         "../../environment.yml"
     params:
-        python=PYTHON,
-        scale=PROJECT.scale,
+        command=lambda wildcards: collect("runs"),
     message:
         "Collecting all runs"
     shell:
-        "{params.python} -m mutor collect runs --scale {params.scale} "
-        f"--runs {RUNS} --results {RESULTS} > {{log:q}} 2>&1"
+        "{params.command} > {log:q} 2>&1"
+
+
+rule claims:
+    input:
+        [f"{RUNS}/{path}/index.json" for path in WANTED],
+        claims="config/claims.yaml",
+        reported="config/reported.csv",
+    output:
+        report(
+            f"{RESULTS}/claims.csv",
+            caption="../report/artifact.rst",
+            category="Claims",
+        ),
+        f"{RESULTS}/claims.md",
+    log:
+        f"{RUNS}/logs/claims.log",
+    conda:
+        "../../environment.yml"
+    params:
+        command=lambda wildcards: collect("claims"),
+        state=[table_state(artifact) for artifact in ARTIFACTS],
+    message:
+        "Holding the claims against the runs"
+    shell:
+        "{params.command} > {log:q} 2>&1"
+
+
+rule report_html:
+    input:
+        artifact_files(ARTIFACTS),
+        f"{RESULTS}/claims.csv",
+        f"{RESULTS}/runs.csv",
+    output:
+        f"{RESULTS}/report.html",
+    log:
+        f"{RUNS}/logs/report.log",
+    conda:
+        "../../environment.yml"
+    params:
+        command=lambda wildcards: collect("report"),
+        state=[table_state(artifact) for artifact in ARTIFACTS],
+    message:
+        "Writing the report"
+    shell:
+        "{params.command} > {log:q} 2>&1"

@@ -72,6 +72,12 @@ def run_arguments(wildcards):
     return " ".join(words)
 
 
+def collect(name):
+    """The command line that builds an artifact."""
+    chosen = f"--artifacts {' '.join(ARTIFACTS)} " if PROJECT.artifacts else ""
+    return f"{PYTHON} -m mutor collect {name} --scale {PROJECT.scale} {chosen}--runs {RUNS} --results {RESULTS}"
+
+
 def code_state():
     """A token that changes with the code, only where runs made by older code are to be made again."""
     if not PROJECT.rerun_stale:

@@ -1,0 +1,167 @@
+"""Claims against runs made up for them, the rule, and what is wrong in claims.yaml."""
+
+import numpy as np
+import pytest
+import yaml
+
+from mutor import claims, config, results
+from mutor.cli import main
+from mutor.stats import Interval
+from mutor.tables import read_reported
+
+ROOT = config.find_root()
+REPORTED = read_reported(ROOT / "config/reported.csv")
+
+
+def claim(direction, margin=0.0):
+    return claims.Claim(
+        claim="c", source="s", table="t", metric="m", model="x", train_data="d", ours={}, theirs=0.0,
+        direction=direction, margin=margin,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("direction", "margin", "low", "high", "verdict"),
+    [
+        ("above", 0, 0.1, 3, "reproduced"), ("above", 0, -0.1, 3, "inconclusive"),
+        ("above", 0, -3, -0.1, "contradicted"), ("above", 1, -0.9, 3, "reproduced"),
+        ("above", 1, -3, -0.9, "inconclusive"), ("above", 1, -3, -1.1, "contradicted"),
+        ("below", 0, -3, -0.1, "reproduced"), ("below", 0, 0.1, 3, "contradicted"),
+        ("below", 1, 0.5, 0.9, "reproduced"), ("equal", 1, -0.9, 0.9, "reproduced"),
+        ("equal", 1, -0.9, 1.1, "inconclusive"), ("equal", 1, 1.1, 2, "contradicted"),
+        ("equal", 1, -2, -1.1, "contradicted"), ("above", 0, np.nan, np.nan, "inconclusive"),
+    ],
+)  # fmt: skip
+def test_rule(direction, margin, low, high, verdict):
+    assert claims.judge(claim(direction, margin), Interval((low + high) / 2, low, high, "seeds")) == verdict
+
+
+def put(folder, cell, seed, solved, data_hash="d", count=200):
+    """A record that solves the first `solved` of its problems."""
+    spec = cell.spec
+    metrics = {"solve_rate": 100 * solved / count, "first_step_accuracy": 100 * solved / count}
+    scores = {"solve_rate": results.pack(np.arange(count) < solved)}
+    record = {
+        "version": 1, "scale": spec.scale, "train_data": spec.data, "model": spec.model, "method": spec.method,
+        "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
+        "checkpoints": [{"names": ["best", "last"], "step": 1, "metrics": metrics, "scores": scores}], "curve": [],
+        "added_parameters": 0, "versions": {}, "steps": 1, "data_hash": data_hash,
+    }  # fmt: skip
+    results.write_json(results.seed_folder(folder, spec, seed) / "metrics.json", record)
+
+
+def frame_of(folder, solved, scale="smoke", count=200):
+    """The claims frame of runs: label or method -> problems solved by each seed, of `count`."""
+    loaded = config.load_scale(ROOT, scale)
+    for cell in config.cells(config.load_table(ROOT, "figure4"), loaded):
+        key = cell.row.label or cell.spec.method
+        for seed, right in zip((42, 43, 44), solved.get(key, ()), strict=False):
+            put(folder, cell, seed, right, count=count)
+    return claims.claim_frame(ROOT, loaded, results.Records(folder), REPORTED)
+
+
+def of(frame, words):
+    rows = frame[frame["claim"].str.contains(words, regex=False)]
+    assert len(rows) >= 1, words
+    return rows.iloc[0]
+
+
+def test_verdicts_on_made_up_runs(tmp_path):
+    frame = frame_of(
+        tmp_path, {"next_token": (1000, 980, 1020), "mutor": (1980, 1990, 2000), "parallel_mtp": (1000, 1500, 2000),
+                   "mutor, d = 1": (1500, 1520, 1480)}, count=2000,
+    )  # fmt: skip
+    chance, solves = of(frame, "stays at chance"), of(frame, "fails on")
+    assert (chance["verdict"], solves["verdict"]) == ("same direction", "same direction")
+    assert solves["measured"] == pytest.approx(99.5 - 50) and solves["n_seeds"] == 3 and solves["p"] < 0.01
+    assert solves["covers"] == "seeds and problems" and solves["ci_low"] > 40
+    wide = of(frame, "Parallel heads are above")
+    assert wide["verdict"] == "undecided" and wide["to_decide"].startswith("about ") and "seeds" in wide["to_decide"]
+    assert of(frame, "no further than the next token")["verdict"] == "opposite direction"
+    missing = of(frame, "Sequential modules are above")
+    assert missing["verdict"] == "not run" and "snakemake results/figure4.csv" in missing["to_decide"]
+    assert of(frame, "Llama 3 8B")["verdict"] == "not at this scale"
+    assert {c.claim for c in claims.load_claims(ROOT)} == set(frame["claim"])
+
+
+def test_one_seed_is_over_problems_and_says_so(tmp_path):
+    row = of(frame_of(tmp_path, {"next_token": (100,), "mutor": (150,)}), "fails on")
+    assert (row["n_seeds"], row["covers"], row["verdict"]) == (1, "problems", "same direction")
+    assert row["p"] == pytest.approx(2 * 0.5**50)
+
+
+def test_best_of_all_is_held_against_each_other_setting(tmp_path):
+    """d_max 4 above 2 and 3 but not clearly above 6: undecided, and 6 is what is shown."""
+    scale = config.load_scale(ROOT, "paper")
+    accuracy = {2: (38, 39, 38), 3: (40, 41, 40), 4: (60, 61, 62), 6: (59, 62, 61)}
+    for cell in config.cells(config.load_table(ROOT, "table4"), scale):
+        if cell.spec.method == "mutor" and cell.spec.data == "gsm8k":
+            for seed, right in zip((42, 43, 44), accuracy[cell.spec.method_config.d_max], strict=True):
+                put(tmp_path, cell, seed, right, count=100)
+                file = results.seed_folder(tmp_path, cell.spec, seed) / "metrics.json"
+                file.write_text(file.read_text().replace("solve_rate", "accuracy"))
+    frame = claims.claim_frame(ROOT, scale, results.Records(tmp_path), REPORTED)
+    row = frame[(frame["claim"] == "MuToR is best at d_max 4") & (frame["train_data"] == "gsm8k")].iloc[0]
+    assert row["verdict"] == "inconclusive" and row["measured"] == pytest.approx(61 - 182 / 3, abs=1e-6)
+    assert row["published"] == pytest.approx(42.10 - 41.93) and row["stands_in_for"] == ""
+
+
+def test_published_effects_stand_beside(tmp_path):
+    frame = claims.claim_frame(ROOT, config.load_scale(ROOT, "paper"), results.Records(tmp_path), REPORTED)
+    assert frame["verdict"].isin(["not run", "not at this scale"]).all()
+    table1 = frame[(frame["table"] == "table1") & (frame["theirs"] == "next_token") & (frame["direction"] == "above")]
+    gains = {(r["model"], r["train_data"]): round(r["published"], 2) for _, r in table1.iterrows()}
+    assert gains["gemma-2b", "gsm8k"] == 3.23 and gains["gemma-2b", "2m-gsm"] == 1.54
+    assert gains["llama-3-8b", "1m-math"] == 2.0
+    longer = frame[(frame["table"] == "table13") & frame["theirs"].str.contains("1.667 times")]
+    assert sorted(round(v, 2) for v in longer["published"]) == [0.51, 0.77, 1.23, 1.61]
+    extra = of(frame, "1.4 times the data")
+    assert extra["published"] == pytest.approx(68.33 - 66.69)
+    language = frame[frame["table"] != "figure4"]
+    assert language["published"].notna().all() and (language["verdict"] == "not run").all()
+    agree = np.where(language["direction"] == "above", language["published"] > -language["margin"].fillna(0), True)
+    assert agree.all()  # the sources' own numbers support what they claim
+
+
+def test_different_problems_are_compared_by_seeds(tmp_path):
+    scale = config.load_scale(ROOT, "smoke")
+    for cell in config.cells(config.load_table(ROOT, "figure4"), scale):
+        if not cell.row.control and cell.spec.method in ("next_token", "mutor"):
+            for seed, right in ((42, 90), (43, 110)):
+                mutor = cell.spec.method == "mutor"
+                put(tmp_path, cell, seed, right + 50 * mutor, data_hash=f"{cell.spec.method}")
+    row = of(claims.claim_frame(ROOT, scale, results.Records(tmp_path), REPORTED), "fails on")
+    assert row["covers"] == "seeds" and row["measured"] == pytest.approx(25)
+    half = 4.302653 * (2 * 7.0710678**2 / 2) ** 0.5 / 1  # Welch at equal variances: t with 2 degrees of freedom
+    assert row["ci_high"] - 25 == pytest.approx(half, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"table": "tabel1"}, "claim 1: table: 'tabel1' is unknown"),
+        ({"metric": "accuracy"}, "claim 1: metric: 'accuracy' is unknown"),
+        ({"ours": {"method": "mutr"}}, "claim 1: ours: method: 'mutr' is unknown, did you mean 'mutor'"),
+        ({"direction": "better"}, "direction: 'better' is not allowed; allowed: above, below, equal"),
+        ({"theirs": "luck"}, "theirs: 'luck' is unknown"),
+        ({"train_data": "star_graf"}, "did you mean 'star_graph'"),
+    ],
+)
+def test_wrong_claims_are_named(tmp_path, change, says):
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    content = yaml.safe_load((ROOT / "config/claims.yaml").read_text())
+    content["claims"][0].update(change)
+    root = tmp_path / "other"
+    (root / "config").mkdir(parents=True)
+    for name in ("tables", "scales", "config.yaml"):
+        (root / "config" / name).symlink_to(ROOT / "config" / name)
+    (root / "config/claims.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="claim 1") as error:
+        claims.load_claims(root)
+    assert says in str(error.value)
+
+
+def test_collect_writes_them(tmp_path, capsys):
+    assert main(["collect", "claims", "--scale", "smoke", "--runs", str(tmp_path), "--results", str(tmp_path)]) == 0
+    text = (tmp_path / "claims.md").read_text()
+    assert "whole\ninterval lies above" in text and "| not run |" in text and "MuToR is best at d_max 4" in text

@@ -1,0 +1,135 @@
+"""The page of results: what stands on it, and how it behaves in a real browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mutor import config, results
+from mutor.cli import main
+from mutor.report import README_MARKS, missing, readme
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--virtual-time-budget=20000", "--enable-logging=stderr",
+]  # fmt: skip
+# types into the claims' search field, sorts runs by minutes, and writes down what it sees
+PROBE = """<script>
+const wait = setInterval(() => {
+  if (!document.body.dataset.ready) return;
+  clearInterval(wait);
+  const shown = id => [...document.querySelectorAll(`#${id} tbody tr`)].map(r => r.cells[0].textContent.trim());
+  const all = shown("claims").length;
+  const field = document.querySelector("#claims-part input[type=search]");
+  field.value = "reversed"; field.dispatchEvent(new Event("input", {bubbles: true}));
+  setTimeout(() => {
+    const head = [...document.querySelectorAll("#runs thead th")].find(t => t.textContent.trim() == "minutes");
+    const column = [...head.parentNode.children].indexOf(head);
+    const rows = () => [...document.querySelectorAll("#runs tbody tr")];
+    head.click();
+    setTimeout(() => {
+      const found = {all, searched: shown("claims"), up: rows().map(r => parseFloat(r.cells[column].textContent)),
+                     broken: [...document.images].filter(i => !i.naturalWidth).length,
+                     wide: document.documentElement.scrollWidth > document.documentElement.clientWidth + 1,
+                     without: [...document.querySelectorAll("img:not([alt]), th:not([scope])")].length};
+      const out = document.createElement("pre"); out.id = "probe"; out.textContent = JSON.stringify(found);
+      document.body.append(out);
+    }, 300);
+  }, 300);
+}, 50);
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """report.html of the laptop reference, its figures drawn anew."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = str(ROOT / "results/reference/laptop/runs")
+    assert main(["collect", "--scale", "laptop", "--runs", runs, "--results", str(folder)]) == 0
+    return folder / "report.html"
+
+
+def test_everything_stands_on_one_page(page):
+    text = page.read_text()
+    assert page.stat().st_size < 5e6
+    scale = config.load_scale(ROOT, "laptop")
+    for name in scale.artifacts:
+        assert f'<section id="{name}">' in text and f'id="{name}-cells"' in text
+    assert text.count('<img src="data:image/') == 2
+    for section in ("claims-part", "missing-part", "runs-part"):
+        assert f'id="{section}"' in text
+    assert "Not the published experiment." in text and text.count("gpt2-large (here a GPT-2 of 6 layers x 64)") >= 2
+    assert not re.search(r"""(src|href)=["'](https?:)?//""", text) and "@import" not in text
+    assert re.search(r"Training took \d+\.\d\d core hours on cpu", text)
+    commits = {r["git_commit"][:10] for r in results.Records(ROOT / "results/reference/laptop/runs").of_scale("laptop")}
+    assert all(commit in text for commit in commits)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: `apt-get install chromium` lets this test run")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_in_a_browser(page, tmp_path, width):
+    probed = tmp_path / "report.html"
+    probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
+    done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=120)
+    assert not re.findall(r"CONSOLE.*(?:Error|Uncaught|error).*", done.stderr)
+    found = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
+    assert found["all"] >= 10 and len(found["searched"]) == 1 and "reversed" in found["searched"][0]
+    assert found["up"] == sorted(found["up"]) and len(found["up"]) == 27
+    assert (found["broken"], found["without"], found["wide"]) == (0, 0, False)
+
+
+def test_without_runs_it_says_how_to_start(tmp_path):
+    assert main(["collect", "--scale", "laptop", "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "There are no runs yet." in text and "make reproduce" in text and "Nothing has run yet." in text
+    assert "snakemake --cores all results/figure4.csv --config scale=laptop" in text
+    assert (tmp_path / "claims.csv").exists() and (tmp_path / "runs.csv").exists()
+
+
+def test_missing_seeds_are_listed(tmp_path):
+    scale, table = config.load_scale(ROOT, "laptop"), config.load_table(ROOT, "figure4")
+    reference = ROOT / "results/reference/laptop/runs"
+    shutil.copytree(reference, tmp_path / "runs")
+    assert len(missing([table], scale, results.Records(tmp_path / "runs"))) == 0
+    file = next((tmp_path / "runs/laptop/g2x5/gpt2-6x64/teacherless").glob("*/seed43/metrics.json"))
+    file.write_text("{")
+    runs = results.Records(tmp_path / "runs")
+    row = missing([table], scale, runs).iloc[0]
+    assert (row["seeds"], row["artifacts"]) == ("43", "figure4") and "teacherless" in row["setting"]
+    assert len(runs.problems) == 1 and "not a run record" in runs.problems[0]
+
+
+def test_a_thousand_records_are_quick(tmp_path):
+    """CPU seconds, so that what else the machine does counts little."""
+    source = ROOT / "results/reference/laptop/runs/laptop"
+    records = [json.loads(f.read_text()) for f in sorted(source.glob("g2x5/*/*/*/seed*/metrics.json"))]
+    for number in range(1000):
+        record = dict(records[number % len(records)], seed=1000 + number)
+        setting = config.settings_name(record["settings"])
+        folder = tmp_path / "runs/laptop/g2x5/gpt2-6x64" / record["method"] / setting / f"seed{1000 + number}"
+        results.write_json(folder / "metrics.json", record)
+    began = time.process_time()
+    assert main(["collect", "--scale", "laptop", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]) == 0
+    assert time.process_time() - began < 30
+    assert (tmp_path / "report.html").stat().st_size < 5e6
+    assert "1000 seeded runs" in (tmp_path / "report.html").read_text()
+
+
+def test_readme_shows_the_reference():
+    """`python -m mutor readme` writes it."""
+    text = (ROOT / "README.md").read_text()
+    assert readme(ROOT, text) == text
+    between = text.partition(README_MARKS[0])[2].partition(README_MARKS[1])[0]
+    assert "results/reference/laptop/figure4.png" in between and "Stands in for" in between
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
+    with pytest.raises(ValueError, match="needs the lines"):
+        readme(ROOT, "nothing")
