@@ -61,8 +61,8 @@ class MuToR(Method):
 
     @classmethod
     def of(cls, **settings: Any) -> MuToR:
-        """MuToR with these settings, checked; see MuToRConfig."""
-        return cls(from_mapping(MuToRConfig, settings, "mutor"))
+        """The method with these settings, checked; see `Config`."""
+        return cls(from_mapping(cls.Config, settings, "mutor"))
 
     def add_parameters(self) -> None:
         """One vector (or one per offset), fed where the input id is the vocabulary size or above."""
@@ -70,7 +70,7 @@ class MuToR(Method):
         from torch import nn
 
         config, trunk = self.config, self.trunk
-        count = 1 if config.register_embedding == "shared" else config.d_max - config.d_min + 1
+        count = 1 if config.register_embedding == "shared" else self.different_offsets
         device = trunk.embedding.weight.device
         table = nn.Embedding(count, trunk.width, device=device)
         if not trunk.meta:
@@ -104,15 +104,26 @@ class MuToR(Method):
         if not trunk.meta:
             self._check_invariant()
 
+    @property
+    def different_offsets(self) -> int:
+        """How many different offsets are drawn."""
+        return self.config.d_max - self.config.d_min + 1
+
+    def offsets(self, counters: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Each token's offset and that offset's number from 0, int64 [B, T]. counters: [B, T] of the samples."""
+        from mutor.registers import offsets
+
+        config = self.config
+        found = offsets(counters, seed=seed, d_min=config.d_min, d_max=config.d_max, mixed=config.offsets == "mixed")
+        return found, found - config.d_min
+
     def layout(self, rows: Rows, context: Context) -> Layout:
         """Regular tokens first, registers behind; offsets from the sample counters and `context.seed`."""
         from mutor import registers as r
         from mutor.layout import with_registers
 
         config, seed = self.config, context.seed
-        offset = r.offsets(
-            rows.counter, seed=seed, d_min=config.d_min, d_max=config.d_max, mixed=config.offsets == "mixed"
-        )
+        offset, number = self.offsets(rows.counter, seed)
         keep = r.placed(
             r.anchors(rows.document, rows.answer), rows.document, rows.counter,
             placement=config.placement, registers=config.registers, seed=seed,
@@ -121,7 +132,7 @@ class MuToR(Method):
         keep = keep & exists
         if config.register_targets == "shuffled":
             target = _shuffled(target, keep, seed, int(rows.counter.max()))
-        number = offset - config.d_min if config.register_embedding == "per_offset" else offset * 0
+        number = number if config.register_embedding == "per_offset" else offset * 0
         return with_registers(self.inputs(rows, context), keep, offset, target, number + self.trunk.vocabulary)
 
     def losses(self, model: Any, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:

@@ -54,6 +54,18 @@ def offsets(counters: Tensor, *, seed: int, d_min: int, d_max: int, mixed: bool 
     return d_min + (u * (d_max - d_min + 1)).long()
 
 
+def grid_offsets(
+    counters: Tensor, *, seed: int, d_max: int, columns: int, mixed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Two-dimensional offsets: a pair (d_h, d_w) drawn uniformly from {1 .. d_max}^2 without (1, 1).
+
+    On a grid of `columns` columns, read row by row, a pair is the plain offset d = (d_h - 1) columns + d_w - 1: near
+    the right border it runs on into the next row, as published. Returns (d, number of the pair from 0), int64 [B, T].
+    """
+    number = offsets(counters, seed=seed, d_min=1, d_max=d_max**2 - 1, mixed=mixed)
+    return number // d_max * columns + number % d_max, number - 1
+
+
 def _per_token(counters: Tensor, seed: int, stream: str) -> Tensor:
     """float64 [B, T]: the k-th token of sample c gets the k-th number of a generator of its own."""
     out = torch.empty(counters.shape, dtype=torch.float64)

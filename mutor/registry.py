@@ -32,6 +32,8 @@ register(METHODS, "parallel_mtp", "baselines.parallel_mtp:ParallelMTP")
 register(METHODS, "sequential_mtp", "baselines.sequential_mtp:SequentialMTP")
 register(METHODS, "teacherless", "baselines.teacherless:Teacherless")
 register(METHODS, "mutor", "mutor.mutor:MuToR")
+register(METHODS, "mutor_1d", "mutor.images:MuToR1D")
+register(METHODS, "mutor_2d", "mutor.images:MuToR2D")
 register(METHODS, "lora_next_token", "baselines.lora:LoRANextToken")
 register(METHODS, "lora_mutor", "baselines.lora:LoRAMuToR")
 
