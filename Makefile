@@ -9,7 +9,7 @@ comma := ,
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS ?= workflow,language,test
+EXTRAS ?= workflow,language,images,test
 SCALE ?= laptop
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -43,7 +43,7 @@ benchmark: env
 # keep the runs of a scale as its reference: their records and the artifacts built from them
 reference: env
 	mkdir -p results/reference/$(SCALE)
-	find runs/$(SCALE) -name metrics.json | tar cf - -T - | tar xf - -C results/reference/$(SCALE)
+	find runs/$(SCALE) -name metrics.json -o -path "*/seed*/samples-last.png" | tar cf - -T - | tar xf - -C results/reference/$(SCALE)
 	$(BIN)/python -m mutor collect --scale $(SCALE) \
 	  --runs results/reference/$(SCALE)/runs --results results/reference/$(SCALE)
 	$(BIN)/python -m mutor readme

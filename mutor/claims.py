@@ -47,6 +47,7 @@ class Side:
     longer: float = setting(1.0, doc="how many times longer than usual they were trained", low=0)
     train_data: str | None = setting(None, doc="role of the training data, if not the claim's")
     control: bool = setting(False, doc="whether the row is a control")
+    iterations: int | None = setting(None, doc="after how many of the published steps they are scored")
     others: bool = setting(False, doc="all such cells but the one on the other side")
 
 
@@ -139,13 +140,18 @@ def _rows(
         return [head | {"verdict": "not at this scale", "to_decide": "a scale with this model and data"}]
     out = []
     for cell, row in ours:
-        about = head | {"model": row["model"], "train_data": row["train_data"], "stands_in_for": row["stands_in_for"]}
+        about = head | {
+            "model": row["model"],
+            "metric": cell.measured,
+            "train_data": row["train_data"],
+            "stands_in_for": row["stands_in_for"],
+        }
         if isinstance(claim.theirs, Side):
             other = claim.theirs
             against = [
                 pair for pair in found if _fits(pair[0], other, claim) and pair[0].spec.model == cell.spec.model
                 and (other.train_data or pair[0].spec.data == cell.spec.data)
-                and not (other.others and pair[0].spec.path == cell.spec.path)
+                and not (other.others and pair[0] == cell)
             ]  # fmt: skip
             compared = [_compare(claim, table, (cell, row), pair, runs) for pair in against]
         else:
@@ -162,7 +168,7 @@ def _fits(cell: Cell, side: Any, claim: Claim) -> bool:
     return (
         cell.metric == claim.metric and row.model == claim.model and row.method == side.method
         and row.train_data == (side.train_data or claim.train_data) and row.control == side.control
-        and abs(row.longer - side.longer) < 0.01
+        and abs(row.longer - side.longer) < 0.01 and row.iterations == side.iterations
         and all(getattr(config, key, None) == value for key, value in side.settings.items())
     )  # fmt: skip
 
@@ -172,6 +178,7 @@ def _named(side: Any) -> str:
         return f"{side:g}" if isinstance(side, float) else str(side)
     more = [f"{k} {v}" for k, v in side.settings.items()]
     more += [f"{side.longer:g} times as long"] * (side.longer != 1) + ["all others"] * side.others
+    more += [f"after {side.iterations // 1000}K steps"] if side.iterations else []
     return ", ".join([side.method, *more, *([f"on {side.train_data}"] if side.train_data else [])])
 
 
@@ -201,8 +208,8 @@ def _scores(cell: Cell, table: Table, claim: Claim, runs: results.Records) -> di
     """seed -> (value, scores [N] or None, which problems)."""
     return {
         r["seed"]: (
-            results.checkpoint_metrics(r, table.checkpoint)[claim.metric],
-            results.problem_scores(r, table.checkpoint, claim.metric),
+            results.checkpoint_metrics(r, cell.checkpoint)[cell.measured],
+            results.problem_scores(r, cell.checkpoint, cell.measured),
             r.get("data_hash"),
         )
         for r in cell_records(cell, runs)

@@ -157,9 +157,8 @@ def cleanup(args: argparse.Namespace, root: Path, project: c.Project) -> None:
     """Delete checkpoints and models of a scale."""
     freed = 0
     for folder in (root / project.runs / project.scale).glob("*/*/*/*/seed*"):
-        for name in ("checkpoints", "last", "best"):
-            part = folder / name
-            if part.exists() and (name == "checkpoints" or (folder / "metrics.json").exists()):
+        for part in (folder / "checkpoints", folder / "last", folder / "best", *folder.glob("step*")):
+            if part.exists() and (part.name == "checkpoints" or (folder / "metrics.json").exists()):
                 freed += sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
                 shutil.rmtree(part)
     print(f"freed {freed / 1e6:.1f} MB at scale {project.scale}; metrics.json files are kept")

@@ -25,7 +25,10 @@ from mutor.recipe import Recipe
 from mutor.registry import METHODS, TASKS, load
 
 NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # said of a model that do not make it another one
-UNITS = {"loss": "nats", "precision": "fraction", "recall": "fraction"}
+UNITS = {
+    "loss": "nats", "precision": "fraction", "recall": "fraction", "fid": "score", "inception_score": "score",
+    "classifier_fid": "score", "classifier_score": "score",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,9 @@ class Dataset:
     base_seed: int | None = setting(None, doc="one base model of this seed for all seeds, instead of one each", low=0)
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
     plan: dict = setting({}, doc="for `plan` before anything ran: examples, about, and tokens of one, at most")
+    metrics: dict = setting({}, doc="a table's metric -> what is measured in its place")
+    instead: dict = setting({}, doc="a setting's name -> a table's value of it -> the value here")
+    iterations: int | None = setting(None, doc="published steps that the recipe's stand for", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,7 @@ class Row:
     label: str = setting("", doc="name in figures, by default the method's")
     control: bool = setting(False, doc="a control, run only on datasets with `controls`")
     longer: float = setting(1.0, doc="trained so many times longer than the dataset's recipe says", low=0)
+    iterations: int | None = setting(None, doc="scored after so many of the published steps", low=1)
     max_seeds: int | None = setting(None, doc="only so many of the seeds, where the source has no more", low=1)
 
 
@@ -97,7 +104,9 @@ class Table:
 
     title: str = setting(doc="title of the artifact")
     caption: str = setting(doc="what it shows; also the caption in reports")
-    draw: str = setting("table", doc="how it is drawn", choices=("table", "solve_rates", "sweep", "flops", "settings"))
+    draw: str = setting(
+        "table", doc="how it is drawn", choices=("table", "solve_rates", "sweep", "images", "flops", "settings")
+    )
     metrics: tuple = setting(doc="metrics, one cell each")
     checkpoint: str = setting("last", doc="which checkpoint's numbers are shown", choices=("last", "best"))
     reported: tuple = setting((), doc="artifacts of config/reported.csv whose values stand beside")
@@ -187,7 +196,18 @@ class Cell:
 
     row: Row
     spec: Spec
-    metric: str
+    metric: str  # as the table names it
+    checkpoint: str  # which of a record's checkpoints: best, last, step<n>
+
+    @property
+    def measured(self) -> str:
+        """The metric that is measured for it: another one where something stands in."""
+        return self.spec.dataset.metrics.get(self.metric, self.metric)
+
+    @property
+    def iterations(self) -> int | None:
+        """Steps after which it is scored, if the recipe counts steps."""
+        return int(self.checkpoint[4:]) if self.checkpoint.startswith("step") else self.spec.recipe.steps
 
     @property
     def unit(self) -> str:
@@ -352,10 +372,28 @@ def cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> l
                     continue
                 variants = dataset.settings.get(row.method) or {}
                 for variant in variants if isinstance(variants, list) else [variants]:
-                    spec = make_spec(scale, data, model, row.method, {**variant, **row.settings}, seeds, row.longer)
+                    settings = {**variant, **row.settings}
+                    settings = {k: dataset.instead.get(k, {}).get(v, v) for k, v in settings.items()}
+                    spec = make_spec(scale, data, model, row.method, settings, seeds, row.longer)
                     spec = replace(spec, seeds=spec.seeds[: row.max_seeds])
-                    out += [Cell(row, spec, metric) for metric in table.metrics]
+                    checkpoint = _checkpoint(f"{table.name}, {data}", table, row, spec)
+                    out += [Cell(row, spec, metric, checkpoint) for metric in table.metrics]
     return out
+
+
+def _checkpoint(where: str, table: Table, row: Row, spec: Spec) -> str:
+    """Which checkpoint a row shows: the table's, or the one after as large a share of the published steps."""
+    if row.iterations is None:
+        return table.checkpoint
+    if spec.dataset.iterations is None or spec.recipe.steps is None:
+        raise ValueError(f"{where}: iterations: {row.iterations} needs the dataset's iterations and a recipe in steps")
+    share = row.iterations / (spec.dataset.iterations * row.longer)
+    step = round(share * spec.recipe.steps)
+    if abs(share - 1) < 0.01:
+        return "last"
+    if step not in spec.recipe.keep:
+        raise ValueError(f"{where}: iterations: {row.iterations} are {step} steps here; kept: {spec.recipe.keep}")
+    return f"step{step}"
 
 
 def run_cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> list[Cell]:

@@ -85,33 +85,62 @@ def _stands_in(figure: Any, frame: pd.DataFrame, panels: int) -> None:
 def sweep(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list[Path]:
     """One panel a training set: the first metric over a setting; mean a line, every seed a point, published dotted.
 
-    Methods without the setting (next-token prediction) are a horizontal line; published values are only drawn where
-    nothing stands in.
+    With draw images the axis is the iterations. Methods without the setting (next-token prediction) are a horizontal
+    line; published values are only drawn where nothing stands in.
     """
-    frame = frame[frame["metric"] == table.metrics[0]].copy()
+    metric = frame["metric"].iloc[0]
+    unit = "%" if frame["unit"].iloc[0] == "percent" else frame["unit"].iloc[0]
+    frame = frame[frame["metric"] == metric].copy()
     frame.loc[frame["stands_in_for"] != "", "reported"] = None
-    groups, methods = (list(dict.fromkeys(frame[key])) for key in ("train_data", "method"))
+    over, frame["line"] = table.over, frame["method"]
+    if table.draw == "images":
+        over, frame["line"] = "iterations", frame["label"].str.replace(r", \d+K$", "", regex=True)
+    groups, lines = (list(dict.fromkeys(frame[key])) for key in ("train_data", "line"))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, max(len(groups), 1), figsize=(0.6 + 3.8 * max(len(groups), 1), 3.1), squeeze=False, layout="constrained"
         )
         for axis, group in zip(axes[0], groups, strict=False):
-            for method, own in zip(methods, COLOURS, strict=False):
-                rows = frame[(frame["train_data"] == group) & (frame["method"] == method)]
-                x = pd.to_numeric(rows[table.over], errors="coerce").fillna(table.without).tolist()
-                if len(x) == 1:
+            for line, own in zip(lines, COLOURS, strict=False):
+                rows = frame[(frame["train_data"] == group) & (frame["line"] == line)]
+                x = pd.to_numeric(rows[over], errors="coerce").fillna(table.without).tolist()
+                if len(x) == 1 and over != "iterations":
                     for column, style in (("mean", "-"), ("reported", ":")):
                         for value in rows[column].dropna():
                             axis.axhline(value, color=own, ls=style, lw=1.2)
-                axis.plot(x, rows["mean"].astype(float), "-", color=own, label=method, lw=1.4)
+                axis.plot(x, rows["mean"].astype(float), "-", color=own, label=line, lw=1.4)
                 axis.plot(x, rows["reported"].astype(float), "x:", color=own, lw=1, ms=5)
                 for at, values in zip(x, rows["values"], strict=True):
                     axis.plot([at] * len(values), values, "o", color=own, ms=4, mec="white", mew=0.4)
-            axis.set(title=group, xlabel=table.over, ylabel=f"{table.metrics[0]} (%)")
+            axis.set(title=group, xlabel=over, ylabel=f"{metric} ({unit})")
         axes[0][0].legend(fontsize=8)
-        figure.suptitle(f"{table.title} — scale {scale.name}; crosses and dots: published", fontsize=9)
+        title = f"{table.title} — scale {scale.name}; crosses and dots: published"
+        figure.suptitle(_wrap(title, 20 + 50 * len(groups)), fontsize=9)
         _stands_in(figure, frame, len(groups))
         return save(figure, folder, table.name)
+
+
+def samples(table: Table, scale: Scale, runs: results.Records, folder: Path) -> list[Path]:
+    """Pictures drawn by the last model of each setting, its first seed, side by side; a column is a class."""
+    chosen = {cell.spec.path: cell for cell in cells(table, scale) if cell.checkpoint == "last"}
+    found = {}
+    for path, cell in chosen.items():
+        files = sorted((runs.runs / path).glob("seed*/samples-last.png"))
+        if files:
+            found[cell.row.label.rpartition(", ")[0] or cell.row.label] = files[0]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, max(len(found), 1), figsize=(3.2 * max(len(found), 1), 3.7), squeeze=False, layout="constrained"
+        )
+        for axis in axes[0]:
+            axis.axis("off")
+        for axis, (label, file) in zip(axes[0], found.items(), strict=False):
+            axis.imshow(plt.imread(file), cmap="gray", interpolation="nearest")
+            axis.set_title(label)
+        if not found:
+            axes[0][0].text(0.5, 0.5, "no pictures in the folder of runs", ha="center", color="#777777")
+        figure.suptitle(f"{table.title}: samples of the last models — scale {scale.name}", fontsize=9)
+        return save(figure, folder, f"{table.name}_samples")
 
 
 def _panel(frame: pd.DataFrame, group: str) -> list[dict[str, Any]]:

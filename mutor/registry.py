@@ -39,3 +39,4 @@ register(METHODS, "lora_mutor", "baselines.lora:LoRAMuToR")
 
 register(TASKS, "star_graph", "mutor.tasks.star_graph:StarGraph")
 register(TASKS, "text", "mutor.tasks.text:Text")
+register(TASKS, "images", "mutor.tasks.images:Images")

@@ -85,7 +85,11 @@ def _artifact(
         columns.insert(1, "role")
     figures = [
         {"source": _embedded(file), "alt": f"{table.title}, {what}"}
-        for name, what in ((table.name, "numbers in the table below"), (f"{table.name}_curves", "learning curves"))
+        for name, what in (
+            (table.name, "numbers in the table below"),
+            (f"{table.name}_curves", "learning curves"),
+            (f"{table.name}_samples", "pictures drawn by the last models, a column a class"),
+        )
         if (file := _smaller(folder, name))
     ]
     own = {text for cell in cells(table, scale) for text in [cell.spec.stands_in_for] if text}
@@ -176,7 +180,8 @@ def readme(root: Path, text: str) -> str:
 def _reference(root: Path, scale: Scale, folder: Path) -> list[str]:
     runs = results.Records(folder / "runs")
     frame = claims.claim_frame(root, scale, runs, read_reported(root / "config/reported.csv"))
-    said = claims.shown(frame[~frame["verdict"].isin(["not at this scale", "not run"])])
+    frame = frame[~frame["verdict"].isin(["not at this scale", "not run"])]
+    said = claims.shown(frame)
     where = folder.relative_to(root)
     names = [name for name in scale.artifacts if (folder / f"{name}.csv").exists()]
     parts = [f"**Scale {scale.name}**: {scale.description}. {_cost(runs.of_scale(scale.name))}", ""]

@@ -3,7 +3,7 @@
 Each seed passes three stages, each finished whole or not at all, so a killed run goes on where it was:
 
     checkpoints/    while it trains; gone afterwards
-    last/, best/    the plain models; last/training.json the learning curve
+    last/, best/    the plain models, and step<n>/ where the recipe keeps some; last/training.json the learning curve
     metrics.json    scores of the reloaded plain models: the run is done
 """
 
@@ -91,6 +91,8 @@ def _run(spec: Spec, seeds: list[int], place: Workplace) -> None:
     task_class = load(TASKS, spec.dataset.task, "task")
     own = tokenizer(spec.model_config) if getattr(spec.task_config, "tokens", None) == "model" else None
     task = task_class(spec.task_config, own)
+    if hasattr(task, "prepare_assets"):
+        task.prepare_assets(place.runs / spec.scale / "assets", device, _speaker(f"{place.label}{spec.data}"))
     for number, seed in enumerate(seeds, start=1):
         head = f"{place.label}{spec.data} {spec.model} {spec.method} {spec.name}"
         say = _speaker(f"{head} seed {seed} ({number}/{len(seeds)})")
@@ -172,6 +174,10 @@ def _train(
             with _whole(folder / "best") as target:
                 _export(model, target)
                 results.write_json(target / "training.json", {"step": trainer.state.global_step, goal: metrics[goal]})
+        step = trainer.state.global_step
+        if trainer.is_world_process_zero() and step in recipe.keep:
+            with _whole(folder / f"step{step}") as target:
+                _export(model, target)
         return metrics
 
     assert recipe.steps is not None
@@ -210,7 +216,7 @@ def _evaluate(
     spec: Spec, folder: Path, task: Any, method: Any, context: Any, device: str, training: dict[str, Any],
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Test metrics and scores of the best and the last checkpoint, as anyone would load them."""
+    """Test metrics and scores of the best, the kept and the last checkpoint, as anyone would load them."""
     from transformers import AutoModelForCausalLM
 
     from mutor.models.build import torch_dtype
@@ -218,7 +224,8 @@ def _evaluate(
     best = json.loads((folder / "best/training.json").read_text()) if (folder / "best").exists() else None
     same = best is None or best["step"] == training["steps"]
     found = []
-    for name, step in (("best", best and best["step"]), ("last", training["steps"])):
+    kept = [(f"step{step}", step) for step in spec.recipe.keep if (folder / f"step{step}").exists()]
+    for name, step in (("best", best and best["step"]), *kept, ("last", training["steps"])):
         if name == "best" and same:
             continue
         began = time.monotonic()
@@ -258,8 +265,8 @@ def _set_aside(folder: Path) -> None:
         record.rename(folder / f"metrics.superseded-{number}.json")
     for file in folder.glob("predictions-*"):
         file.unlink()
-    for name in ("checkpoints", "last", "best"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for part in (folder / "checkpoints", folder / "last", folder / "best", *folder.glob("step*")):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextlib.contextmanager

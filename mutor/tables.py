@@ -56,6 +56,11 @@ def collect_artifact(
         from mutor.plots import sweep
 
         files += sweep(table, scale, frame, folder)
+    if table.draw == "images":
+        from mutor.plots import samples, sweep
+
+        files += sweep(table, scale, frame, folder)
+        files += samples(table, scale, runs, folder)
     return files
 
 
@@ -93,11 +98,11 @@ def _cell_row(table: Table, cell: Cell, runs: results.Records, reported: pd.Data
     spec = cell.spec
     task = load(TASKS, spec.dataset.task, "task")
     found = cell_records(cell, runs)
-    values = [results.checkpoint_metrics(record, table.checkpoint)[cell.metric] for record in found]
-    scores = [results.problem_scores(record, table.checkpoint, cell.metric) for record in found]
+    values = [results.checkpoint_metrics(record, cell.checkpoint)[cell.measured] for record in found]
+    scores = [results.problem_scores(record, cell.checkpoint, cell.measured) for record in found]
     summary = summarise(values, scores, rate=cell.unit == "percent")
     row = _described(table, cell)
-    published = _published(reported, table, spec, cell.metric, row["train_data"])
+    published = _published(reported, table, cell, row["train_data"])
     stands_in = spec.stands_in_for
     difference = None if published is None or summary.mean is None or stands_in else summary.mean - published
     return row | {
@@ -119,8 +124,8 @@ def _described(table: Table, cell: Cell) -> dict[str, Any]:
         "artifact": table.name, "scale": spec.scale, "role": spec.model_config.role, "model": spec.model,
         "method": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""),
         "train_data": task.describe(spec.task_config), "benchmark": task.scored_on(spec.task_config),
-        "metric": cell.metric, "unit": cell.unit, **settings,
-        "iterations": spec.recipe.steps, "epochs": spec.recipe.epochs, "stands_in_for": spec.stands_in_for,
+        "metric": cell.measured, "unit": cell.unit, **settings,
+        "iterations": cell.iterations, "epochs": spec.recipe.epochs, "stands_in_for": spec.stands_in_for,
         "label": cell.row.label or _label(spec), "data": spec.data, "path": spec.path,
     }  # fmt: skip
 
@@ -170,17 +175,20 @@ def _label(spec: Any) -> str:
     return spec.method if d_max is None else f"{spec.method}, d_max {d_max}"
 
 
-def _published(reported: pd.DataFrame, table: Table, spec: Any, metric: str, name: str) -> float | None:
+def _published(reported: pd.DataFrame, table: Table, cell: Cell, name: str) -> float | None:
     """The published value of the same cell: equal in all that the source states.
 
     A model trained longer than its dataset's recipe says is compared with the published one trained as much longer.
     """
+    spec = cell.spec
     rows = reported[
         reported["artifact"].isin(table.reported)
         & (reported["method"] == spec.method)
-        & (reported["train_data"] == name)
-        & (reported["metric"] == metric)
+        & reported["train_data"].isin([name, cell.row.train_data])
+        & (reported["metric"] == cell.metric)
     ]
+    if cell.row.iterations is not None:
+        rows = rows[rows["iterations"] == str(cell.row.iterations)]
     if spec.model_config.role in set(rows["model"]):
         rows = rows[rows["model"] == spec.model_config.role]
     if len(rows) and rows["epochs"].ne("").all():
@@ -200,9 +208,9 @@ def published_rows(reported: pd.DataFrame, table: Table) -> pd.DataFrame:
 
 def published_shape(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)"."""
-    metrics = table.metrics[:1] if table.draw == "solve_rates" else table.metrics
     planned = not table.needs_runs
-    cells = frame if planned else frame[frame["metric"].isin(metrics)]
+    cells = frame[frame["metric"] == table.metrics[0]] if table.draw == "solve_rates" else frame
+    metrics = set(cells["metric"])
     several = len(set(cells["role"])) > 1
     names = [f"{row['role']}: {row['label']}" if several else row["label"] for _, row in cells.iterrows()]
     columns = [
@@ -223,9 +231,9 @@ def _text(row: Any) -> str:
         return f"{row['mean']:.2f}{published}" if row["unit"] == "1e9 FLOP" else f"{row['mean']:g}"
     if not row["n_seeds"]:
         return "not run"
-    spread = f" ± {row['std']:.1f}" if row["std"] is not None and not pd.isna(row["std"]) else ""
-    seeds = f" (n={row['n_seeds']})"
-    return f"{row['mean']:.1f}{spread}{seeds}{published}"
+    digits = {"fraction": 3, "score": 2}.get(row["unit"], 1)
+    spread = f" ± {row['std']:.{digits}f}" if row["std"] is not None and not pd.isna(row["std"]) else ""
+    return f"{row['mean']:.{digits}f}{spread} (n={row['n_seeds']}){published}"
 
 
 def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFrame, runs: results.Records) -> str:
@@ -234,9 +242,8 @@ def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFra
     if table.draw == "flops":
         where = "Worked out from widths and lengths; nothing is trained."
     parts = [f"# {table.title}", "", where, "", table.caption, ""]
-    shown_metrics = table.metrics[0] if table.draw == "solve_rates" else ", ".join(table.metrics)
     if table.needs_runs:
-        parts += [f"{shown_metrics}, percent, mean ± standard deviation over seeds (n = seeds).", ""]
+        parts += [f"{_metrics(table, scale)}, mean ± standard deviation over seeds (n = seeds).", ""]
     parts += [grid(shown), ""]
     shown_specs = [cell.spec for cell in cells(table, scale)]
     stands = {text for s in shown_specs for text in (s.dataset.stands_in_for, s.model_config.stands_in_for)}
@@ -248,6 +255,17 @@ def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFra
         columns = [name for name in order.split() if beside[name].ne("").any()]
         parts += ["", "Published values:", "", grid(beside[columns].set_index("model"))]
     return "\n".join(parts) + "\n"
+
+
+def _metrics(table: Table, scale: Scale) -> str:
+    """What is shown, with units: "accuracy, percent"."""
+    units = {cell.measured: cell.unit for cell in cells(table, scale)}
+    if table.draw == "solve_rates":
+        units = {table.metrics[0]: units.get(table.metrics[0], "percent")}
+    names: dict[str, list[str]] = {}
+    for metric, unit in units.items():
+        names.setdefault(unit, []).append(metric)
+    return "; ".join(f"{', '.join(metrics)}, {unit}" for unit, metrics in names.items())
 
 
 def _problems(specs: list[Any], runs: results.Records) -> list[str]:

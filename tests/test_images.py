@@ -136,3 +136,99 @@ def test_two_dimensions_need_a_grid(tiny):
     with pytest.raises(ValueError, match="d_min: 2 means nothing in two dimensions"):
         from_mapping(kind.Config, {"d_min": 2}, "mutor_2d")
     assert (kind.Config().d_max, kind.Config().a) == (4, 0.5)
+
+
+TINY = {
+    "pixels": 8, "test_size": 100, "copies": 2, "codes": 16, "code_width": 4, "tokenizer_steps": 30,
+    "classifier_steps": 60, "valid_samples": 20, "test_samples": 50,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The task with its tokenizer, classifier and codes, hastily trained."""
+    for needed in ("sklearn", "diffusers", "torchmetrics"):
+        pytest.importorskip(needed)
+    from mutor.tasks.images import Images, ImagesConfig
+
+    said = []
+    task = Images(from_mapping(ImagesConfig, TINY, "images"))
+    task.prepare_assets(tmp_path_factory.mktemp("assets"), "cpu", said.append)
+    assert any("held-out images" in line for line in said)
+    return task
+
+
+def test_codes_are_stored_once_and_read_again(digits):
+    from mutor.tasks.images import Images, read
+
+    again, said = Images(digits.config), []
+    again.prepare_assets(digits.folder.parent, "cpu", said.append)
+    assert said == [] and again.data_hash() == digits.data_hash()
+    (train, labels), (test, _) = read(digits.config)
+    assert len(train) + len(test) == 1797 and len(test) == 100
+    assert digits.codes["train"].shape == (2 * 1697, 16) and digits.codes["train"].dtype == np.uint8
+    ids, prefix = digits.train(0).examples(np.array([3]))[0]
+    assert prefix == 1 and ids[0] == 16 + int(labels[3]) and ids[1:].tolist() == digits.codes["train"][3].tolist()
+    from mutor.models import vq
+
+    assert torch.equal(vq.encode(again.book, train[:50]).flatten(1), torch.tensor(digits.codes["train"][:50]).long())
+    assert digits.train(0).size == 2 * 1697
+
+
+def test_versions_keep_their_class():
+    """A classifier of the images as they are knows the versions too; none is the image itself."""
+    pytest.importorskip("sklearn")
+    from mutor.tasks.image_scores import Classifier, train_classifier
+    from mutor.tasks.images import ImagesConfig, augmented, read
+
+    config = ImagesConfig(copies=3)
+    (train, labels), _ = read(config)
+    torch.manual_seed(0)
+    judge = Classifier(10, 1, 16)
+    train_classifier(judge, train, labels, steps=250, batch_size=64, rate=3e-3, seed=0, say=lambda line: None)
+    versions = augmented(train, config)
+    assert torch.equal(versions[: len(train)], train) and versions.min() >= -1.01 and versions.max() <= 1.01
+    for number in (1, 2):
+        version = versions[number * len(train) : (number + 1) * len(train)]
+        assert (version - train).abs().mean() > 0.02
+        assert (judge.judge(version)[1].argmax(1) == labels).float().mean() > 0.9
+
+
+def test_real_images_score_as_such_and_noise_does_not(digits, monkeypatch, tmp_path):
+    from mutor.tasks.images import read
+
+    (train, labels), _ = read(digits.config)
+    method, model = attached_to(digits)
+    picked = torch.cat([(labels == n).nonzero()[:5, 0] for n in range(10)]).view(10, 5).T.flatten()
+    scores = {}
+    for kind, images in (("real", train[picked]), ("noise", torch.rand(50, 1, 8, 8) * 2 - 1)):
+        monkeypatch.setattr(digits, "draw", lambda *args, shown=images: shown)
+        keep = tmp_path / f"predictions-{kind}.jsonl"
+        scores[kind], right = digits.evaluate(model, method, Context(), "test", 50, keep)
+        assert scores[kind]["class_accuracy"] == 100 * right["class_accuracy"].mean()
+    from PIL import Image
+
+    assert Image.open(tmp_path / "samples-real.png").size == (3 * 10 * 10, 3 * 5 * 10)
+    real, noise = scores["real"], scores["noise"]
+    assert real["class_accuracy"] > noise["class_accuracy"] + 20 and real["classifier_fid"] < noise["classifier_fid"]
+    assert real["precision"] > 0.9 > noise["precision"]
+    assert real["loss"] == noise["loss"] == pytest.approx(np.log(16), abs=0.01)  # an output layer of zeros
+    assert "fid" not in real and "inception_score" not in real
+
+
+def attached_to(task):
+    kind = load(METHODS, "next_token", "method")
+    side = task.config.side
+    shape = {**SMALL, "codes": 16, "classes": 10, "rows": side, "columns": side}
+    model = LlamaGenForCausalLM(LlamaGenConfig(**shape)).eval()
+    task.prepare(model)
+    with pytest.raises(ValueError, match="model config: codes: 40, allowed for these images: 16"):
+        task.prepare(LlamaGenForCausalLM(LlamaGenConfig(**SMALL)))
+    return kind(None), model
+
+
+def test_drawing_is_the_same_twice(digits):
+    _, model = attached_to(digits)
+    labels = torch.arange(6)
+    assert torch.equal(digits.draw(model, labels, 4), digits.draw(model, labels, 4))
+    assert digits.draw(model, labels, 4).shape == (6, 1, 8, 8)

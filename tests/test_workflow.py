@@ -49,7 +49,7 @@ def smoke(checkout):
 # sequential_mtp 3; mutor 7, d_max 2, 3, 6 on 2, a 0.1, 0.2, 0.4, 0.5 on 2, per_offset and every second token on 2;
 # LoRA 2 x 2; llama: next_token 4 + 2 longer, parallel_mtp 4 + 2 longer, mutor 4
 PAPER = 16 + (8 + 5) + (7 + 5 + 6) + 3 + (7 + 6 + 8 + 4) + 4 + (6 + 6 + 4)
-JOBS = {"smoke": 9 + 4, "laptop": 9, "gpu": 30, "paper": PAPER, "own": 6}
+JOBS = {"smoke": 9 + 4 + 3, "laptop": 9 + 7, "gpu": 30, "paper": PAPER, "own": 6}
 
 
 @pytest.mark.parametrize("scale", config.scales(ROOT))
@@ -93,7 +93,7 @@ def test_smoke_scale_runs_from_data_to_figure(smoke):
     cell = frame[(frame["method"] == "next_token") & (frame["metric"] == "solve_rate")].iloc[0]
     assert cell["mean"] == pytest.approx(by_hand)
     log = next(smoke.glob("runs/smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=3,d_min=2/run.log")).read_text()
-    assert re.search(r"\[\d+/13\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
+    assert re.search(r"\[\d+/16\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
 
 
 def test_smoke_scale_runs_from_text_to_table(smoke):
@@ -105,6 +105,23 @@ def test_smoke_scale_runs_from_text_to_table(smoke):
     texts = runs[runs["train_data"].isin(["gsm8k", "mix"])]
     assert len(texts) == 7 and texts["last.loss"].between(2, 8).all()  # one base model for all
     assert len(list(smoke.glob("runs/smoke/mix/*/*/*/seed*/metrics.json"))) == 1
+
+
+def test_smoke_scale_runs_from_images_to_table(smoke):
+    """Three methods at three shares of the training, one tokenizer for all, pictures beside the records."""
+    frame = pd.read_csv(smoke / "results/table7.csv")
+    assert list(frame.columns) == COLUMNS and len(frame) == 3 * 3 * 4 and (frame["n_seeds"] == 2).all()
+    assert sorted(frame["iterations"].unique()) == [5, 10, 18]
+    assert set(frame["metric"]) == {"classifier_fid", "classifier_score", "precision", "recall"}  # no plain FID
+    nt = frame[(frame["method"] == "next_token") & frame["reported"].notna()]
+    assert nt[nt["metric"] == "classifier_fid"]["reported"].tolist() == [7.71, 6.83, 6.18]
+    assert frame["reported_difference"].isna().all() and frame["reported"].notna().all()
+    assert len(list(smoke.glob("runs/smoke/assets/digits-*/assets.json"))) == 1
+    for name in ("samples-step5.png", "samples-step10.png", "samples-last.png"):
+        assert len(list(smoke.glob(f"runs/smoke/digits/*/mutor_2d/default/seed*/{name}"))) == 2
+    record = json.loads(next(smoke.glob("runs/smoke/digits/*/mutor_1d/default/seed42/metrics.json")).read_text())
+    assert [c["step"] for c in record["checkpoints"] if "best" not in c["names"] or "last" in c["names"]][-1] == 18
+    assert len(results.problem_scores(record, "step10", "class_accuracy")) == 50
 
 
 def test_smoke_scale_ends_in_claims_and_a_report(smoke):

@@ -5,6 +5,7 @@ localrules:
     table,
     figure,
     sweep,
+    images,
     runs_csv,
     claims,
     report_html,
@@ -79,6 +80,31 @@ use rule table as sweep with:
         f"{RESULTS}/{{artifact}}.svg",
     wildcard_constraints:
         artifact="|".join(SWEEPS) or "none",
+
+
+use rule table as images with:
+    output:
+        report(
+            f"{RESULTS}/{{artifact}}.csv",
+            caption="../report/artifact.rst",
+            category="Images",
+        ),
+        f"{RESULTS}/{{artifact}}.md",
+        f"{RESULTS}/{{artifact}}.tex",
+        report(
+            f"{RESULTS}/{{artifact}}.png",
+            caption="../report/artifact.rst",
+            category="Images",
+        ),
+        f"{RESULTS}/{{artifact}}.svg",
+        report(
+            f"{RESULTS}/{{artifact}}_samples.png",
+            caption="../report/artifact.rst",
+            category="Images",
+        ),
+        f"{RESULTS}/{{artifact}}_samples.svg",
+    wildcard_constraints:
+        artifact="|".join(IMAGES) or "none",
 
 
 rule runs_csv:

@@ -34,7 +34,8 @@ WANTED = [
 ]
 FIGURES = [name for name, table in TABLES.items() if table.draw == "solve_rates"]
 SWEEPS = [name for name, table in TABLES.items() if table.draw == "sweep"]
-PLAIN = [name for name in TABLES if name not in FIGURES + SWEEPS]
+IMAGES = [name for name, table in TABLES.items() if table.draw == "images"]
+PLAIN = [name for name in TABLES if name not in FIGURES + SWEEPS + IMAGES]
 
 
 def index_files(artifact):
