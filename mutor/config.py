@@ -26,8 +26,8 @@ from mutor.registry import METHODS, TASKS, load
 
 NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # said of a model that do not make it another one
 UNITS = {
-    "loss": "nats", "precision": "fraction", "recall": "fraction", "fid": "score", "inception_score": "score",
-    "classifier_fid": "score", "classifier_score": "score",
+    "loss": "nats", "log_likelihood": "nats", "precision": "fraction", "recall": "fraction", "fid": "score",
+    "inception_score": "score", "classifier_fid": "score", "classifier_score": "score",
 }  # fmt: skip
 
 

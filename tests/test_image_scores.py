@@ -9,11 +9,13 @@ pytest.importorskip("torchmetrics")
 
 from mutor.tasks.image_scores import (
     Classifier,
+    distance_to,
     frechet_distance,
     inception_score,
     precision_recall,
     train_classifier,
 )
+from mutor.tasks.pictures import Pictures
 
 
 def test_frechet_distance_against_its_formula():
@@ -24,6 +26,20 @@ def test_frechet_distance_against_its_formula():
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
     assert frechet_distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected, rel=1e-5)
     assert frechet_distance(torch.tensor(a), torch.tensor(a)) == pytest.approx(0, abs=1e-6)
+
+
+def test_distance_to_statistics_in_a_file(tmp_path):
+    """mu and sigma of the same features give what the features give."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(500, 5)), 0.5 + 2 * rng.normal(size=(300, 5))
+    np.savez(tmp_path / "reference.npz", mu=a.mean(0), sigma=np.cov(a, rowvar=False))
+    got = distance_to(str(tmp_path / "reference.npz"), torch.tensor(b))
+    assert got == pytest.approx(frechet_distance(torch.tensor(a), torch.tensor(b)), rel=1e-6)
+    np.savez(tmp_path / "other.npz", mu=a.mean(0))
+    with pytest.raises(ValueError, match=r"other\.npz is no file of statistics"):
+        distance_to(str(tmp_path / "other.npz"), torch.tensor(b))
+    with pytest.raises(ValueError, match="is of 5 features, expected 3"):
+        distance_to(str(tmp_path / "reference.npz"), torch.tensor(b[:, :3]))
 
 
 def test_inception_score_of_known_cases():
@@ -51,9 +67,10 @@ def test_halves_of_the_same_digits_are_near_and_noise_is_far():
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     images = torch.nn.functional.interpolate(images, size=16)
     labels = torch.tensor(digits.target)
+    pictures = Pictures(digits.target, lambda index: images[index]).part(np.arange(900))
     torch.manual_seed(0)
     model = Classifier(10, 1, 16)
-    train_classifier(model, images[:900], labels[:900], steps=150, batch_size=64, rate=3e-3, seed=0, say=print)
+    train_classifier(model, pictures, steps=150, batch_size=64, rate=3e-3, seed=0, say=print)
     features, logits = model.judge(images)
     assert (logits[900:].argmax(1) == labels[900:]).float().mean() > 0.9
     noise = model.judge(torch.rand(900, 1, 16, 16) * 2 - 1)[0]

@@ -159,49 +159,128 @@ def digits(tmp_path_factory):
 
 
 def test_codes_are_stored_once_and_read_again(digits):
-    from mutor.tasks.images import Images, read
+    from mutor.models import vq
+    from mutor.tasks.images import Images
+    from mutor.tasks.pictures import load as pictures
 
     again, said = Images(digits.config), []
     again.prepare_assets(digits.folder.parent, "cpu", said.append)
     assert said == [] and again.data_hash() == digits.data_hash()
-    (train, labels), (test, _) = read(digits.config)
+    train, test = pictures(digits.config)
     assert len(train) + len(test) == 1797 and len(test) == 100
     assert digits.codes["train"].shape == (2 * 1697, 16) and digits.codes["train"].dtype == np.uint8
     ids, prefix = digits.train(0).examples(np.array([3]))[0]
-    assert prefix == 1 and ids[0] == 16 + int(labels[3]) and ids[1:].tolist() == digits.codes["train"][3].tolist()
-    from mutor.models import vq
-
-    assert torch.equal(vq.encode(again.book, train[:50]).flatten(1), torch.tensor(digits.codes["train"][:50]).long())
-    assert digits.train(0).size == 2 * 1697
+    assert prefix == 1 and ids[0] == 16 + int(train.labels[3])
+    assert ids[1:].tolist() == digits.codes["train"][3].tolist() and digits.train(0).size == 2 * 1697
+    codes = vq.encode(again.book, train.batch(np.arange(250))).flatten(1)
+    assert torch.equal(codes, torch.tensor(digits.codes["train"][:250]).long())
 
 
 def test_versions_keep_their_class():
-    """A classifier of the images as they are knows the versions too; none is the image itself."""
+    """A classifier of the images as they are knows the versions too; each is another image, and drawn alone."""
     pytest.importorskip("sklearn")
     from mutor.tasks.image_scores import Classifier, train_classifier
-    from mutor.tasks.images import ImagesConfig, augmented, read
+    from mutor.tasks.images import ImagesConfig
+    from mutor.tasks.pictures import Versions
+    from mutor.tasks.pictures import load as pictures
 
     config = ImagesConfig(copies=3)
-    (train, labels), _ = read(config)
+    train, _ = pictures(config)
     torch.manual_seed(0)
     judge = Classifier(10, 1, 16)
-    train_classifier(judge, train, labels, steps=250, batch_size=64, rate=3e-3, seed=0, say=lambda line: None)
-    versions = augmented(train, config)
-    assert torch.equal(versions[: len(train)], train) and versions.min() >= -1.01 and versions.max() <= 1.01
+    train_classifier(judge, train, steps=250, batch_size=64, rate=3e-3, seed=0, say=lambda line: None)
+    plain, versions = train.batch(np.arange(len(train))), Versions(train, config)
+    assert len(versions) == 3 * len(train) and torch.equal(versions.batch(np.arange(5)), plain[:5])
     for number in (1, 2):
-        version = versions[number * len(train) : (number + 1) * len(train)]
-        assert (version - train).abs().mean() > 0.02
-        assert (judge.judge(version)[1].argmax(1) == labels).float().mean() > 0.9
+        index = np.arange(len(train)) + number * len(train)
+        version = versions.batch(index)
+        assert version.min() >= -1.01 and version.max() <= 1.01 and (version - plain).abs().mean() > 0.02
+        right = judge.judge(version)[1].argmax(1).numpy() == versions.labels[index]
+        assert right.mean() > 0.9 and (versions.labels[index] == train.labels).all()
+        assert torch.allclose(versions.batch(index[[7, 3]]), version[[7, 3]], atol=1e-6)
+
+
+def test_every_second_version_is_mirrored_where_asked():
+    pytest.importorskip("sklearn")
+    from mutor.tasks.images import ImagesConfig
+    from mutor.tasks.pictures import Versions
+    from mutor.tasks.pictures import load as pictures
+
+    config = ImagesConfig(copies=2, flip=True, shift=0, turn=0, zoom=0)  # the protocol's two crops an image
+    train, _ = pictures(config)
+    both = Versions(train, config)
+    assert torch.equal(both.batch(np.arange(4) + len(train)), train.batch(np.arange(4)).flip(-1))
+
+
+def test_a_folder_of_files(tmp_path):
+    """ADM's centre crop: a wide picture of three stripes leaves the middle one."""
+    image = pytest.importorskip("PIL.Image")
+    from mutor.tasks.images import ImagesConfig
+    from mutor.tasks.pictures import load as pictures
+
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            wide = np.zeros((40, 120, 3), np.uint8)
+            wide[:, 40:80, 1] = 255 if name == "cat" else 10 * number
+            image.fromarray(wide).save(tmp_path / name / f"{number}.png")
+    config = ImagesConfig(source="folder", folder=str(tmp_path), classes=2, pixels=16, test_size=10)
+    train, test = pictures(config)
+    assert (len(train), len(test)) == (2, 10) and set(np.concatenate([train.labels, test.labels])) == {0, 1}
+    shown = test.batch(np.flatnonzero(test.labels == 0))
+    assert shown.shape[1:] == (3, 16, 16)
+    assert (shown[:, 0] == -1).all() and (shown[:, 1, :, 1:-1] > 0.9).all()
+    with pytest.raises(ValueError, match="holds 2 folders of classes, expected 10"):
+        pictures(ImagesConfig(source="folder", folder=str(tmp_path)))
+    (tmp_path / "dog/3.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"3\.png: not an image"):
+        both = [*pictures(config)]
+        [p.batch(np.arange(len(p))) for p in both]
+    with pytest.raises(ValueError, match="leave none to train on"):
+        pictures(ImagesConfig(source="folder", folder=str(tmp_path), classes=2, test_size=12))
+    with pytest.raises(ValueError, match="folder: missing"):
+        ImagesConfig(source="folder")
+
+
+def test_fashion_mnist_files(tmp_path):
+    """idx files as they are published: big-endian sizes, then bytes, packed."""
+    import gzip
+
+    from mutor.tasks.images import ImagesConfig
+    from mutor.tasks.pictures import load as pictures
+
+    def write(name, array):
+        head = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
+        (tmp_path / name).write_bytes(gzip.compress(head + array.tobytes()))
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(12, 28, 28), dtype=np.uint8)
+    for stem in ("train", "t10k"):
+        write(f"{stem}-images-idx3-ubyte.gz", images)
+        write(f"{stem}-labels-idx1-ubyte.gz", np.arange(12, dtype=np.uint8) % 10)
+    config = ImagesConfig(source="fashion-mnist", folder=str(tmp_path), pixels=32)
+    train, test = pictures(config)
+    assert (len(train), len(test)) == (12, 12) and train.labels[11] == 1
+    shown = train.batch(np.array([3]))[0, 0]
+    assert shown.shape == (32, 32) and (shown[:2] == -1).all() and (shown[:, -2:] == -1).all()  # framed, not blurred
+    assert torch.allclose((shown[2:30, 2:30] + 1) * 127.5, torch.tensor(images[3]).float(), atol=1e-3)
+    content = gzip.decompress((tmp_path / "t10k-images-idx3-ubyte.gz").read_bytes())
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(content[:-5])
+    with pytest.raises(ValueError, match=r"t10k-images.*holds 9403 bytes, its header says \(12, 28, 28\)"):
+        pictures(config)
+    (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz: can't be read"):
+        pictures(config)
 
 
 def test_real_images_score_as_such_and_noise_does_not(digits, monkeypatch, tmp_path):
-    from mutor.tasks.images import read
+    from mutor.tasks.pictures import load as pictures
 
-    (train, labels), _ = read(digits.config)
+    train, _ = pictures(digits.config)
     method, model = attached_to(digits)
-    picked = torch.cat([(labels == n).nonzero()[:5, 0] for n in range(10)]).view(10, 5).T.flatten()
+    picked = np.stack([np.flatnonzero(train.labels == n)[:5] for n in range(10)]).T.flatten()
     scores = {}
-    for kind, images in (("real", train[picked]), ("noise", torch.rand(50, 1, 8, 8) * 2 - 1)):
+    for kind, images in (("real", train.batch(picked)), ("noise", torch.rand(50, 1, 8, 8) * 2 - 1)):
         monkeypatch.setattr(digits, "draw", lambda *args, shown=images: shown)
         keep = tmp_path / f"predictions-{kind}.jsonl"
         scores[kind], right = digits.evaluate(model, method, Context(), "test", 50, keep)
@@ -213,7 +292,7 @@ def test_real_images_score_as_such_and_noise_does_not(digits, monkeypatch, tmp_p
     assert real["class_accuracy"] > noise["class_accuracy"] + 20 and real["classifier_fid"] < noise["classifier_fid"]
     assert real["precision"] > 0.9 > noise["precision"]
     assert real["loss"] == noise["loss"] == pytest.approx(np.log(16), abs=0.01)  # an output layer of zeros
-    assert "fid" not in real and "inception_score" not in real
+    assert real["log_likelihood"] == -real["loss"] and "fid" not in real and "inception_score" not in real
 
 
 def attached_to(task):

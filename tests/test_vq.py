@@ -176,11 +176,19 @@ def test_a_small_one_learns_its_images():
     rows = torch.arange(8)
     stripes = torch.stack([((rows[:, None] * a + rows[None] * b + c) % 8 < 4).float() * 2 - 1
                            for a, b, c in torch.randint(3, (64, 3), generator=g).tolist()])[:, None]  # fmt: skip
+
+    class Stripes:
+        def __len__(self):
+            return len(stripes)
+
+        def batch(self, index):
+            return stripes[index]
+
     errors, books = [], []
     for _ in range(2):
         torch.manual_seed(0)
         small = vq.build(codes=16, width=4, channels=[8, 16], latent=8, layers=1, groups=4, colours=1)
-        errors.append(vq.train(small, stripes, steps=120, batch_size=32, rate=4e-3, seed=0, say=lambda line: None))
+        errors.append(vq.train(small, Stripes(), steps=120, batch_size=32, rate=4e-3, seed=0, say=lambda line: None))
         books.append(small.quantize.embedding.weight.detach())
     assert errors[0] < 0.25 * float(stripes.var()) and errors[0] == errors[1] and torch.equal(*books)
     codes = vq.encode(small, stripes)

@@ -105,9 +105,9 @@ def _renamed(name: str) -> str:
 
 
 def train(
-    vq: Any, images: Tensor, *, steps: int, batch_size: int, rate: float, seed: int, say: Callable[[str], None]
+    vq: Any, pictures: Any, *, steps: int, batch_size: int, rate: float, seed: int, say: Callable[[str], None]
 ) -> float:  # fmt: skip
-    """Fit a small tokenizer to images [N, C, H, W], squared error and commitment; returns its squared error at the end.
+    """Fit a small tokenizer to pictures (a length, and batches by index); returns its squared error at the end.
 
     Codes that no image used for a while move to where an image is, so that the codebook does not collapse.
     """
@@ -117,7 +117,7 @@ def train(
     used, error = torch.zeros(vq.config.num_vq_embeddings), 0.0
     vq.train()
     for step in range(steps):
-        batch = images[torch.randint(len(images), (batch_size,), generator=rng)].to(vq.device)
+        batch = pictures.batch(torch.randint(len(pictures), (batch_size,), generator=rng).numpy()).to(vq.device)
         latents = vq.encode(batch).latents
         vectors, commitment, (_, _, index) = vq.quantize(latents)
         shown = vq.decode(vectors, force_not_quantize=True).sample

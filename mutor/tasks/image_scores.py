@@ -41,17 +41,18 @@ class Classifier(nn.Module):
 
 
 def train_classifier(
-    model: Classifier, images: Tensor, labels: Tensor, *, steps: int, batch_size: int, rate: float, seed: int,
+    model: Classifier, pictures: Any, *, steps: int, batch_size: int, rate: float, seed: int,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Fit the classifier to real images [N, C, H, W] and labels [N]."""
+    """Fit the classifier to pictures: their labels, and batches by index."""
     rng = torch.Generator().manual_seed(seed)
     device = model.head.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - s / steps)
     for step in range(steps):
-        index = torch.randint(len(images), (batch_size,), generator=rng)
-        loss = F.cross_entropy(model(images[index].to(device))[1], labels[index].to(device))
+        index = torch.randint(len(pictures), (batch_size,), generator=rng).numpy()
+        labels = torch.from_numpy(pictures.labels[index]).to(device)
+        loss = F.cross_entropy(model(pictures.batch(index).to(device))[1], labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -59,6 +60,29 @@ def train_classifier(
         if step % 100 == 99:
             say(f"classifier {step + 1}/{steps}  loss {loss.item():.4f}")
     model.eval()
+
+
+class Inception:
+    """The Inception network of the published FID, through torch-fidelity (which downloads its weights)."""
+
+    def __init__(self, device: str):
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ValueError(f"features: inception needs torch-fidelity and torchvision: {error}") from error
+        self.device = device
+        self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"]).to(device).eval()
+
+    @torch.no_grad()
+    def judge(self, images: Tensor, batch_size: int = 100) -> tuple[Tensor, Tensor]:
+        """Features [N, 2048] and logits [N, 1008] of images in -1 .. 1, [N, 1 or 3, H, W], on the CPU."""
+        features, logits = [], []
+        for part in images.split(batch_size):
+            pixels = ((part + 1) * 127.5).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
+            found = self.network(pixels.to(self.device))
+            features.append(found[0].cpu())
+            logits.append(found[1].cpu())
+        return torch.cat(features), torch.cat(logits)
 
 
 class _AsIs(nn.Module):
@@ -80,6 +104,27 @@ def frechet_distance(real: Tensor, made: Tensor) -> float:
     metric: Any = FrechetInceptionDistance(feature=_AsIs(real.shape[1])).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(made.double(), real=False)
+    return float(metric.compute())
+
+
+def distance_to(file: str, made: Tensor) -> float:
+    """Squared Frechet distance of features [M, D] from the statistics (mu, sigma) in ADM's reference file."""
+    import numpy as np
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    try:
+        with np.load(file) as found:
+            mean, covariance = (torch.from_numpy(found[name]).double() for name in ("mu", "sigma"))
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"reference: {file} is no file of statistics with mu and sigma: {error}") from None
+    if mean.shape != made.shape[1:]:
+        raise ValueError(f"reference: {file} is of {len(mean)} features, expected {made.shape[1]}")
+    metric: Any = FrechetInceptionDistance(feature=_AsIs(len(mean))).set_dtype(torch.float64)
+    metric.update(made.double(), real=False)
+    count = 1000  # any: it cancels
+    metric.real_features_sum = count * mean
+    metric.real_features_cov_sum = (count - 1) * covariance + count * torch.outer(mean, mean)
+    metric.real_features_num_samples = torch.tensor(count)
     return float(metric.compute())
 
 

@@ -32,18 +32,33 @@ if TYPE_CHECKING:
 class ImagesConfig:
     """The images, how they are augmented and made tokens, and how samples are drawn and scored."""
 
-    source: str = setting("digits", doc="digits: scikit-learn's 8 x 8 handwritten digits", choices=("digits",))
+    source: str = setting(
+        "digits", doc="scikit-learn's digits, Fashion-MNIST, or a folder with one folder of files a class",
+        choices=("digits", "fashion-mnist", "folder"),
+    )  # fmt: skip
+    folder: str | None = setting(None, doc="of the files; fashion-mnist: of its idx files, none: from the hub")
+    classes: int = setting(10, doc="how many classes there are", low=1)
     pixels: int = setting(16, doc="height and width that images are scaled to", low=8)
     test_size: int = setting(300, doc="images held out", low=10)
     copies: int = setting(10, doc="versions of each training image, the first as it is", low=1)
+    flip: bool = setting(False, doc="every second version is mirrored; not where that changes a class")
     shift: float = setting(1.0, doc="versions are shifted by at most so many pixels", low=0)
     turn: float = setting(8.0, doc="versions are turned by at most so many degrees", low=0, high=180)
     zoom: float = setting(0.08, doc="versions are scaled by at most 1 plus or minus this", low=0, high=0.5)
     codes: int = setting(64, doc="size of the tokenizer's codebook", low=2)
     code_width: int = setting(8, doc="width of its vectors", low=1)
     channels: tuple = setting((16, 32), doc="of its levels; each but the last halves height and width")
+    tokenizer: str | None = setting(
+        None, doc="a published checkpoint of VQ-16 (vq_ds16_c2i.pt), instead of training one"
+    )
     tokenizer_steps: int = setting(400, doc="how long the tokenizer is trained", low=1)
-    classifier_steps: int = setting(600, doc="how long the classifier is trained that features come from", low=1)
+    features: str = setting(
+        "classifier", doc="what scores look at: a small classifier trained here, or Inception (through torch-fidelity)",
+        choices=("classifier", "inception"),
+    )  # fmt: skip
+    classifier_steps: int = setting(600, doc="how long the classifier is trained", low=1)
+    reference: str | None = setting(None, doc="with inception: ADM's file of reference statistics (.npz), for the FID")
+    real_samples: int = setting(10000, doc="at most so many real images are compared with", low=10)
     valid_samples: int = setting(200, doc="images drawn during training", low=10)
     test_samples: int = setting(2000, doc="images drawn at the end", low=10)
     guidance: float = setting(2.0, doc="of classifier-free guidance; 1: none", low=0)
@@ -58,14 +73,23 @@ class ImagesConfig:
         return self.pixels // 2 ** (len(self.channels) - 1)
 
     def __post_init__(self) -> None:
+        if (self.source == "folder") > bool(self.folder):
+            raise ValueError("folder: missing, source 'folder' needs one with a folder of images for each class")
+        if self.source == "digits" and self.folder:
+            raise ValueError(f"folder: {self.folder!r} means nothing with source 'digits'")
+        if self.reference and self.features != "inception":
+            raise ValueError("reference: goes with features: inception")
+        if self.tokenizer and (self.codes, self.code_width, len(self.channels)) != (16384, 8, 5):
+            raise ValueError("tokenizer: VQ-16 needs codes: 16384, code_width: 8, channels: [128, 128, 256, 256, 512]")
         if self.pixels % 2 ** (len(self.channels) - 1) or self.pixels % 4:
             raise ValueError(f"pixels: {self.pixels} is not divisible by 4 and by the tokenizer's downsampling")
 
 
 # what decides tokenizer, classifier and codes; the rest may differ between datasets that share them
 ASSETS = (
-    "source", "pixels", "test_size", "copies", "shift", "turn", "zoom", "codes", "code_width", "channels",
-    "tokenizer_steps", "classifier_steps", "data_seed",
+    "source", "folder", "classes", "pixels", "test_size", "copies", "flip", "shift", "turn", "zoom", "codes",
+    "code_width", "channels", "tokenizer", "tokenizer_steps", "features", "classifier_steps", "real_samples",
+    "data_seed",
 )  # fmt: skip
 
 
@@ -73,7 +97,7 @@ class Images:
     """The task: class token and codes of an image, and scores of drawn images."""
 
     Config = ImagesConfig
-    benchmark = "class_accuracy"
+    benchmark = "log_likelihood"  # what names the best checkpoint; tables show the last and those on the way
     higher_is_better = True
     prefix_lm = False
     tokenizer = None
@@ -83,14 +107,17 @@ class Images:
         """tokenizer: none; images have their own, which `prepare_assets` makes."""
         import mutor.models.llamagen  # noqa: F401  # transformers learns its name
 
-        self.config, self.classes = config, 10
+        self.config, self.classes = config, config.classes
         self.vocabulary = config.codes + self.classes + 1
         self.folder: Path | None = None
 
     @staticmethod
     def describe(config: ImagesConfig) -> str:
-        """The name of the images in tables."""
-        return config.source
+        """The name of the images in tables: of a folder imagenet/train at 256 pixels, imagenet-256."""
+        if config.source != "folder":
+            return config.source
+        folder = Path(config.folder or "")
+        return f"{folder.parent.name if folder.name in ('train', 'val', 'test') else folder.name}-{config.pixels}"
 
     scored_on = describe
 
@@ -121,60 +148,81 @@ class Images:
         import torch
 
         from mutor.models import vq
-        from mutor.tasks.image_scores import Classifier, train_classifier
+        from mutor.tasks.image_scores import Classifier, Inception, train_classifier
+        from mutor.tasks.pictures import Versions, load
 
         c = self.config
-        train, test = read(c)
-        versions = augmented(train[0], c)
-        labels = train[1].repeat(c.copies)
+        train, test = load(c)
+        versions = Versions(train, c)
+        colours = test.batch(np.array([0])).shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.data_seed)
-            book = vq.build(
-                codes=c.codes, width=c.code_width, channels=c.channels, latent=c.channels[-1], layers=1,
-                groups=8, colours=versions.shape[1],
-            ).to(device)  # fmt: skip
-            judge = Classifier(self.classes, versions.shape[1], c.pixels).to(device)
-        vq.train(book, versions, steps=c.tokenizer_steps, batch_size=64, rate=2e-3, seed=c.data_seed, say=say)
-        train_classifier(
-            judge, versions, labels, steps=c.classifier_steps, batch_size=64, rate=3e-3, seed=c.data_seed, say=say
-        )
+            if c.tokenizer:
+                book = vq.convert(_published(c.tokenizer), **vq.VQ16).to(device)
+            else:
+                book = vq.build(
+                    codes=c.codes, width=c.code_width, channels=c.channels, latent=c.channels[-1], layers=1, groups=8,
+                    colours=colours,
+                ).to(device)  # fmt: skip
+            judge: Any = Classifier(self.classes, colours, c.pixels).to(device)
+        made = {"config": asdict(c), "images": len(train), "held_out": len(test)}
+        if not c.tokenizer:
+            vq.train(book, versions, steps=c.tokenizer_steps, batch_size=64, rate=2e-3, seed=c.data_seed, say=say)
+        if c.features == "classifier":
+            train_classifier(
+                judge, versions, steps=c.classifier_steps, batch_size=64, rate=3e-3, seed=c.data_seed, say=say
+            )
+            torch.save(judge.state_dict(), folder / "classifier.pt")
+        else:
+            judge = Inception(device)
         kind = np.uint8 if c.codes <= 256 else np.uint16 if c.codes <= 65536 else np.int32
-        for split, images, names in (("train", versions, labels), ("test", *test)):
-            found = torch.cat([vq.encode(book, part).cpu() for part in images.split(500)])
-            np.save(folder / f"{split}.npy", found.flatten(1).numpy().astype(kind))
-            np.save(folder / f"{split}_labels.npy", names.numpy().astype(np.int32))
-        shown = torch.cat([vq.decode(book, vq.encode(book, part)).cpu() for part in test[0].split(500)])
-        right = judge.judge(test[0])[1].argmax(1) == test[1]
-        seen = judge.judge(shown)[1].argmax(1) == test[1]
+        for split, pictures in (("train", versions), ("test", test)):
+            stored = np.lib.format.open_memmap(
+                folder / f"{split}.npy", mode="w+", dtype=kind, shape=(len(pictures), c.side**2)
+            )
+            for number, part in enumerate(_parts(len(pictures))):
+                stored[part] = vq.encode(book, pictures.batch(part)).flatten(1).cpu().numpy()
+                if number % 40 == 39:
+                    say(f"encoded {part[-1] + 1} of {len(pictures)} images")
+            stored.flush()
+            np.save(folder / f"{split}_labels.npy", pictures.labels.astype(np.int32))
+        real = np.random.default_rng([c.data_seed, 13]).permutation(len(train))[: c.real_samples]
+        features = torch.cat([judge.judge(train.batch(part))[0] for part in _parts(real)])
+        np.save(folder / "real.npy", features.numpy())
+        error = variance = right = seen = 0.0
+        for part in _parts(len(test)):
+            images, labels = test.batch(part), torch.from_numpy(test.labels[part])
+            shown = vq.decode(book, vq.encode(book, images)).cpu()
+            error += (shown - images).square().mean().item() * len(part) / len(test)
+            variance += images.var().item() * len(part) / len(test)
+            if c.features == "classifier":
+                right += 100 * (judge.judge(images)[1].argmax(1) == labels).double().sum().item() / len(test)
+                seen += 100 * (judge.judge(shown)[1].argmax(1) == labels).double().sum().item() / len(test)
         book.save_pretrained(folder / "tokenizer")
-        torch.save(judge.state_dict(), folder / "classifier.pt")
-        made = {
-            "config": asdict(c), "squared_error": (shown - test[0]).square().mean().item(),
-            "variance": test[0].var().item(), "real_accuracy": 100 * right.double().mean().item(),
-            "reconstructed_accuracy": 100 * seen.double().mean().item(),
-            "codes_used": len(np.unique(np.load(folder / "train.npy"))),
-        }  # fmt: skip
+        made |= {"squared_error": error, "variance": variance, "real_accuracy": right, "reconstructed_accuracy": seen}
         write_json(folder / "assets.json", made)
-        say(
-            f"held-out images: tokenizer's squared error {made['squared_error']:.4f} of {made['variance']:.4f}; "
-            f"classifier right on {made['real_accuracy']:.1f}%, on {made['reconstructed_accuracy']:.1f}% once decoded"
-        )
+        say(f"held-out images: tokenizer's squared error {error:.4f} of {variance:.4f}")
+        if c.features == "classifier":
+            say(f"held-out images: classifier right on {right:.1f}%, on {seen:.1f}% once decoded")
 
     def _load(self, device: str) -> None:
         import torch
         from diffusers import VQModel
 
-        from mutor.tasks.image_scores import Classifier
+        from mutor.tasks.image_scores import Classifier, Inception
 
         assert self.folder is not None
         self.assets = json.loads((self.folder / "assets.json").read_text())
         self.book = VQModel.from_pretrained(self.folder / "tokenizer").to(device).eval()
-        self.judge = Classifier(self.classes, self.book.config.in_channels, self.config.pixels).to(device).eval()
-        self.judge.load_state_dict(torch.load(self.folder / "classifier.pt", weights_only=True))
+        self.judge: Any
+        if self.config.features == "classifier":
+            self.judge = Classifier(self.classes, self.book.config.in_channels, self.config.pixels).to(device).eval()
+            self.judge.load_state_dict(torch.load(self.folder / "classifier.pt", weights_only=True))
+        else:
+            self.judge = Inception(device)
         self.codes = {split: np.load(self.folder / f"{split}.npy", mmap_mode="r") for split in ("train", "test")}
         self.labels = {split: np.load(self.folder / f"{split}_labels.npy") for split in ("train", "test")}
-        train, test = read(self.config)
-        self.real = self.judge.judge(torch.cat([train[0], test[0]]))[0]
+        self.real = torch.from_numpy(np.load(self.folder / "real.npy"))
 
     def train(self, seed: int) -> data.Source:
         """All versions of all training images, in an order of the run's seed."""
@@ -204,31 +252,34 @@ class Images:
         """Draw images of all classes in turn and score them; the loss is that of held-out images.
 
         keep: predictions-NAME.jsonl; a grid of samples is drawn beside it as samples-NAME.png. Returns the metrics, and
-        of class_accuracy the score of every image, bool [N].
+        of class_accuracy, where features are a classifier's, the score of every image, bool [N].
         """
         import torch
 
         from mutor.data import score_forced
-        from mutor.tasks.image_scores import frechet_distance, inception_score, precision_recall
+        from mutor.tasks.image_scores import distance_to, frechet_distance, inception_score, precision_recall
 
         c = self.config
         count = c.test_samples if split == "test" else c.valid_samples
         labels = torch.arange(count) % self.classes
         images = self.draw(model, labels, batch_size, say)
         features, logits = self.judge.judge(images)
-        right = (logits.argmax(1) == labels).numpy()
         index = np.arange(len(self.codes["test"]))
         _, loss = score_forced(model, method, context, self._examples("test", index), batch_size)
         precision, recall = precision_recall(self.real, features)
-        metrics = {
-            "class_accuracy": 100 * float(right.mean()), "real_class_accuracy": self.assets["real_accuracy"],
-            "classifier_fid": frechet_distance(self.real, features), "classifier_score": inception_score(logits),
-            "precision": precision, "recall": recall, "loss": loss,
-        }  # fmt: skip
+        distance = frechet_distance(self.real, features) if c.reference is None else distance_to(c.reference, features)
+        metrics, scores = {}, {}
+        if c.features == "classifier":
+            scores["class_accuracy"] = (logits.argmax(1) == labels).numpy()
+            metrics["class_accuracy"] = 100 * float(scores["class_accuracy"].mean())
+            metrics["real_class_accuracy"] = self.assets["real_accuracy"]
+        names = ("classifier_fid", "classifier_score") if c.features == "classifier" else ("fid", "inception_score")
+        metrics |= dict(zip(names, (distance, inception_score(logits)), strict=True))
+        metrics |= {"precision": precision, "recall": recall, "loss": loss, "log_likelihood": -loss}
         if keep:
             picture = keep.with_name(f"{keep.stem.replace('predictions', 'samples')}.png")
             save_grid(images[: 10 * self.classes], self.classes, picture)
-        return metrics, {"class_accuracy": right}
+        return metrics, scores
 
     def draw(self, model: Any, labels: Tensor, batch_size: int, say: Any = None) -> Tensor:
         """Images [N, C, H, W] of classes [N]; seed and batch size decide the noise, so equal models draw equal ones."""
@@ -256,38 +307,20 @@ class Images:
         return digest.hexdigest()[:16]
 
 
-def read(config: ImagesConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((images, labels) to train on, (images, labels) held out); images float [N, 1, H, W] in -1 .. 1."""
-    import torch
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
-    images = torch.nn.functional.interpolate(images, size=config.pixels, mode="bilinear", align_corners=False)
-    labels = torch.tensor(found.target)
-    order = torch.from_numpy(np.random.default_rng([config.data_seed, 11]).permutation(len(images)))
-    test, train = order[: config.test_size], order[config.test_size :]
-    return (images[train], labels[train]), (images[test], labels[test])
+def _parts(what: int | np.ndarray, size: int = 250) -> list[np.ndarray]:
+    """Indices (0 .. N - 1, or those given) in parts."""
+    index = np.arange(what) if isinstance(what, int) else what
+    return [index[start : start + size] for start in range(0, len(index), size)]
 
 
-def augmented(images: Tensor, config: ImagesConfig) -> Tensor:
-    """`copies` versions of images [N, C, H, W], [copies x N, C, H, W], the first as they are; none changes a class."""
+def _published(file: str) -> dict[str, Tensor]:
     import torch
 
-    rng, parts = np.random.default_rng([config.data_seed, 12]), [images]
-    for _ in range(config.copies - 1):
-        angle = np.deg2rad(rng.uniform(-config.turn, config.turn, len(images)))
-        scale = 1 / rng.uniform(1 - config.zoom, 1 + config.zoom, len(images))
-        moved = rng.uniform(-1, 1, (len(images), 2)) * 2 * config.shift / config.pixels
-        matrix = np.zeros((len(images), 2, 3))
-        matrix[:, 0, 0] = matrix[:, 1, 1] = scale * np.cos(angle)
-        matrix[:, 0, 1], matrix[:, 1, 0] = -scale * np.sin(angle), scale * np.sin(angle)
-        matrix[:, :, 2] = moved
-        grid = torch.nn.functional.affine_grid(torch.tensor(matrix).float(), list(images.shape), align_corners=False)
-        lowest = images.min()
-        version = torch.nn.functional.grid_sample(images - lowest, grid, align_corners=False)
-        parts.append(version + lowest)
-    return torch.cat(parts)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"tokenizer: {file} can't be read: {error}") from None
+    return found.get("model", found.get("ema", found))
 
 
 def save_grid(images: Tensor, columns: int, file: Path) -> None:

@@ -1,0 +1,197 @@
+"""Images with their classes, read when they are needed: scikit-learn's digits, Fashion-MNIST, or a folder of files.
+
+train, test = load(ImagesConfig(source="digits"))
+train.batch(np.array([0, 5]))          # float [2, C, H, W] in -1 .. 1
+Versions(train, config).batch(...)     # the same, shifted, turned, zoomed or mirrored: copies x N of them
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mutor.tasks.images import ImagesConfig
+
+ENDINGS = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
+FASHION = {"train": "train", "test": "t10k"}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """labels: int64 [N]; batch: indices [B] -> float [B, C, H, W] in -1 .. 1."""
+
+    labels: np.ndarray
+    batch: Callable[[np.ndarray], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, index: np.ndarray) -> Pictures:
+        """Some of them."""
+        return Pictures(self.labels[index], lambda chosen: self.batch(index[chosen]))
+
+
+class Versions:
+    """`copies` versions of each picture, the first as it is: item v N + i is version v of picture i, of its class.
+
+    Version v is drawn from (data_seed, v, i) alone. With `flip` every second one is mirrored.
+    """
+
+    def __init__(self, pictures: Pictures, config: ImagesConfig):
+        self.pictures, self.config = pictures, config
+        self.labels = np.tile(pictures.labels, config.copies)
+        self._draws: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, index: np.ndarray) -> Tensor:
+        """float [B, C, H, W]."""
+        import torch
+
+        number, place = np.divmod(index, len(self.pictures))
+        images = self.pictures.batch(place)
+        out = torch.empty_like(images)
+        for v in np.unique(number):
+            rows = torch.from_numpy(np.flatnonzero(number == v))
+            out[rows] = self._version(images[rows], int(v), place[number == v])
+        return out
+
+    def _version(self, images: Tensor, number: int, place: np.ndarray) -> Tensor:
+        import torch
+
+        c = self.config
+        if number == 0:
+            return images
+        if c.flip and number % 2:
+            images = images.flip(-1)
+        if not (c.turn or c.zoom or c.shift):
+            return images
+        if number not in self._draws:
+            self._draws[number] = np.random.default_rng([c.data_seed, 12, number]).uniform(
+                -1, 1, (len(self.pictures), 4)
+            )
+        draw = self._draws[number][place]
+        angle, scale = np.deg2rad(c.turn * draw[:, 0]), 1 / (1 + c.zoom * draw[:, 1])
+        matrix = np.zeros((len(images), 2, 3))
+        matrix[:, 0, 0] = matrix[:, 1, 1] = scale * np.cos(angle)
+        matrix[:, 0, 1], matrix[:, 1, 0] = -scale * np.sin(angle), scale * np.sin(angle)
+        matrix[:, :, 2] = draw[:, 2:] * 2 * c.shift / c.pixels
+        grid = torch.nn.functional.affine_grid(torch.tensor(matrix).float(), list(images.shape), align_corners=False)
+        return torch.nn.functional.grid_sample(images + 1, grid, align_corners=False) - 1
+
+
+def load(config: ImagesConfig) -> tuple[Pictures, Pictures]:
+    """(to train on, held out). Raises ValueError naming the file or folder that is missing or malformed."""
+    if config.source == "fashion-mnist":
+        return _in_memory(*_fashion(config, "train"), config), _in_memory(*_fashion(config, "test"), config)
+    if config.source == "digits":
+        from sklearn.datasets import load_digits
+
+        found = load_digits()
+        pictures = _in_memory(np.round(found.images * 255 / 16), found.target, config)
+    else:
+        pictures = _folder(config)
+    order = np.random.default_rng([config.data_seed, 11]).permutation(len(pictures))
+    if len(order) <= config.test_size:
+        raise ValueError(f"test_size: {config.test_size} of {len(order)} images leave none to train on")
+    return pictures.part(order[config.test_size :]), pictures.part(order[: config.test_size])
+
+
+def _in_memory(images: np.ndarray, labels: np.ndarray, config: ImagesConfig) -> Pictures:
+    """images: [N, H, W] of 0 .. 255, framed in black where that reaches `pixels`, else scaled."""
+    import torch
+
+    frame, rest = divmod(config.pixels - images.shape[1], 2)
+
+    def batch(index: np.ndarray) -> Tensor:
+        found = torch.from_numpy(images[index].astype(np.float32))[:, None] / 127.5 - 1
+        if not rest and 0 <= frame <= 2:
+            return torch.nn.functional.pad(found, (frame,) * 4, value=-1.0)
+        return torch.nn.functional.interpolate(found, size=config.pixels, mode="bilinear", align_corners=False)
+
+    return Pictures(labels.astype(np.int64), batch)
+
+
+def _fashion(config: ImagesConfig, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(images [N, 28, 28], labels [N]) from idx files in `folder`, or from the hub."""
+    if config.folder:
+        stem = Path(config.folder) / FASHION[split]
+        return read_idx(Path(f"{stem}-images-idx3-ubyte.gz")), read_idx(Path(f"{stem}-labels-idx1-ubyte.gz"))
+    from datasets import load_dataset
+
+    from mutor.hub import newest_revision
+
+    name = "zalando-datasets/fashion_mnist"
+    try:
+        rows: Any = load_dataset(name, split=split, revision=newest_revision("dataset", name))
+    except Exception as error:  # the hub raises errors of many kinds
+        raise ValueError(
+            f"{name} can't be had from the hub ({str(error).splitlines()[0]}); set `folder` to one with its idx files "
+            "(train-images-idx3-ubyte.gz, ...)"
+        ) from error
+    return np.stack([np.asarray(image) for image in rows["image"]]), np.array(rows["label"])
+
+
+def read_idx(file: Path) -> np.ndarray:
+    """A file of unsigned bytes in the idx format, packed or not."""
+    try:
+        with open(file, "rb") as handle:
+            content = handle.read()
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{file}: can't be read: {error}") from None
+    if content[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{file}: starts with {content[:3]!r}, not an idx file of bytes")
+    shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
+    if values.size != int(np.prod(shape)):
+        raise ValueError(f"{file}: holds {values.size} bytes, its header says {tuple(shape.tolist())}")
+    return values.reshape(shape)
+
+
+def _folder(config: ImagesConfig) -> Pictures:
+    """A folder with one folder a class, in the order of their names."""
+    root = Path(config.folder or "")
+    classes = sorted(f for f in root.iterdir() if f.is_dir()) if root.is_dir() else []
+    if len(classes) != config.classes:
+        raise ValueError(f"folder: {root} holds {len(classes)} folders of classes, expected {config.classes}")
+    files, labels = [], []
+    for number, folder in enumerate(classes):
+        found = sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS)
+        if not found:
+            raise ValueError(f"folder: {folder} holds no images ({', '.join(ENDINGS)})")
+        files += found
+        labels += [number] * len(found)
+
+    def batch(index: np.ndarray) -> Tensor:
+        import torch
+
+        return torch.stack([torch.from_numpy(_read(files[i], config.pixels)) for i in index.tolist()])
+
+    return Pictures(np.array(labels), batch)
+
+
+def _read(file: Path, pixels: int) -> np.ndarray:
+    """float32 [3, pixels, pixels] in -1 .. 1: ADM's centre crop, halved while twice too large, then scaled and cut."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(file).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{file}: not an image: {error}") from None
+    while min(image.size) >= 2 * pixels:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = pixels / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    values = np.asarray(image, dtype=np.float32)
+    top, left = (values.shape[0] - pixels) // 2, (values.shape[1] - pixels) // 2
+    return values[top : top + pixels, left : left + pixels].transpose(2, 0, 1) / 127.5 - 1
