@@ -79,7 +79,7 @@ def _stands_in(figure: Any, frame: pd.DataFrame, panels: int) -> None:
     """What stands in for what, below a figure."""
     stands = "; ".join(sorted(set(filter(None, frame["stands_in_for"])))[:2])
     if stands:
-        figure.supxlabel("Stands in for " + _wrap(stands, 30 + 50 * panels), fontsize=7, color="#555555")
+        figure.supxlabel("Stands in for " + _wrap(stands, 22 + 45 * panels), fontsize=7, color="#555555")
 
 
 def sweep(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -114,8 +114,9 @@ def sweep(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list
                     axis.plot([at] * len(values), values, "o", color=own, ms=4, mec="white", mew=0.4)
             axis.set(title=group, xlabel=over, ylabel=f"{metric} ({unit})")
         axes[0][0].legend(fontsize=8)
-        title = f"{table.title} — scale {scale.name}; crosses and dots: published"
-        figure.suptitle(_wrap(title, 20 + 50 * len(groups)), fontsize=9)
+        published = "; crosses and dots: published" if frame["reported"].notna().any() else ""
+        title = f"{table.title} — scale {scale.name}{published}"
+        figure.suptitle(_wrap(title, 15 + 45 * len(groups)), fontsize=9)
         _stands_in(figure, frame, len(groups))
         return save(figure, folder, table.name)
 
@@ -139,7 +140,8 @@ def samples(table: Table, scale: Scale, runs: results.Records, folder: Path) -> 
             axis.set_title(label)
         if not found:
             axes[0][0].text(0.5, 0.5, "no pictures in the folder of runs", ha="center", color="#777777")
-        figure.suptitle(f"{table.title}: samples of the last models — scale {scale.name}", fontsize=9)
+        title = f"{table.title}: samples of the last models — scale {scale.name}"
+        figure.suptitle(_wrap(title, 45 * max(len(found), 1)), fontsize=9)
         return save(figure, folder, f"{table.name}_samples")
 
 
