@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def mean_loss(logits: Tensor, target: Tensor, group: Tensor | None = None) -> Tensor:
@@ -18,9 +19,33 @@ def mean_loss(logits: Tensor, target: Tensor, group: Tensor | None = None) -> Te
         return logits.sum() * 0.0
     if group is None:
         return F.cross_entropy(logits.float(), target)
-    loss = F.cross_entropy(logits.float(), target, reduction="none")
+    return _grouped(F.cross_entropy(logits.float(), target, reduction="none"), group)
+
+
+def _grouped(loss: Tensor, group: Tensor) -> Tensor:
     _, member, size = group.unique(return_inverse=True, return_counts=True)
     return (loss / size[member]).sum() / size.numel()
+
+
+def head_loss(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int, group: Tensor | None = None,
+    *, most: int = 2**25,
+) -> Tensor:  # fmt: skip
+    """`mean_loss` of an output layer on hidden states, without ever holding all logits of a large vocabulary.
+
+    head: [n, d] -> [n, V]; hidden: [N, d]; target, group: int64 [N]. Beyond `most` logits (64 million bytes in bf16)
+    they are computed in parts, and again in the backward pass: the same values in the memory of one part.
+    """
+    rows = max(1, most // vocabulary)
+    if len(hidden) <= rows:
+        return mean_loss(head(hidden), target, group)
+
+    def part(some: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(head(some).float(), wanted, reduction="none")
+
+    pairs = zip(hidden.split(rows), target.split(rows), strict=True)
+    loss = torch.cat([checkpoint(part, some, wanted, use_reentrant=False) for some, wanted in pairs])
+    return loss.mean() if group is None else _grouped(loss, group)
 
 
 class _OneAtATime(torch.autograd.Function):

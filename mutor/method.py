@@ -89,7 +89,7 @@ class Method:
 
     def loss_at(self, normed: Tensor, layout: Layout, where: Tensor, target: Tensor | None = None) -> Tensor:
         """Mean cross entropy of the output layer at `where` (bool [B, L]), by default of the layout's target."""
-        from mutor.loss import mean_loss
+        from mutor.loss import head_loss
 
         target = layout.target if target is None else target
         group = None
@@ -98,7 +98,7 @@ class Method:
 
             row = torch.arange(layout.ids.shape[0], device=where.device)[:, None]
             group = (row * layout.ids.shape[1] + layout.document)[where]
-        return mean_loss(self.trunk.logits(normed[where]), target[where], group)
+        return head_loss(self.trunk.logits, normed[where], target[where], self.trunk.vocabulary, group)
 
     def added_parameters(self, model: nn.Module) -> int:
         """Number of parameters that the method added."""

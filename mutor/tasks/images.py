@@ -276,6 +276,7 @@ class Images:
         names = ("classifier_fid", "classifier_score") if c.features == "classifier" else ("fid", "inception_score")
         metrics |= dict(zip(names, (distance, inception_score(logits)), strict=True))
         metrics |= {"precision": precision, "recall": recall, "loss": loss, "log_likelihood": -loss}
+        metrics["tokenizer_squared_error"] = self.assets["squared_error"]
         if keep:
             picture = keep.with_name(f"{keep.stem.replace('predictions', 'samples')}.png")
             save_grid(images[: 10 * self.classes], self.classes, picture)
