@@ -98,7 +98,7 @@ def test_other_configuration_is_another_run(tmp_path):
     run(spec, spec.seeds, place)
     changed = smoke_spec("next_token", steps=5, eval_every=5, save_every=5, learning_rate=1e-3)
     assert changed.path == spec.path and not results.finished(tmp_path, changed, 7)
-    assert list(results.records(tmp_path, changed)) == []
+    assert results.Records(tmp_path).of(changed) == [] and len(results.Records(tmp_path).of(spec)) == 1
     run(changed, changed.seeds, place)
     folder = results.seed_folder(tmp_path, spec, 7)
     old = json.loads((folder / "metrics.superseded-1.json").read_text())
@@ -154,8 +154,7 @@ def test_the_second_of_two_processes_waits_and_finds_the_run_finished(tmp_path):
     both = [launch(tmp_path, "next_token") for _ in range(2)]
     outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert sum("waiting for it" in output for output in outputs) <= 1  # none if the first was done before
-    assert sum("step 60/60" in output for output in outputs) == 1
+    assert sum("step 60/60" in output for output in outputs) == 1  # each may wait for the other, at the base or later
 
 
 def test_half_written_checkpoint_is_not_used(tmp_path):
