@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mutor import config, tables
 from mutor.accounting import Shape, attention_exceeds_feed_forward, layer_flops, tipping_point
+from mutor.results import Records
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +19,8 @@ def flops(tmp_path):
     """The artifact's frame."""
     reported = pd.read_csv(ROOT / "config/reported.csv", dtype=str, keep_default_na=False)
     table, scale = config.load_table(ROOT, "rebuttal_flops"), config.load_scale(ROOT, "smoke")
-    tables.collect_artifact(table, scale, tmp_path / "runs", tmp_path, ROOT / "config/reported.csv")
+    reported = tables.read_reported(ROOT / "config/reported.csv")
+    tables.collect_artifact(table, scale, Records(tmp_path / "runs"), reported, tmp_path)
     return tables.cell_frame(table, scale, tmp_path / "runs", reported), tmp_path
 
 

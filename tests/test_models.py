@@ -14,6 +14,7 @@ from mutor.checks import from_mapping
 from mutor.models.build import ModelConfig, build, fan_in
 from mutor.run import Workplace, run
 from mutor.tasks import standins
+from mutor.tasks.images import ImagesConfig
 from mutor.tasks.text import TextConfig
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,10 @@ TINY = {
     "llama": {
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
         "intermediate_size": 32,
+    },
+    "llamagen": {
+        "codes": 16, "classes": 10, "rows": 4, "columns": 4, "hidden_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 32,
     },
 }  # fmt: skip
 
@@ -107,6 +112,12 @@ def small(spec, folder):
             corpus=corpus, source="generated", tokens=tokens, train_size=24, max_tokens=250, new_tokens=8, **size
         )
         batch |= {"accumulate": 2, "epochs": None}
+    elif spec.dataset.task == "images":
+        task = ImagesConfig(
+            pixels=8, test_size=20, copies=2, flip=spec.task_config.flip, codes=16, code_width=4, tokenizer_steps=3,
+            classifier_steps=3, valid_samples=10, test_samples=10,
+        )  # fmt: skip
+        batch |= {"accumulate": 2, "keep": ()}
     else:
         task = replace(spec.task_config, train_size=spec.task_config.train_size and 32, **size)
     base = spec.base and small(spec.base, folder)
