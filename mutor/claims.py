@@ -16,7 +16,7 @@ import pandas as pd
 
 from mutor import results
 from mutor.checks import choose, from_mapping, setting
-from mutor.config import Cell, Scale, Table, cells, load_table, read_yaml, tables
+from mutor.config import Cell, Scale, cells, load_table, read_yaml, tables
 from mutor.registry import METHODS, TASKS, load
 from mutor.stats import Interval, interval, needed, over_seeds, paired
 from mutor.tables import cell_frame, cell_records, grid, write
@@ -122,13 +122,11 @@ def claim_frame(root: Path, scale: Scale, runs: results.Records, reported: pd.Da
             found = cells(table, scale)
             frame = cell_frame(table, scale, runs, reported) if found else pd.DataFrame()
             known[claim.table] = list(zip(found, [row for _, row in frame.iterrows()], strict=True))
-        rows += _rows(claim, load_table(root, claim.table), scale, known[claim.table], runs)
+        rows += _rows(claim, scale, known[claim.table], runs)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _rows(
-    claim: Claim, table: Table, scale: Scale, found: list[tuple[Cell, Any]], runs: results.Records
-) -> list[dict[str, Any]]:
+def _rows(claim: Claim, scale: Scale, found: list[tuple[Cell, Any]], runs: results.Records) -> list[dict[str, Any]]:
     head = {
         "claim": claim.claim, "source": claim.source, "scale": scale.name, "table": claim.table, "model": claim.model,
         "train_data": claim.train_data, "metric": claim.metric, "ours": _named(claim.ours),
@@ -153,9 +151,9 @@ def _rows(
                 and (other.train_data or pair[0].spec.data == cell.spec.data)
                 and not (other.others and pair[0] == cell)
             ]  # fmt: skip
-            compared = [_compare(claim, table, (cell, row), pair, runs) for pair in against]
+            compared = [_compare(claim, (cell, row), pair, runs) for pair in against]
         else:
-            compared = [_compare(claim, table, (cell, row), None, runs)]
+            compared = [_compare(claim, (cell, row), None, runs)]
         if compared:
             out.append(about | _least(claim, compared, bool(row["stands_in_for"])))
         else:
@@ -183,7 +181,7 @@ def _named(side: Any) -> str:
 
 
 def _compare(
-    claim: Claim, table: Table, one: tuple[Cell, Any], other: tuple[Cell, Any] | None, runs: results.Records
+    claim: Claim, one: tuple[Cell, Any], other: tuple[Cell, Any] | None, runs: results.Records
 ) -> dict[str, Any]:
     """One comparison: published and measured difference, what is measured ending as a verdict."""
     cell, row = one
@@ -195,16 +193,16 @@ def _compare(
     else:
         both = (row["reported"], other[1]["reported"])
         published = None if any(map(_none, both)) else both[0] - both[1]
-    sides = [_scores(cell, table, claim, runs), _scores(other[0], table, claim, runs) if other else {}]
-    found = _difference(sides[0], sides[1] if other else constant, percent=cell.unit == "percent")
+    theirs = _scores(other[0], runs) if other else constant
+    found = _difference(_scores(cell, runs), theirs, percent=cell.unit == "percent")
     verdict = judge(claim, found.difference) if found else "not run"
     return {
         "published": published, "found": found, "verdict": verdict,
-        "to_decide": _to_decide(claim, found, verdict, table.name, scale=cell.spec.scale),
+        "to_decide": _to_decide(claim, found, verdict, cell.spec.scale),
     }  # fmt: skip
 
 
-def _scores(cell: Cell, table: Table, claim: Claim, runs: results.Records) -> dict[int, _Scored]:
+def _scores(cell: Cell, runs: results.Records) -> dict[int, _Scored]:
     """seed -> (value, scores [N] or None, which problems)."""
     return {
         r["seed"]: (
@@ -261,9 +259,9 @@ def _by_seeds(ours: list[float], theirs: list[float] | None) -> Found:
     return Found(found, None, min(len(ours), len(theirs or ours)))
 
 
-def _to_decide(claim: Claim, found: Any, verdict: str, table: str, scale: str) -> str:
+def _to_decide(claim: Claim, found: Any, verdict: str, scale: str) -> str:
     if verdict == "not run":
-        return f"snakemake results/{table}.csv --config scale={scale}"
+        return f"snakemake results/{claim.table}.csv --config scale={scale}"
     if verdict != "inconclusive":
         return ""
     d = found.difference.estimate * (-1 if claim.direction == "below" else 1)
@@ -273,21 +271,17 @@ def _to_decide(claim: Claim, found: Any, verdict: str, table: str, scale: str) -
 
 def _least(claim: Claim, compared: Sequence[dict[str, Any]], stands_in: bool) -> dict[str, Any]:
     """The row of the least favourable comparison, with the verdict on all."""
-    sign = -1 if claim.direction == "below" else 1
+    favour = {"above": lambda d: d, "below": lambda d: -d, "equal": lambda d: -abs(d)}[claim.direction]
 
-    def favour(one: dict[str, Any]) -> float:
-        if one["found"] is None:
-            return -np.inf
-        d = one["found"].difference.estimate
-        return -abs(d) if claim.direction == "equal" else sign * d
+    def measured(one: dict[str, Any]) -> float:
+        return -np.inf if one["found"] is None else favour(one["found"].difference.estimate)
 
     order = ["not run", "contradicted", "inconclusive", "reproduced"]
     verdict = min((one["verdict"] for one in compared), key=order.index)
-    shown = min((one for one in compared if one["verdict"] == verdict), key=favour)
+    shown = min((one for one in compared if one["verdict"] == verdict), key=measured)
     published = [one["published"] for one in compared]
-    key = {"above": lambda d: d, "below": lambda d: -d, "equal": lambda d: -abs(d)}[claim.direction]
     row: dict[str, Any] = {
-        "published": None if any(map(_none, published)) else min(published, key=key),
+        "published": None if any(map(_none, published)) else min(published, key=favour),
         "verdict": WORDS.get(verdict, verdict) if stands_in else verdict, "to_decide": shown["to_decide"],
     }  # fmt: skip
     if shown["found"] is not None:
