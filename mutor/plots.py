@@ -128,7 +128,7 @@ def samples(table: Table, scale: Scale, runs: results.Records, folder: Path) -> 
     for path, cell in chosen.items():
         files = sorted((runs.runs / path).glob("seed*/samples-last.png"))
         if files:
-            found[cell.row.label.rpartition(", ")[0] or cell.row.label] = files[0]
+            found[cell.row.label] = files[0]  # whole: what was trained longer differs in its iterations alone
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, max(len(found), 1), figsize=(3.2 * max(len(found), 1), 3.7), squeeze=False, layout="constrained"
