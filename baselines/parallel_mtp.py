@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mutor.layout import Layout
+    from mutor.loss import Goal
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,26 @@ class ParallelMTP(Method):
         self.heads = nn.ModuleList(self.trunk.new_layer() for _ in range(self.config.d_max - 1))
         self.trunk.add(nn.ModuleDict({"heads": self.heads}))
 
-    def losses(self, model: Any, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    def targets(self, layout: Layout) -> dict[str, Tensor]:
+        """Head k predicts the token k further on."""
+        from mutor.layout import ahead
+
+        return super().targets(layout) | {f"head_{k}": ahead(layout, k) for k in range(2, self.config.d_max + 1)}
+
+    def losses(
+        self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Each head's loss is a mean over its own tokens; heads are averaged."""
-        from mutor.layout import IGNORE, ahead
         from mutor.loss import one_at_a_time
 
+        goals = goals or self.goals(layout)
         out = self.trunk(model, layout)
-        plain = self.loss_at(out.normed, layout, self.predicts(layout))
+        plain = self.loss(out.normed, goals["next_token"])
 
-        def head_loss(head: nn.Module, target: Tensor) -> Any:
-            return lambda hidden: self.loss_at(
-                self.trunk.norm(out.through(head, hidden)), layout, target != IGNORE, target
-            )
+        def head_loss(head: nn.Module, goal: Goal) -> Any:
+            return lambda hidden: self.loss(self.trunk.norm(out.through(head, hidden)), goal)
 
-        losses = [head_loss(head, ahead(layout, k)) for k, head in enumerate(self.heads, start=2)]
+        losses = [head_loss(head, goals[f"head_{k}"]) for k, head in enumerate(self.heads, start=2)]
         shared = [*self.trunk.norm.parameters(), *self.trunk.head.parameters()]
         extra, values = one_at_a_time(losses, out.hidden, [*self.heads.parameters(), *shared])
         parts = {f"head_{k}": value for k, value in enumerate(values, start=2)}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mutor.layout import Layout
+    from mutor.loss import Goal
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,27 @@ class SequentialMTP(Method):
         self.depths = modules
         trunk.add(nn.ModuleDict({"depths": nn.ModuleList(modules)}))
 
-    def losses(self, model: Any, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    def targets(self, layout: Layout) -> dict[str, Tensor]:
+        """Module k predicts the token k + 1 further on."""
+        from mutor.layout import ahead
+
+        return super().targets(layout) | {f"depth_{k}": ahead(layout, k + 1) for k in range(1, self.config.d_max)}
+
+    def losses(
+        self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Each depth's loss is a mean over its own tokens; depths are averaged."""
         import torch
 
-        from mutor.layout import IGNORE, ahead
-
+        goals = goals or self.goals(layout)
         out = self.trunk(model, layout)
-        plain = self.loss_at(out.normed, layout, self.predicts(layout))
+        plain = self.loss(out.normed, goals["next_token"])
         hidden, losses = out.hidden, []
         for k, depth in enumerate(self.depths, start=1):
             token = self.trunk.embedding(layout.ids.roll(-k, dims=1))  # what wraps around stands where no loss is
             joined = torch.cat([depth["hidden_norm"](hidden), depth["token_norm"](token)], dim=-1)
             hidden = out.through(depth["layer"], depth["projection"](joined))
-            target = ahead(layout, k + 1)
-            losses.append(self.loss_at(self.trunk.norm(hidden), layout, target != IGNORE, target))
+            losses.append(self.loss(self.trunk.norm(hidden), goals[f"depth_{k}"]))
         a = self.config.a
         parts = {f"depth_{k}": loss.detach() for k, loss in enumerate(losses, start=1)}
         return (1 - a) * plain + a * torch.stack(losses).mean(), {"next_token": plain.detach(), **parts}

@@ -11,7 +11,7 @@ Order in the row does not matter, since positions and visibility are explicit: t
 picture exactly, and the regular part stays plain causal attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -47,9 +47,15 @@ class Rows:
     counter: Tensor
 
 
-def collate(examples: Sequence[Example], pad_id: int, row_length: int | None = None) -> Rows:
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    row_length: int | None = None,
+    tokens: Callable[[Example], int] = lambda example: len(example.ids),
+) -> Rows:
     """Lay sequences into rows: one a row, padded on the right; or packed into rows of `row_length` tokens.
 
+    Packed rows are about equally full. tokens: how many a sequence takes of a row, with what a method adds to it.
     Raises ValueError when a sequence is empty, has no answer, or is longer than `row_length`.
     """
     for example in examples:
@@ -58,21 +64,10 @@ def collate(examples: Sequence[Example], pad_id: int, row_length: int | None = N
                 f"sequence {example.counter}: prefix of {example.prefix} tokens in {len(example.ids)}: "
                 "a sequence needs at least one prefix and one answer token"
             )
-        if row_length is not None and len(example.ids) > row_length:
-            raise ValueError(f"sequence {example.counter}: {len(example.ids)} tokens, rows hold {row_length}")
-    if row_length is None:
-        rows = [[example] for example in examples]
-        width = max(len(example.ids) for example in examples)
-    else:
-        rows, room = [], 0
-        for example in examples:
-            if len(example.ids) > room:
-                rows.append([])
-                room = row_length
-            rows[-1].append(example)
-            room -= len(example.ids)
-        width = row_length
-    shape = (len(rows), width)
+        if row_length is not None and tokens(example) > row_length:
+            raise ValueError(f"sequence {example.counter}: {tokens(example)} tokens, rows hold {row_length}")
+    rows = [[example] for example in examples] if row_length is None else _packed(examples, row_length, tokens)
+    shape = (len(rows), row_length or max(len(example.ids) for example in examples))
     ids = np.full(shape, pad_id, dtype=np.int64)
     document = np.full(shape, -1, dtype=np.int64)
     position = np.zeros(shape, dtype=np.int64)
@@ -89,6 +84,22 @@ def collate(examples: Sequence[Example], pad_id: int, row_length: int | None = N
             counter[r, span] = example.counter
             start = span.stop
     return Rows(*(torch.from_numpy(a) for a in (ids, document, position, answer, counter)))
+
+
+def _packed(examples: Sequence[Example], row_length: int, tokens: Callable[[Example], int]) -> list[list[Example]]:
+    """The longest first, each into the emptiest row; as few rows as none is over `row_length` with."""
+    takes = [tokens(example) for example in examples]
+    count = -(-sum(takes) // row_length)
+    while True:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for number in sorted(range(len(takes)), key=takes.__getitem__, reverse=True):
+            emptiest = filled.index(min(filled))
+            rows[emptiest].append(number)
+            filled[emptiest] += takes[number]
+        if max(filled) <= row_length:
+            return [[examples[number] for number in sorted(row)] for row in sorted(rows, key=min)]
+        count += 1
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,14 @@ class Layout:
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout on another device."""
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def compact(self) -> "Layout":
+        """The same layout with the padding of each row behind its tokens, and no wider than the fullest row."""
+        real = self.document >= 0
+        width = int(real.sum(1).max())
+        if width == self.ids.shape[1]:
+            return self
+        return self.take((~real).to(torch.int8).argsort(dim=1, stable=True)[:, :width])
 
     def take(self, index: Tensor) -> "Layout":
         """The same layout with its columns in another order; index: int64 [L] or [B, L]."""

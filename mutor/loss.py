@@ -1,6 +1,7 @@
 """Losses over the rows that have a target, and a way to train many heads in the memory of one."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,44 +9,57 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mutor.layout import IGNORE
 
-def mean_loss(logits: Tensor, target: Tensor, group: Tensor | None = None) -> Tensor:
-    """Cross entropy in float32, a mean over tokens; or, with `group`, over tokens inside each sequence first.
 
-    logits: [N, V]; target: int64 [N]; group: int64 [N] number of the sequence a token belongs to (the published
-    recipe averages inside each sequence, then over sequences). Zero where N is 0, still part of the graph.
+@dataclass(frozen=True)
+class Goal:
+    """What one loss predicts: sum over its N targets of share x cross entropy, divided by count.
+
+    index: int64 [N] where, in the flattened [B x L]; target: int64 [N] token ids; share: float32 [N] what each counts
+    for, 1, or 1 over its sequence's number of targets; count: int64 [] how many targets, or sequences, there are.
+    Made on the CPU, so that no step waits for the device to say how many targets a batch has.
     """
-    if target.numel() == 0:
-        return logits.sum() * 0.0
-    if group is None:
-        return F.cross_entropy(logits.float(), target)
-    return _grouped(F.cross_entropy(logits.float(), target, reduction="none"), group)
 
+    index: Tensor
+    target: Tensor
+    share: Tensor
+    count: Tensor
 
-def _grouped(loss: Tensor, group: Tensor) -> Tensor:
-    _, member, size = group.unique(return_inverse=True, return_counts=True)
-    return (loss / size[member]).sum() / size.numel()
+    @classmethod
+    def of(cls, target: Tensor, document: Tensor, per_sequence: bool = False) -> "Goal":
+        """The goal of targets int64 [B, L] (-100 for none); document: [B, L] number of the sequence inside its row.
+
+        per_sequence: a mean over tokens inside each sequence first, as in the published recipe.
+        """
+        index = (target != IGNORE).flatten().nonzero().squeeze(1)
+        share, count = torch.ones(len(index), device=target.device), index.new_tensor(len(index))
+        if per_sequence:
+            row = torch.arange(target.shape[0], device=target.device)[:, None]
+            sequence = (row * target.shape[1] + document).flatten()[index]
+            _, member, size = sequence.unique(return_inverse=True, return_counts=True)
+            share, count = 1 / size[member].float(), index.new_tensor(len(size))
+        return cls(index, target.flatten()[index], share, count)
 
 
 def head_loss(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int, group: Tensor | None = None,
-    *, most: int = 2**25,
-) -> Tensor:  # fmt: skip
-    """`mean_loss` of an output layer on hidden states, without ever holding all logits of a large vocabulary.
+    head: Callable[[Tensor], Tensor], hidden: Tensor, goal: Goal, vocabulary: int, *, most: int = 2**25
+) -> Tensor:
+    """A goal's loss, in float32, without ever holding all logits of a large vocabulary.
 
-    head: [n, d] -> [n, V]; hidden: [N, d]; target, group: int64 [N]. Beyond `most` logits (64 million bytes in bf16)
-    they are computed in parts, and again in the backward pass: the same values in the memory of one part.
+    head: [n, d] -> [n, V]; hidden: [B, L, d]. Beyond `most` logits (64 million bytes in bf16) they are computed in
+    parts, and again in the backward pass: the same values in the memory of one part. Zero without targets, still
+    part of the graph.
     """
+    hidden = hidden.flatten(0, 1).index_select(0, goal.index)
     rows = max(1, most // vocabulary)
-    if len(hidden) <= rows:
-        return mean_loss(head(hidden), target, group)
 
-    def part(some: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(head(some).float(), wanted, reduction="none")
+    def part(some: Tensor, wanted: Tensor, share: Tensor) -> Tensor:
+        return (F.cross_entropy(head(some).float(), wanted, reduction="none") * share).sum()
 
-    pairs = zip(hidden.split(rows), target.split(rows), strict=True)
-    loss = torch.cat([checkpoint(part, some, wanted, use_reentrant=False) for some, wanted in pairs])
-    return loss.mean() if group is None else _grouped(loss, group)
+    pieces = list(zip(*(values.split(rows) for values in (hidden, goal.target, goal.share)), strict=True))
+    losses = [part(*p) if len(pieces) == 1 else checkpoint(part, *p, use_reentrant=False) for p in pieces]
+    return torch.stack(losses).sum() / goal.count.clamp(min=1)
 
 
 class _OneAtATime(torch.autograd.Function):

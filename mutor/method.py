@@ -5,7 +5,8 @@ The training loop, the evaluation and the workflow know this interface and no me
     method = load(METHODS, "mutor")(from_mapping(Config, {"d_max": 4}, "mutor"))
     method.attach(model)                          # adds parameters under model.mtp
     layout = method.layout(rows, context)         # on the CPU, in the data loader
-    total, parts = method.losses(model, layout)   # on the device
+    goals = method.goals(layout)                  # there too: what is predicted where
+    total, parts = method.losses(model, layout, goals)   # on the device
     method.export(model, folder)                  # a plain checkpoint of the base architecture
 
 This module and the methods' files import torch inside functions only, so that plans are made without it.
@@ -23,7 +24,8 @@ from mutor.checks import setting
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mutor.layout import Layout, Rows
+    from mutor.layout import Example, Layout, Rows
+    from mutor.loss import Goal
     from mutor.trunk import Trunk
 
 
@@ -75,30 +77,39 @@ class Method:
         """What the model is fed in training."""
         return self.inputs(rows, context)
 
-    def losses(self, model: Any, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise (a scalar) and its parts, detached scalars by name, for the log."""
-        out = self.trunk(model, layout)
-        loss = self.loss_at(out.normed, layout, self.predicts(layout))
-        return loss, {"next_token": loss.detach()}
+    def tokens(self, example: Example) -> int:
+        """How many tokens of a row a sequence takes in training, at most."""
+        return len(example.ids)
 
-    def predicts(self, layout: Layout) -> Tensor:
-        """bool [B, L]: the regular tokens that have a target."""
+    def targets(self, layout: Layout) -> dict[str, Tensor]:
+        """int64 [B, L] by name of the loss: what is predicted where, -100 for nothing."""
         from mutor.layout import IGNORE
 
-        return (layout.target != IGNORE) & ~layout.register
+        return {"next_token": layout.target.masked_fill(layout.register, IGNORE)}
 
-    def loss_at(self, normed: Tensor, layout: Layout, where: Tensor, target: Tensor | None = None) -> Tensor:
-        """Mean cross entropy of the output layer at `where` (bool [B, L]), by default of the layout's target."""
+    def goals(self, layout: Layout) -> dict[str, Goal]:
+        """The targets of each loss as a list, with what each counts for: equally, or by sequence first."""
+        from mutor.loss import Goal
+
+        return {name: Goal.of(t, layout.document, self.per_sequence) for name, t in self.targets(layout).items()}
+
+    def losses(
+        self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise (a scalar) and its parts, detached scalars by name, for the log.
+
+        goals: by default those of `layout` alone. For a part of a larger batch, those whose `count` is the whole
+        batch's: then the parts' losses add up to the batch's loss.
+        """
+        goals = goals or self.goals(layout)
+        loss = self.loss(self.trunk(model, layout).normed, goals["next_token"])
+        return loss, {"next_token": loss.detach()}
+
+    def loss(self, normed: Tensor, goal: Goal) -> Tensor:
+        """Cross entropy of the output layer on hidden states [B, L, d] that passed the final norm."""
         from mutor.loss import head_loss
 
-        target = layout.target if target is None else target
-        group = None
-        if self.per_sequence:
-            import torch
-
-            row = torch.arange(layout.ids.shape[0], device=where.device)[:, None]
-            group = (row * layout.ids.shape[1] + layout.document)[where]
-        return head_loss(self.trunk.logits, normed[where], target[where], self.trunk.vocabulary, group)
+        return head_loss(self.trunk.logits, normed, goal, self.trunk.vocabulary)
 
     def added_parameters(self, model: nn.Module) -> int:
         """Number of parameters that the method added."""

@@ -20,7 +20,8 @@ from mutor.method import AuxiliarySettings, Context, Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mutor.layout import Layout, Rows
+    from mutor.layout import Example, Layout, Rows
+    from mutor.loss import Goal
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,25 @@ class MuToR(Method):
         number = number if config.register_embedding == "per_offset" else offset * 0
         return with_registers(self.inputs(rows, context), keep, offset, target, number + self.trunk.vocabulary)
 
-    def losses(self, model: Any, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
-        """(1 - a) L_next_token + a L_register (paper, eq. 5), each a mean over its own tokens."""
+    def tokens(self, example: Example) -> int:
+        """Its own tokens, and its registers."""
+        answer, many = len(example.ids) - example.prefix, self.config.registers
+        more = {"all": answer, "every": -(-answer // many), "random": min(many, answer)}
+        return len(example.ids) + more[self.config.placement]
+
+    def targets(self, layout: Layout) -> dict[str, Tensor]:
+        """Next tokens of the regular tokens, and the registers' own."""
         from mutor.layout import IGNORE
 
-        out = self.trunk(model, layout)
-        plain = self.loss_at(out.normed, layout, self.predicts(layout))
-        extra = self.loss_at(out.normed, layout, (layout.target != IGNORE) & layout.register)
+        return super().targets(layout) | {"register": layout.target.masked_fill(~layout.register, IGNORE)}
+
+    def losses(
+        self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(1 - a) L_next_token + a L_register (paper, eq. 5), each a mean over its own tokens."""
+        goals = goals or self.goals(layout)
+        normed = self.trunk(model, layout).normed
+        plain, extra = self.loss(normed, goals["next_token"]), self.loss(normed, goals["register"])
         a = self.config.a
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), "register": extra.detach()}
 

@@ -12,7 +12,10 @@ class Recipe:
     steps: int | None = setting(None, doc="optimiser steps", low=1)
     epochs: float | None = setting(None, doc="or passes through the training data, each of whole batches", low=0)
     batch_size: int = setting(doc="sequences an optimiser step", low=1)
-    accumulate: int = setting(1, doc="parts a batch is computed in; its loss is the mean of their losses", low=1)
+    accumulate: int = setting(1, doc="parts a batch is computed in, with the same result", low=1)
+    row_tokens: int | None = setting(
+        None, doc="sequences are packed into rows of so many tokens (at least the longest); none: one a row", low=1
+    )
     optimizer: str = setting("adamw", doc="muon: Muon for matrices, AdamW for the rest", choices=("adamw", "muon"))
     learning_rate: float = setting(doc="peak rate of AdamW", low=0, open_ends=True)
     muon_rate: float = setting(0.02, doc="peak rate of Muon", low=0, open_ends=True)

@@ -6,6 +6,7 @@ from its last checkpoint to the same result, bit for bit on CPU.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -15,12 +16,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from mutor.data import Samples
-from mutor.layout import Layout, collate
+from mutor.layout import Example, Layout, collate
+from mutor.loss import Goal
 from mutor.method import Context, Method
 from mutor.optim import optimizer, schedule
 from mutor.recipe import Recipe
@@ -38,7 +41,9 @@ class MethodTrainer(Trainer):
         self, model: Any, method: Method, recipe: Recipe, samples: Samples, context: Context, folder: Path,
         *, seed: int, score: Score, goal: str, say: Callable[[str], None], device: str, autocast: bool,
     ):  # fmt: skip
-        self.method, self.recipe, self.score, self.goal, self.say = method, recipe, score, goal, say
+        self.method, self.recipe, self.context, self.score, self.goal, self.say = (
+            method, recipe, context, score, goal, say,
+        )  # fmt: skip
         self._parts: dict[str, Tensor] = {}
         self._tokens: Tensor | int = 0
         self._seconds = 0.0
@@ -70,19 +75,36 @@ class MethodTrainer(Trainer):
                 report_to=[],
             ),
             train_dataset=samples,
-            data_collator=lambda examples: _flat(method.layout(collate(examples, context.pad_id), context)),
+            data_collator=self._collate,
             optimizers=(own, schedule(own, recipe)),
             callbacks=[_EvaluateEvery(recipe.eval_every)],
         )
-        self.model_accepts_loss_kwargs = False  # a batch's loss is a mean: divide it by the parts it is computed in
+        self.model_accepts_loss_kwargs = True  # with the count below: the parts' losses already add up to the batch's
         self.remove_callback(PrinterCallback)
+
+    def _collate(self, examples: list[Example]) -> dict[str, Any]:
+        """What the model is fed for a part of a batch, and what it is to predict."""
+        recipe, method, context = self.recipe, self.method, self.context
+        longest = max(map(method.tokens, examples))
+        row_length = max(recipe.row_tokens, longest) if recipe.row_tokens else None
+        layout = method.layout(collate(examples, context.pad_id, row_length, method.tokens), context).compact()
+        return {"layout": _flat(layout), "goals": {name: _flat(goal) for name, goal in method.goals(layout).items()}}
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The parts of the next batch; each loss is divided by what the whole batch has of its targets."""
+        parts, total = list(itertools.islice(epoch_iterator, num_batches)), None
+        for name in parts[0]["goals"] if parts else ():
+            total = torch.stack([part["goals"][name]["count"] for part in parts]).sum()
+            for part in parts:
+                part["goals"][name]["count"] = total
+        return parts, total
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The method's loss; its parts and the tokens that passed the trunk are summed up for the log."""
-        layout = Layout(**inputs)
-        loss, parts = self.method.losses(model, layout)
+        layout, goals = Layout(**inputs["layout"]), {k: Goal(**g) for k, g in inputs["goals"].items()}
+        loss, parts = self.method.losses(model, layout, goals)
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value
         self._tokens = self._tokens + (layout.document >= 0).sum()
@@ -99,8 +121,7 @@ class MethodTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, tokens and seconds; a loss that is not finite ends the run."""
         if "loss" in logs:
-            passes = self.recipe.log_every * self.recipe.accumulate
-            logs |= {name: float(value) / passes for name, value in self._parts.items()}
+            logs |= {name: float(value) / self.recipe.log_every for name, value in self._parts.items()}
             logs["tokens"] = self._last("tokens", 0) + int(self._tokens)
             self._parts, self._tokens = {}, 0
             if not math.isfinite(logs["loss"]):
@@ -158,8 +179,8 @@ class _EvaluateEvery(TrainerCallback):
         control.should_evaluate = control.should_save = False  # the last step has just done both
 
 
-def _flat(layout: Layout) -> dict[str, Tensor]:
-    return {f.name: getattr(layout, f.name) for f in fields(layout)}
+def _flat(record: Layout | Goal) -> dict[str, Tensor]:
+    return {f.name: getattr(record, f.name) for f in fields(record)}
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mutor.attention import attention_mask
-from mutor.layout import IGNORE, Layout
+from mutor.layout import Layout
 
 LAYER_NAMES = ("layers", "h", "blocks")
 NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
@@ -187,8 +187,3 @@ class evaluating:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def predicted(layout: Layout) -> Tensor:
-    """bool [B, L]: where the layout has a target."""
-    return layout.target != IGNORE

@@ -86,13 +86,13 @@ def test_random_registers(lay):
 
 def test_packed_documents_stay_apart(lay, tools):
     """Registers, targets, positions and visibility never cross from one document to the next."""
-    got = lay([(LONG, 2, 0), (SHORT, 1, 1), (SHORT, 2, 2)], 10, d_min=2, d_max=2)
+    got = lay([(LONG, 2, 0), (SHORT, 1, 1), (list(range(20, 28)), 2, 2)], 10, d_min=2, d_max=2)
     assert got.ids.shape == (2, 15)
     assert got.position[0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 2, 3, 4, 1, 2]
     assert got.target[0].tolist() == [N, 12, 13, 14, 15, N, 21, 22, 23, N, 13, 14, 15, 22, 23]
     assert got.document[0].tolist() == [0] * 6 + [1] * 4 + [0] * 3 + [1] * 2
     assert got.order[0].tolist() == [*range(10), 1, 2, 3, 6, 7]
-    assert got.target[1].tolist() == [N, 22, 23, N, N, N, N, N, N, N, 23, N, N, N, N]
+    assert got.target[1].tolist() == [N, 22, 23, 24, 25, 26, 27, N, N, N, 23, 24, 25, 26, 27]
     assert tools.picture(dense_mask(got)[0, 0]) == [
         "1..............", "11.............", "111............", "1111...........", "11111..........",
         "111111.........", "......1........", "......11.......", "......111......", "......1111.....",
@@ -184,18 +184,20 @@ def test_draws_depend_on_seed_and_counter_alone(lay, settings):
     rng = np.random.default_rng(0)
     counters = [0, 5, 4096, 4095, 70000, 1]
     samples = [(rng.integers(3, 60, n).tolist(), 2, c) for n, c in zip([9, 14, 6, 12, 8, 11], counters, strict=True)]
+    samples = [([name, *ids[1:]], prefix, c) for name, (ids, prefix, c) in enumerate(samples)]
 
     def registers(batches):
         found = {}
         for examples, row_length in batches:
             got = lay(examples, row_length, seed=8, d_max=4, **settings)
-            todo = list(examples)
+            named = {ids[0]: counter for ids, _, counter in examples}
             for row in range(got.ids.shape[0]):
                 for number in range(int(got.document[row].max()) + 1):
                     mine = (got.document[row] == number) & got.register[row]
                     start = int(torch.nonzero(got.document[row] == number)[0])
+                    counter = named[int(got.ids[row, start])]
                     table = torch.stack([got.order[row] - start, got.position[row], got.target[row]])[:, mine]
-                    found[todo.pop(0)[2]] = sorted(zip(*table.tolist(), strict=True))
+                    found[counter] = sorted(zip(*table.tolist(), strict=True))
         return found
 
     whole = registers([(samples, None)])
