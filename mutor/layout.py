@@ -124,12 +124,16 @@ class Layout:
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
     def compact(self) -> "Layout":
-        """The same layout with the padding of each row behind its tokens, and no wider than the fullest row."""
-        real = self.document >= 0
-        width = int(real.sum(1).max())
-        if width == self.ids.shape[1]:
-            return self
-        return self.take((~real).to(torch.int8).argsort(dim=1, stable=True)[:, :width])
+        """What training needs of the layout: without columns of padding, and without each sequence's last token.
+
+        That one predicts nothing, and is seen by no token that does. Padding that stays is behind a row's tokens.
+        """
+        regular = (self.document >= 0) & ~self.register
+        last = regular.clone()
+        last[:, :-1] &= ~regular[:, 1:] | (self.document[:, 1:] != self.document[:, :-1])
+        kept = replace(self, document=self.document.masked_fill(last, -1))
+        absent = kept.document < 0
+        return kept.take(absent.to(torch.int8).argsort(dim=1, stable=True)[:, : int((~absent).sum(1).max())])
 
     def take(self, index: Tensor) -> "Layout":
         """The same layout with its columns in another order; index: int64 [L] or [B, L]."""

@@ -250,3 +250,16 @@ def test_no_anchor_across_a_border():
     """The last token of a document predicts nothing, whatever follows it."""
     document, answer = torch.tensor([[0, 0, 0, 1, 1, -1]]), torch.tensor([[0, 1, 1, 1, 1, 1]]).bool()
     assert r.anchors(document, answer).int().tolist() == [[1, 1, 0, 1, 0, 0]]
+
+
+def test_what_training_needs_of_a_layout(lay):
+    """Last tokens and common padding are left out, everything else stays in its order."""
+    got = lay([(LONG, 2, 0), (SHORT, 1, 1), (list(range(20, 28)), 2, 2)], 12, d_min=2, d_max=2).compact()
+    assert got.target.tolist() == [
+        [N, 12, 13, 14, 15, 21, 22, 23, 13, 14, 15, 22, 23],
+        [N, 22, 23, 24, 25, 26, 27, 23, 24, 25, 26, 27, N],
+    ]
+    assert got.document.tolist() == [[0] * 5 + [1] * 3 + [0] * 3 + [1] * 2, [0] * 12 + [-1]]
+    assert got.position[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 2, 3, 4, 1, 2]
+    assert got.order[0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 1, 2, 3, 6, 7]
+    assert got.register[0].tolist() == [False] * 8 + [True] * 5
