@@ -88,6 +88,7 @@ class MethodTrainer(Trainer):
         longest = max(map(method.tokens, examples))
         row_length = max(recipe.row_tokens, longest) if recipe.row_tokens else None
         layout = method.layout(collate(examples, context.pad_id, row_length, method.tokens), context).compact()
+        method.trunk.check_lengths(layout)
         return {"layout": _flat(layout), "goals": {name: _flat(goal) for name, goal in method.goals(layout).items()}}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:

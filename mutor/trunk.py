@@ -73,7 +73,8 @@ class Trunk:
     def new_layer(self) -> nn.Module:
         """One more decoder layer of the model's kind, with fresh weights, where the model's last layer is."""
         last = self.layers[-1]
-        layer = copy.deepcopy(last)  # right class, config, layer index, dtype and device, for every family
+        # right class, layer index, dtype and device, for every family; the configuration is the model's own
+        layer = copy.deepcopy(last, {id(c): c for c in (self.config, self.model.config)})
         if self.initialise is not None:
             self.initialise(layer)
         elif not self.meta:
@@ -98,7 +99,8 @@ class Trunk:
 
     def __call__(self, model: Any, layout: Layout) -> TrunkOutput:
         """One forward of `model` (the model itself, or what a distributed wrapper made of it)."""
-        self._check_lengths(layout)
+        if layout.ids.device.type == "cpu":  # on a GPU a look at the positions would make the step wait
+            self.check_lengths(layout)
         mask = attention_mask(layout, self.config._attn_implementation, self.embedding.weight.dtype)
         seen: dict[str, Any] = {}
 
@@ -127,7 +129,8 @@ class Trunk:
             through=lambda layer, x: _first(layer(x, *seen["args"], **seen["kwargs"])),
         )
 
-    def _check_lengths(self, layout: Layout) -> None:
+    def check_lengths(self, layout: Layout) -> None:
+        """Raise ValueError for a sequence that is longer than the model's positions or its sliding window."""
         length = layout.ids.shape[1]
         room = getattr(self.config, "max_position_embeddings", None)
         if room and int(length) > room and int(layout.position.max()) >= room:

@@ -268,6 +268,34 @@ def test_the_block_mask_rule_equals_the_dense_mask(tiny, tools, batch, prefix_lm
         attention_mask(layout, "flash_attention_2", torch.float32)
 
 
+@pytest.fixture
+def flex_with_gradients(monkeypatch):
+    """transformers' FlexAttention path with the unfused kernel, which has gradients on a CPU too."""
+    from torch.nn.attention import flex_attention as torch_flex
+    from transformers.integrations import flex_attention as transformers_flex
+
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(transformers_flex, "WrappedFlexAttention", lambda training: lambda: torch_flex.flex_attention)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["mutor", "parallel_mtp", "sequential_mtp"])
+def test_both_backends_give_the_same_losses_and_gradients(tiny, tools, batch, flex_with_gradients, family, name):
+    """A dense mask under sdpa or eager against a block mask under FlexAttention, prefix-LM, padded and packed."""
+    cls = load(METHODS, name, "method")
+    method, model = cls(cls.Config(d_max=3, a=0.3)), tiny(family)
+    tools.attach(method, model)
+    layout = method.layout(batch.rows, Context(seed=1, prefix_lm=True)).compact()
+    found = []
+    for implementation in (model.config._attn_implementation, "flex_attention"):
+        model.set_attn_implementation(implementation)
+        loss, _ = method.losses(model, layout)
+        found.append((loss.detach(), tools.gradients(model, loss)))
+    tools.close(found[1][0], found[0][0])
+    tools.same_gradients(found[1][1], found[0][1])
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [("lfm2", "Lfm2"), ("mamba", "Mamba"), ("bloom", "Bloom"), ("qwen3_next", "Qwen3Next")],
