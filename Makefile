@@ -1,6 +1,6 @@
 # make reproduce   everything at the configured scale into results/
 # make test        lint, types, unit tests, the whole workflow at smoke scale, dry runs of every scale
-# make benchmark   the training loop against a bare one
+# make benchmark   the training loop against a bare one, and what a training step costs by method
 # make reference   keep the finished runs of a scale (SCALE=laptop) below results/reference/
 # All create .venv first. Without a GPU, point pip at PyTorch's CPU wheels to save a download of some gigabytes:
 #   PIP_EXTRA_INDEX_URL=<the CPU index from PyTorch's install page> make reproduce
@@ -39,11 +39,13 @@ lint: env
 
 benchmark: env
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_loop.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py --scale $(SCALE)
+	$(BIN)/python -m mutor collect rebuttal_latency cost_curves --scale $(SCALE)
 
 # keep the runs of a scale as its reference: their records and the artifacts built from them
 reference: env
 	mkdir -p results/reference/$(SCALE)
-	find runs/$(SCALE) -name metrics.json -o -path "*/seed*/samples-last.png" | tar cf - -T - | tar xf - -C results/reference/$(SCALE)
+	find runs/$(SCALE) -name metrics.json -o -path "*/seed*/samples-last.png" -o -path "*/cost/*.json" | tar cf - -T - | tar xf - -C results/reference/$(SCALE)
 	$(BIN)/python -m mutor collect --scale $(SCALE) \
 	  --runs results/reference/$(SCALE)/runs --results results/reference/$(SCALE)
 	$(BIN)/python -m mutor readme

@@ -20,6 +20,7 @@ import yaml
 
 from mutor.accounting import Shape
 from mutor.checks import choose, from_mapping, not_default, setting
+from mutor.cost import Smaller, load_cases
 from mutor.models.build import ModelConfig
 from mutor.recipe import Recipe
 from mutor.registry import METHODS, TASKS, load
@@ -80,6 +81,7 @@ class Scale:
     datasets: dict = setting({}, doc="name -> dataset")
     recipes: dict = setting({}, doc="name -> recipe")
     plan: dict = setting({}, doc="for `plan` before anything ran: model -> parameters")
+    cost: dict = setting({}, doc="how cases of cost tables are shrunk for the machine, see mutor/cost.py: Smaller")
     name: str = setting("", doc="the file's name")
 
 
@@ -105,7 +107,7 @@ class Table:
     title: str = setting(doc="title of the artifact")
     caption: str = setting(doc="what it shows; also the caption in reports")
     draw: str = setting(
-        "table", doc="how it is drawn", choices=("table", "solve_rates", "sweep", "images", "flops", "settings")
+        "table", doc="how it is drawn", choices=("table", "solve_rates", "sweep", "images", "flops", "settings", "cost")
     )
     metrics: tuple = setting(doc="metrics, one cell each")
     checkpoint: str = setting("last", doc="which checkpoint's numbers are shown", choices=("last", "best"))
@@ -116,12 +118,14 @@ class Table:
     without: float = setting(0.0, doc="with draw sweep: where methods without that setting stand")
     shapes: dict = setting({}, doc="with draw flops: role of a model -> widths of its layers")
     lengths: tuple = setting((), doc="with draw flops: sequence lengths", low=1)
+    models: dict = setting({}, doc="with draw cost: role -> model of the published size, with random weights")
+    sections: tuple = setting((), doc="with draw cost: groups of cases, see mutor/cost.py: Case")
     name: str = setting("", doc="the file's name")
 
     @property
     def needs_runs(self) -> bool:
         """Whether its numbers come from runs, not from configuration or arithmetic alone."""
-        return self.draw not in ("flops", "settings")
+        return self.draw not in ("flops", "settings", "cost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +278,8 @@ def load_scale(root: Path, name: str) -> Scale:
         choose(key, scale.models, f"{where}: plan")
     for key, value in scale.models.items():
         scale.models[key] = from_mapping(ModelConfig, value, f"{where}: models: {key}")
+    for key in from_mapping(Smaller, scale.cost, f"{where}: cost").models.values():
+        choose(key, scale.models, f"{where}: cost: models")
     for key, value in scale.datasets.items():
         dataset = from_mapping(Dataset, value, f"{where}: datasets: {key}")
         here = f"{where}: datasets: {key}"
@@ -310,7 +316,11 @@ def load_table(root: Path, name: str) -> Table:
         data = row.train_data if isinstance(row.train_data, list) else [row.train_data]
         rows += [replace(row, train_data=name) for name in data]
     shapes = {role: from_mapping(Shape, shape, f"{where}: shapes: {role}") for role, shape in table.shapes.items()}
-    return replace(table, rows=tuple(rows), shapes=shapes)
+    models = {
+        role: from_mapping(ModelConfig, model, f"{where}: models: {role}") for role, model in table.models.items()
+    }
+    load_cases(table.sections, where)
+    return replace(table, rows=tuple(rows), shapes=shapes, models=models)
 
 
 def _task_config(where: str, name: str, dataset: Dataset) -> Any:

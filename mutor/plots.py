@@ -121,6 +121,59 @@ def sweep(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list
         return save(figure, folder, table.name)
 
 
+def costs(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """One panel a section: the time of a step, times its reference's; bars, or lines where it is measured over a value.
+
+    The ratio of FLOPs is a dashed line, that of tokens a tick: what a method's tokens alone would cost.
+    """
+    sections = list(dict.fromkeys(frame["benchmark"]))
+    wide = {
+        name: part.pivot(index=["label", "train_data", "path"], columns="metric", values="mean").reset_index()
+        for name, part in frame.groupby("benchmark")
+    }
+    lines = all(frame[frame["benchmark"] == name]["data"].any() for name in sections)
+    with plt.rc_context(STYLE):
+        size = (0.6 + 3.6 * len(sections), 3.3) if lines else (7.2, 0.7 + 0.32 * sum(map(len, wide.values())))
+        shape = (1, len(sections)) if lines else (len(sections), 1)
+        heights = {} if lines else {"height_ratios": [len(wide[name]) for name in sections]}
+        figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained", gridspec_kw=heights)
+        for axis, name in zip(axes.flat, sections, strict=True):
+            order = list(dict.fromkeys(frame[frame["benchmark"] == name]["train_data"]))
+            part = wide[name].set_index("train_data").loc[order]
+            numbers = part[["ratio", "token_ratio", "flop_ratio"]].astype(float)
+            if lines:
+                for label, own in zip(dict.fromkeys(part["label"]), COLOURS, strict=False):
+                    mine = part["label"] == label
+                    x = pd.to_numeric(part["path"][mine]).tolist()
+                    if x == x and any(v == v for v in x):
+                        axis.plot(x, numbers["ratio"][mine], "o-", color=own, ms=4, lw=1.4, label=label)
+                        axis.plot(x, numbers["flop_ratio"][mine], "--", color=own, lw=1)
+                axis.axhline(1, color="#555555", lw=0.8)
+                over = next(filter(None, frame[frame["benchmark"] == name]["data"]))
+                axis.set(title=name, xlabel=over, ylim=(0, None))
+                axis.set_xscale("log", base=2)
+                axis.xaxis.set_major_formatter("{x:.0f}")
+                axis.legend(fontsize=7)
+            else:
+                y = range(len(part))
+                axis.barh(y, numbers["ratio"].fillna(0), color=COLOURS[0], alpha=0.35, height=0.65)
+                axis.plot(numbers["token_ratio"], y, "|", color="black", ms=12, mew=1.6, label="tokens alone")
+                axis.plot(numbers["flop_ratio"], y, "x", color=COLOURS[5], ms=6, label="FLOPs alone")
+                for at, ratio in zip(y, numbers["ratio"], strict=True):
+                    axis.text(0.02, at, "not measured" if pd.isna(ratio) else f"{ratio:.2f}", va="center", fontsize=7.5)
+                axis.set_yticks(y, order)
+                axis.invert_yaxis()
+                axis.set_title(name, loc="left")
+        if lines:
+            axes[0][0].set_ylabel("time of a step, times next_token's")
+        else:
+            axes.flat[-1].set_xlabel("time of a step, times next_token's")
+            axes.flat[0].legend(fontsize=7, loc="lower right")
+        figure.suptitle(_wrap(f"{table.title} — scale {scale.name}", 20 + 40 * shape[1]), fontsize=10)
+        _stands_in(figure, frame, shape[1])
+        return save(figure, folder, table.name)
+
+
 def samples(table: Table, scale: Scale, runs: results.Records, folder: Path) -> list[Path]:
     """Pictures drawn by the last model of each setting, its first seed, side by side; a column is a class."""
     chosen = {cell.spec.path: cell for cell in cells(table, scale) if cell.checkpoint == "last"}

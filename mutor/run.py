@@ -134,7 +134,7 @@ def _seed(
         "examples": training["examples"], "examples_dropped": training["examples_dropped"],
         "parameters": training["parameters"], "trainable_parameters": training["trainable_parameters"],
         "added_parameters": training["added_parameters"],
-        "peak_memory_bytes": memory, "device": _device_name(device), "threads": place.threads,
+        "peak_memory_bytes": memory, "device": device_name(device), "threads": place.threads,
         "started": training["started"], "finished": _now(), "resumed": training["resumed"],
         "data_hash": task.data_hash(), "code": code, "weights_hash": training["weights_hash"],
         **results.provenance(place.root),
@@ -316,7 +316,8 @@ def _weights_hash(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """What a person calls the device."""
     import platform
 
     import torch

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from mutor import results
+from mutor import cost, results
 from mutor.accounting import attention_exceeds_feed_forward, layer_flops, tipping_point
 from mutor.config import Cell, Scale, Table, cells
 from mutor.registry import TASKS, load
@@ -56,6 +56,10 @@ def collect_artifact(
         from mutor.plots import sweep
 
         files += sweep(table, scale, frame, folder)
+    if table.draw == "cost":
+        from mutor.plots import costs
+
+        files += costs(table, scale, frame, folder)
     if table.draw == "images":
         from mutor.plots import samples, sweep
 
@@ -75,6 +79,8 @@ def cell_frame(table: Table, scale: Scale, runs: results.Records, reported: pd.D
     """One row a cell, in the table's order, with COLUMNS and for drawing: label, values, chance, data, path."""
     if table.draw == "flops":
         rows = list(_flops_rows(table, scale, reported))
+    elif table.draw == "cost":
+        rows = list(cost.rows(table, scale, runs.runs, reported))
     else:
         found = cells(table, scale)
         if table.needs_runs:
@@ -208,6 +214,8 @@ def published_rows(reported: pd.DataFrame, table: Table) -> pd.DataFrame:
 
 def published_shape(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)"."""
+    if table.draw == "cost":
+        frame = frame.assign(label=frame["benchmark"] + ": " + frame["train_data"], train_data="", role="")
     planned = not table.needs_runs
     cells = frame[frame["metric"] == table.metrics[0]] if table.draw == "solve_rates" else frame
     metrics = set(cells["metric"])
@@ -231,7 +239,9 @@ def _text(row: Any) -> str:
         return f"{row['mean']:.2f}{published}" if row["unit"] == "1e9 FLOP" else f"{row['mean']:g}"
     if not row["n_seeds"]:
         return "not run"
-    digits = {"fraction": 3, "score": 2}.get(row["unit"], 1)
+    if row["mean"] is None or pd.isna(row["mean"]):
+        return ""
+    digits = {"fraction": 3, "score": 2, "times": 2, "s": 4, "1/s": 0, "GB": 2}.get(row["unit"], 1)
     spread = f" ± {row['std']:.{digits}f}" if row["std"] is not None and not pd.isna(row["std"]) else ""
     return f"{row['mean']:.{digits}f}{spread} (n={row['n_seeds']}){published}"
 

@@ -30,7 +30,7 @@ def snakemake(folder, *arguments, timeout=900):
 def checkout(tmp_path_factory):
     """A copy of the project without its runs and results."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("Snakefile", "workflow", "config", "profiles", "mutor", "baselines", "environment.yml"):
+    for name in ("Snakefile", "workflow", "config", "profiles", "mutor", "baselines", "benchmarks", "environment.yml"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     return folder

@@ -33,13 +33,15 @@ WANTED = [
     spec.path for spec in mutor_config.specs([c for a in ARTIFACTS for c in CELLS[a]])
 ]
 FIGURES = [name for name, table in TABLES.items() if table.draw == "solve_rates"]
-SWEEPS = [name for name, table in TABLES.items() if table.draw == "sweep"]
+SWEEPS = [name for name, table in TABLES.items() if table.draw in ("sweep", "cost")]
 IMAGES = [name for name, table in TABLES.items() if table.draw == "images"]
 PLAIN = [name for name in TABLES if name not in FIGURES + SWEEPS + IMAGES]
 
 
 def index_files(artifact):
-    """The runs that an artifact is made of."""
+    """The runs, or the measurements, that an artifact is made of."""
+    if TABLES[artifact].draw == "cost":
+        return [f"{RUNS}/{SCALE.name}/cost/{artifact}.done"]
     return [
         f"{RUNS}/{spec.path}/index.json" for spec in mutor_config.specs(CELLS[artifact])
     ]
@@ -90,5 +92,5 @@ def code_state():
 def table_state(artifact):
     """A token that changes when an artifact's cells do."""
     cells = [f"{c.spec.path} {c.spec.config_hash} {c.metric}" for c in CELLS[artifact]]
-    text = "\n".join([repr(TABLES[artifact]), *cells])
+    text = "\n".join([repr(TABLES[artifact]), repr(SCALE.cost), *cells])
     return f"{PROJECT.scale} {hashlib.sha256(text.encode()).hexdigest()[:12]}"

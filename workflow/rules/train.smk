@@ -1,4 +1,4 @@
-"""One job trains and evaluates one setting, its seeds one after the other in one process.
+"""One job trains and evaluates one setting, its seeds one after the other in one process; one measures costs.
 
 The metrics.json of each seed are not declared outputs: Snakemake deletes those before a job starts and when it
 fails, and nothing finished may be lost.
@@ -32,3 +32,27 @@ rule train:
         "Training {wildcards.run}"
     shell:
         "{params.python} -m mutor run {params.arguments} --threads {threads} 2>&1 | tee -a {log:q}"
+
+
+rule measure:
+    output:
+        touch(f"{RUNS}/{SCALE.name}/cost/{{artifact}}.done"),
+    log:
+        f"{RUNS}/{SCALE.name}/cost/{{artifact}}.log",
+    wildcard_constraints:
+        artifact="|".join(n for n, t in TABLES.items() if t.draw == "cost"),
+    conda:
+        "../../environment.yml"
+    threads: workflow.cores or 1  # nothing runs beside what is timed
+    resources:
+        mem_mb=SCALE.memory_mb,
+        runtime=SCALE.minutes,
+        gpu=SCALE.gpus,
+    params:
+        python=PYTHON,
+        state=lambda wildcards: table_state(wildcards.artifact),
+    message:
+        "Measuring {wildcards.artifact}"
+    shell:
+        "{params.python} benchmarks/cost.py --scale {SCALE.name} --tables {wildcards.artifact} --runs {RUNS}"
+        " --threads {SCALE.threads} 2>&1 | tee -a {log:q}"
