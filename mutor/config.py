@@ -76,6 +76,7 @@ class Scale:
     memory_mb: int = setting(2000, doc="memory a run is scheduled with", low=100)
     minutes: int = setting(60, doc="longest time a run with its seeds is scheduled with", low=1)
     seeds: tuple = setting((42, 43, 44), doc="seeds of every run")
+    max_seeds: dict = setting({}, doc="table -> only so many of the seeds for its rows")
     artifacts: tuple = setting(doc="the tables and figures of this scale, names of files in config/tables")
     models: dict = setting({}, doc="name -> model")
     datasets: dict = setting({}, doc="name -> dataset")
@@ -274,6 +275,10 @@ def load_scale(root: Path, name: str) -> Scale:
     scale = from_mapping(Scale, {**read_yaml(root / where), "name": name}, where)
     for artifact in scale.artifacts:
         choose(str(artifact), tables(root), f"{where}: artifacts")
+    for key, most in scale.max_seeds.items():
+        choose(key, tables(root), f"{where}: max_seeds")
+        if not isinstance(most, int) or most < 1:
+            raise ValueError(f"{where}: max_seeds: {key}: {most!r} is not allowed; allowed: 1 or more")
     for key in scale.plan:
         choose(key, scale.models, f"{where}: plan")
     for key, value in scale.models.items():
@@ -374,6 +379,8 @@ def cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> l
     """
     out = []
     for row in table.rows:
+        limits = [n for n in (row.max_seeds, scale.max_seeds.get(table.name)) if n is not None]
+        row = replace(row, max_seeds=min(limits, default=None))
         for data, dataset in scale.datasets.items():
             if dataset.role != row.train_data or (row.control and not dataset.controls):
                 continue
