@@ -68,6 +68,7 @@ class Smaller:
     tokens: float = setting(1.0, doc="factor of all lengths and numbers of registers", low=0, open_ends=True)
     batch: float = setting(1.0, doc="factor of all batches", low=0, open_ends=True)
     most: int | None = setting(None, doc="longest sequence that is measured", low=1)
+    row_tokens: int | None = setting(None, doc="rows that sequences are packed into", low=1)
     models: dict = setting({}, doc="role -> model of the scale in its place")
     rounds: int = setting(5, doc="times each case takes turns with its reference", low=1)
     seconds: float = setting(1.0, doc="about how long a turn is", low=0)
@@ -117,7 +118,7 @@ def cases(table: Any, scale: Any) -> tuple[Smaller, list[Case]]:
         if tokens <= (by.most or tokens):
             lengths = tuple((max(2, round(p * by.tokens)), max(4, round(a * by.tokens))) for p, a in case.lengths)
             smaller = {"batch": max(2, round(case.batch * by.batch)), "tokens": tokens, "lengths": lengths}
-            rows = case.row_tokens and length(case.row_tokens)
+            rows = case.row_tokens and (by.row_tokens or case.row_tokens)
             out.append(replace(case, **smaller, settings=settings, value=value, row_tokens=rows))
     return by, out
 
@@ -173,7 +174,7 @@ def rows(table: Any, scale: Any, runs: Path, reported: Any) -> Iterator[dict[str
         found = found if found and found["case"] == as_dict(case) and "seconds" in found else None
         values = metrics_of(found, content["device"]) if found else {}
         model = by.models.get(case.model, case.model)
-        stands_in = f"{case.model} (here {scale.models[model].stands_in_for or model})" if model != case.model else ""
+        stands_in = "" if model == case.model else f"{case.model} (here {model}, random weights)"
         settings = settings_of(case)
         for metric in table.metrics:
             mean, std = values.get(metric, (None, None))
@@ -181,7 +182,7 @@ def rows(table: Any, scale: Any, runs: Path, reported: Any) -> Iterator[dict[str
                 reported["artifact"].isin(table.reported) & (reported["variant"] == case.published)
                 & (reported["model"] == case.model) & (reported["metric"] == metric)
             ]  # fmt: skip
-            published = float(same["value"].iloc[0]) if case.published and len(same) else None
+            published = float(same["value"].iloc[0]) if case.published and len(same) and not stands_in else None
             yield {
                 "artifact": table.name, "scale": scale.name, "role": case.model, "model": model, "method": case.method,
                 "train_data": case.label if case.value is None else f"{case.label}, {case.over} {case.value}",
@@ -191,10 +192,22 @@ def rows(table: Any, scale: Any, runs: Path, reported: Any) -> Iterator[dict[str
                 "epochs": "", "register_embedding": "", "added_params": found["added_parameters"] if found else "",
                 "n_seeds": len(found["seconds"]) if found else 0, "mean": mean, "std": std, "ci_low": None,
                 "ci_high": None, "reported": published,
-                "reported_difference": None if published is None or mean is None or stands_in else mean - published,
+                "reported_difference": None if published is None or mean is None else mean - published,
                 "stands_in_for": stands_in, "label": case.label, "values": found["seconds"] if found else [],
                 "chance": None, "data": case.over or "", "path": "" if case.value is None else case.value,
             }  # fmt: skip
+
+
+def circumstances(table: Any, scale: Any, runs: Path) -> list[str]:
+    """Sentences on the device, the number of rounds, and how the scale shrinks the cases."""
+    by, wanted = cases(table, scale)
+    device = measured(file_of(runs, scale.name, table.name))["device"]
+    where = f"Measured on {device}" if device else "Not measured yet"
+    out = [f"{where}; medians ± standard deviation of n rounds."]
+    if (by.tokens, by.batch) != (1, 1):
+        out.append(f"Here lengths are {by.tokens:g} times and batches {by.batch:g} times those named.")
+    roles = {case.model: by.models[case.model] for case in wanted if case.model in by.models}
+    return out + [f"In the place of {role}: {model}." for role, model in roles.items()]
 
 
 def as_dict(case: Case) -> dict[str, Any]:

@@ -252,6 +252,8 @@ def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFra
     if table.draw == "flops":
         where = "Worked out from widths and lengths; nothing is trained."
     parts = [f"# {table.title}", "", where, "", table.caption, ""]
+    if table.draw == "cost":
+        parts += [" ".join(cost.circumstances(table, scale, runs.runs)), ""]
     if table.needs_runs:
         parts += [f"{_metrics(table, scale)}, mean ± standard deviation over seeds (n = seeds).", ""]
     parts += [grid(shown), ""]
