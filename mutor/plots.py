@@ -163,12 +163,13 @@ def costs(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list
                     axis.text(0.02, at, "not measured" if pd.isna(ratio) else f"{ratio:.2f}", va="center", fontsize=7.5)
                 axis.set_yticks(y, order)
                 axis.invert_yaxis()
+                axis.set_xlim(0, 1.05 * max([1.0, *numbers.max().dropna()]))
                 axis.set_title(name, loc="left")
         if lines:
             axes[0][0].set_ylabel("time of a step, times next_token's")
         else:
             axes.flat[-1].set_xlabel("time of a step, times next_token's")
-            axes.flat[0].legend(fontsize=7, loc="lower right")
+            axes.flat[0].legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
         figure.suptitle(_wrap(f"{table.title} — scale {scale.name}", 20 + 40 * shape[1]), fontsize=10)
         _stands_in(figure, frame, shape[1])
         return save(figure, folder, table.name)
