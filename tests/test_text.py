@@ -131,6 +131,25 @@ def test_batched_answers_equal_one_by_one_without_cache(tiny, tools, family, wor
         assert right == float(5 in wanted)
 
 
+@pytest.mark.parametrize("prefix_lm", [True, False])
+def test_answers_that_end_leave_the_batch_and_the_others_do_not_notice(tiny, family, prefix_lm):
+    """A token that one of four prompts leads to serves as the end token, so that others end elsewhere or never."""
+    from mutor.generate import greedy_until
+
+    model, rng = tiny(family), np.random.default_rng(1)
+    attended = (torch.arange(9) >= torch.tensor([[0], [3], [5], [8]])).long().repeat(6, 1)
+    ids = torch.tensor(rng.integers(3, 61, (4, 9))).repeat(6, 1) * attended
+    whole = greedy_until(model, ids, attended, 12, -1, 0, prefix_lm=prefix_lm)
+    sizes, forward = [], model.forward
+    model.forward = lambda **given: (sizes.append(len(given["input_ids"])), forward(**given))[1]
+    for end in whole[:4, 2].tolist():
+        wanted = whole.clone()
+        for row in wanted:
+            row[1 + (row == end).nonzero()[0, 0] if end in row else 12 :] = 0
+        assert torch.equal(greedy_until(model, ids, attended, 12, end, 0, prefix_lm=prefix_lm), wanted)
+    assert min(sizes) <= 18
+
+
 def test_killed_evaluation_goes_on_where_it_was(tiny, words, tmp_path):
     from mutor.tasks.harness import evaluate
 

@@ -51,7 +51,8 @@ def smoke(checkout):
 PAPER = 16 + (8 + 5) + (7 + 5 + 6) + 3 + (7 + 6 + 8 + 4) + 4 + (6 + 6 + 4)
 # images: three methods, random registers at d_max 4, 3 and 5, next_token longer
 IMAGES = 3 + 3 + 1
-JOBS = {"smoke": 9 + 4 + 3, "laptop": 9 + IMAGES, "gpu": 30 + IMAGES, "paper": PAPER + IMAGES, "own": 6}
+# at gpu scale, GSM8K by next_token, parallel_mtp, sequential_mtp and mutor (table 16; table 1 has three of them)
+JOBS = {"smoke": 9 + 4 + 3, "laptop": 9 + IMAGES, "gpu": 30 + IMAGES + 4, "paper": PAPER + IMAGES, "own": 6}
 
 
 @pytest.mark.parametrize("scale", config.scales(ROOT))

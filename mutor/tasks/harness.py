@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lm_eval.models.huggingface import HFLM
 
+from mutor.generate import greedy_until
 from mutor.tasks.corpora import Problem
 
 
@@ -35,20 +37,14 @@ class PrefixLM(HFLM):
         return super().generate_until(requests, disable_tqdm=True)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
-        """Greedy decoding up to the end token; the prefill sees the whole prompt with `is_causal=False`."""
-        out = self.model.generate(
-            context,
-            attention_mask=kwargs["attention_mask"],
-            max_length=max_length,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            **({"is_causal": False} if self.prefix_lm else {}),
-        )
+        """Greedy decoding up to the end token."""
+        answers = greedy_until(
+            self.model, context, kwargs["attention_mask"], max_length - context.shape[1], self.tokenizer.eos_token_id,
+            self.tokenizer.pad_token_id, prefix_lm=self.prefix_lm,
+        )  # fmt: skip
         self._done += len(context)
         self.say(f"{self._done}/{self._total} answers")
-        return out
+        return torch.cat([context, answers], dim=1)
 
 
 def evaluate(
@@ -70,9 +66,9 @@ def evaluate(
     evaluation goes on where it was. Returns (outputs, metric -> float [N]), in the order of `problems`.
     """
     from datasets import Dataset
-    from lm_eval import simple_evaluate
+    from lm_eval.api.model import CachingLM
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks import TaskManager
+    from lm_eval.evaluator import evaluate as run_tasks
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     documents = Dataset.from_list([{"number": i, "prompt": p.prompt, "gold": p.gold} for i, p in enumerate(problems)])
@@ -83,6 +79,7 @@ def evaluate(
             "custom_dataset": lambda **_: {"test": documents},
             "test_split": "test",
             "output_type": "generate_until",
+            "num_fewshot": 0,
             "doc_to_text": lambda doc: doc["prompt"],
             "doc_to_target": lambda doc: doc["gold"],
             "process_results": lambda doc, outputs: score(outputs[0], doc["gold"]),
@@ -90,14 +87,11 @@ def evaluate(
             "generation_kwargs": {"until": [], "max_gen_toks": new_tokens, "do_sample": False},
         }
     )
-    done = simple_evaluate(
-        PrefixLM(model, tokenizer, batch_size=batch_size, prefix_lm=prefix_lm, say=say),
-        tasks=[task],
-        bootstrap_iters=0,
-        task_manager=TaskManager(include_defaults=False),
-        use_cache=str(cache) if cache else None,
-        random_seed=None, numpy_random_seed=None, torch_random_seed=None, fewshot_random_seed=None,  # left alone
-    )  # fmt: skip
+    lm: Any = PrefixLM(model, tokenizer, batch_size=batch_size, prefix_lm=prefix_lm, say=say)
+    if cache:
+        lm = CachingLM(lm, f"{cache}.db")
+    # not simple_evaluate, which seeds all generators and asks pip and git about the machine, for seconds each time
+    done = run_tasks(lm, {"tasks": {name: task}, "groups": {}}, bootstrap_iters=0)
     assert done is not None
     samples = sorted(done["samples"][name], key=lambda s: s["doc"]["number"])
     scores = {m: np.array([float(s[m]) for s in samples]) for m in metrics}

@@ -1,0 +1,100 @@
+"""Batched greedy answers through the suite's evaluation against one problem at a time, as a ratio in one process.
+
+    python benchmarks/decoding.py [--model FOLDER] [--problems 200] [--alone 20] [--batch 100] [--rounds 5]
+
+One at a time: a plain loop of forwards with the KV cache, without lm-evaluation-harness and `generate`, over the same
+problems or, as it is slow, some of them. Outputs have to be the same. Both take turns, after a warm-up; medians of the
+rounds are compared. A new model never ends an answer, so all have full length; one trained on stand-ins (FOLDER, for
+example runs/.../last) ends each where it ends.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import torch
+
+from mutor.models.build import ModelConfig, build
+from mutor.tasks.harness import evaluate
+from mutor.tasks.text import Text, TextConfig
+
+LAPTOP = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32,
+    "intermediate_size": 512, "max_position_embeddings": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def batched(model, task, found, batch_size):
+    """Answers as the suite's evaluation gives them."""
+    return evaluate(
+        model, task.tokenizer, "gsm8k", found, task.score, new_tokens=task.config.new_tokens, batch_size=batch_size,
+        prefix_lm=task.prefix_lm,
+    )[0]  # fmt: skip
+
+
+@torch.no_grad()
+def alone(model, task, problem):
+    """The answer to one problem, a forward a token."""
+    ids, found, cache = torch.tensor([task.tokenizer(problem.prompt)["input_ids"]]), [], None
+    both = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool) if task.prefix_lm else None
+    out = model(input_ids=ids, attention_mask=both, use_cache=True)
+    while len(found) < task.config.new_tokens:
+        best, cache = int(out.logits[0, -1].argmax()), out.past_key_values
+        if best == task.tokenizer.eos_token_id:
+            break
+        found.append(best)
+        out = model(input_ids=torch.tensor([[best]]), past_key_values=cache, use_cache=True)
+    return task.tokenizer.decode(found, skip_special_tokens=True)
+
+
+def timed(answer, *given):
+    """(what it answers, seconds on the processor: with one thread those of the clock, if nothing else runs)."""
+    began = time.process_time()
+    out = answer(*given)
+    return out, time.process_time() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a trained model; without it a new one of 4 layers x 128")
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--alone", type=int, default=20, help="so many of them, evenly spread, one at a time")
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--new-tokens", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    options = {"test_size": args.problems, "new_tokens": args.new_tokens}
+    task = Text(TextConfig(corpus="gsm8k", source="generated", tokens="standin", **options))
+    made = {"pretrained": args.model} if args.model else {"architecture": "gemma", "config": LAPTOP, "init": "fan_in"}
+    model = build(ModelConfig(role="gemma-2b", **made), vocabulary=task.vocabulary, seed=0).eval()
+    found = task.problems["test"]
+    step = max(1, args.problems // args.alone)
+    some = found[::step]
+    batched(model, task, found[: args.batch], args.batch), alone(model, task, some[0])
+    pairs = []
+    for _ in range(args.rounds):
+        together, seconds = timed(batched, model, task, found, args.batch)
+        single, seconds_alone = timed(lambda: [alone(model, task, problem) for problem in some])
+        assert single == together[::step], "batched answers differ from those one at a time"
+        pairs.append((len(found) / seconds, len(some) / seconds_alone))
+    ratios = [a / b for a, b in pairs]
+    result = {
+        "model": args.model or "gemma, 4 layers x 128, new: answers of full length",
+        "answers_compared": len(some) * args.rounds,
+        "tokens_per_answer": round(statistics.mean(len(task.tokenizer(x)["input_ids"]) - 1 for x in together), 1),
+        "batched_problems_per_s": round(statistics.median(a for a, _ in pairs), 2),
+        "alone_problems_per_s": round(statistics.median(b for _, b in pairs), 2),
+        "ratio_median": round(statistics.median(ratios), 2),
+        "ratio_min": round(min(ratios), 2),
+        "ratio_max": round(max(ratios), 2),
+        "rounds": args.rounds,
+    }
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
