@@ -213,8 +213,8 @@ def sample(
     """int64 [B, rows * columns]: codes of images of `classes` (int64 [B]), drawn with cache.
 
     Classifier-free guidance as published, l = l_u + guidance (l_c - l_u), both halves in one batch; guidance 1 reads
-    the conditional half alone. top_k: 0 keeps all codes. The noise depends on `seed` and the image's number alone, so
-    two models of equal logits draw equal images.
+    the conditional half alone. top_k: 0 keeps all codes. The noise depends on `seed`, the image's number and the kind of
+    device alone, so two models of equal logits draw equal images.
     """
     from transformers import DynamicCache
 
@@ -224,7 +224,7 @@ def sample(
     if temperature <= 0 or top_k < 0:
         raise ValueError(f"temperature: {temperature}, top_k: {top_k}; allowed: above 0, and 0 or more")
     device, guided = model.device, guidance != 1
-    noise = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(device).manual_seed(seed)
     last = (classes + config.codes).to(device)[:, None]
     if guided:
         last = torch.cat([last, torch.full_like(last, config.codes + config.classes)])
@@ -239,7 +239,7 @@ def sample(
         logits = logits / temperature
         if top_k and top_k < config.codes:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-        gumbel = -torch.empty(batch, config.codes).exponential_(generator=noise).log().to(device)
+        gumbel = -torch.empty(batch, config.codes, device=device).exponential_(generator=noise).log()
         chosen = (logits + gumbel).argmax(-1)  # Gumbel's trick: a draw from softmax(logits)
         out.append(chosen)
         last = chosen[:, None].repeat(2 if guided else 1, 1)
