@@ -171,6 +171,12 @@ def test_sampling_with_cache_equals_cache_free(model, guidance, temperature, top
         for number, label in enumerate((1, 4)):
             assert drawn[number] == by_hand(model, label, 3, guidance, temperature, top_k, number, 2)
     assert drawn[0] != drawn[1]
+    with pytest.MonkeyPatch.context() as patch:  # the cache of fixed size; compiling takes most of a minute
+        patch.setattr(torch, "compile", lambda function: function)
+        same = sample(
+            model, torch.tensor([1, 4]), seed=3, guidance=guidance, temperature=temperature, top_k=top_k, compiled=True
+        )
+    assert same.tolist() == drawn
     other = sample(model, torch.tensor([1, 4]), seed=4, guidance=guidance, temperature=temperature, top_k=top_k)
     assert other.tolist() != drawn
 

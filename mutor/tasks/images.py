@@ -292,8 +292,9 @@ class Images:
         c, parts = self.config, []
         for number, part in enumerate(labels.split(batch_size)):
             codes = sample(
-                model, part, seed=c.sample_seed + number, guidance=c.guidance, temperature=c.temperature, top_k=c.top_k
-            )
+                model, part, seed=c.sample_seed + number, guidance=c.guidance, temperature=c.temperature, top_k=c.top_k,
+                compiled=model.device.type == "cuda",
+            )  # fmt: skip
             parts.append(vq.decode(self.book, codes.view(-1, c.side, c.side)).cpu())
             if say and (number + 1) % 5 == 0:
                 say(f"drawn {min((number + 1) * batch_size, len(labels))} of {len(labels)} images")
