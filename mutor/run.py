@@ -232,7 +232,7 @@ def _evaluate(
         plain: Any = AutoModelForCausalLM.from_pretrained(
             folder / name,
             dtype=torch_dtype(spec.model_config),
-            attn_implementation=spec.model_config.attention,
+            attn_implementation="eager" if spec.model_config.attention == "eager" else "sdpa",
         )
         plain.to(device)
         plain.eval()

@@ -175,17 +175,24 @@ class Trunk:
 
 
 class evaluating:
-    """Context: the model in evaluation mode, put back as it was afterwards."""
+    """Context: the model in evaluation mode, put back as it was afterwards.
+
+    One that is trained under FlexAttention answers under sdpa: answers grow a token at a time, and padding stands left.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __enter__(self) -> None:
-        self.was = self.model.training
+        self.was, self.attention = self.model.training, getattr(self.model.config, "_attn_implementation", None)
         self.model.eval()
+        if self.attention == "flex_attention":
+            self.model.set_attn_implementation("sdpa")  # type: ignore[operator]
 
     def __exit__(self, *error: object) -> None:
         self.model.train(self.was)
+        if self.attention == "flex_attention":
+            self.model.set_attn_implementation(self.attention)  # type: ignore[operator]
 
 
 def _first(output: Any) -> Tensor:

@@ -205,6 +205,16 @@ def trunk_hidden(model: Any, ids: list[int], mask: Tensor) -> Tensor:
     return seen[0]
 
 
+@pytest.fixture
+def flex_with_gradients(monkeypatch: Any) -> None:
+    """transformers' FlexAttention path with the unfused kernel, which has gradients on a CPU too."""
+    from torch.nn.attention import flex_attention as torch_flex
+    from transformers.integrations import flex_attention as transformers_flex
+
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(transformers_flex, "WrappedFlexAttention", lambda training: lambda: torch_flex.flex_attention)
+
+
 @pytest.fixture(scope="session")
 def tools() -> Any:
     """The helper functions of this file, for tests that can't import a conftest."""

@@ -268,16 +268,6 @@ def test_the_block_mask_rule_equals_the_dense_mask(tiny, tools, batch, prefix_lm
         attention_mask(layout, "flash_attention_2", torch.float32)
 
 
-@pytest.fixture
-def flex_with_gradients(monkeypatch):
-    """transformers' FlexAttention path with the unfused kernel, which has gradients on a CPU too."""
-    from torch.nn.attention import flex_attention as torch_flex
-    from transformers.integrations import flex_attention as transformers_flex
-
-    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(transformers_flex, "WrappedFlexAttention", lambda training: lambda: torch_flex.flex_attention)
-
-
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "qwen3", "mistral"])
 @pytest.mark.parametrize("name", ["mutor", "parallel_mtp", "sequential_mtp"])

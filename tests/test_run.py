@@ -208,6 +208,21 @@ def test_batches_in_parts_or_packed_train_like_one_padded_batch(tmp_path, loss_m
         assert np.allclose(losses[0], other, rtol=2e-3)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_block_masks_train_like_dense_ones(tmp_path, flex_with_gradients):
+    """A whole run under FlexAttention, which answers and is scored under sdpa."""
+    pytest.importorskip("lm_eval")
+    found = []
+    for attention in ("sdpa", "flex_attention"):
+        spec = text_spec(steps=4, eval_every=2, save_every=2)
+        spec = replace(spec, model_config=replace(spec.model_config, attention=attention))
+        run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path / attention))
+        record = results.read(results.seed_folder(tmp_path / attention, spec, 7) / "metrics.json")
+        losses = [e["loss"] for e in record["curve"] if "loss" in e]
+        found.append([*losses, results.checkpoint_metrics(record, "last")["loss"]])
+    assert len(found[0]) == 5 and np.allclose(*found, rtol=1e-3)
+
+
 def test_two_runs_on_one_machine_get_different_devices(tmp_path):
     code = "import sys; from pathlib import Path; from mutor.devices import claim\n"
     code += "print(claim(['cuda-0', 'cuda-1'], Path(sys.argv[1])), flush=True); sys.stdin.read()"

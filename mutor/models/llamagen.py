@@ -215,8 +215,8 @@ def sample(
     compiled: with torch.compile and a cache of fixed size, the same codes; it compiles for the better part of a minute.
 
     Classifier-free guidance as published, l = l_u + guidance (l_c - l_u), both halves in one batch; guidance 1 reads
-    the conditional half alone. top_k: 0 keeps all codes. The noise depends on `seed`, the image's number and the kind of
-    device alone, so two models of equal logits draw equal images.
+    the conditional half alone. top_k: 0 keeps all codes. The noise depends on `seed`, the image's number and the kind
+    of device alone, so two models of equal logits draw equal images.
     """
     from transformers import DynamicCache, StaticCache
 
