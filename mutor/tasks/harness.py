@@ -70,8 +70,9 @@ def evaluate(
     evaluation goes on where it was. Returns (outputs, metric -> float [N]), in the order of `problems`.
     """
     from datasets import Dataset
-    from lm_eval import simple_evaluate
+    from lm_eval.api.model import CachingLM
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate as lm_evaluate
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -87,17 +88,15 @@ def evaluate(
             "doc_to_target": lambda doc: doc["gold"],
             "process_results": lambda doc, outputs: score(outputs[0], doc["gold"]),
             "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
+            "num_fewshot": 0,
             "generation_kwargs": {"until": [], "max_gen_toks": new_tokens, "do_sample": False},
         }
     )
-    done = simple_evaluate(
-        PrefixLM(model, tokenizer, batch_size=batch_size, prefix_lm=prefix_lm, say=say),
-        tasks=[task],
-        bootstrap_iters=0,
-        task_manager=TaskManager(include_defaults=False),
-        use_cache=str(cache) if cache else None,
-        random_seed=None, numpy_random_seed=None, torch_random_seed=None, fewshot_random_seed=None,  # left alone
-    )  # fmt: skip
+    answering: Any = PrefixLM(model, tokenizer, batch_size=batch_size, prefix_lm=prefix_lm, say=say)
+    if cache:
+        answering = CachingLM(answering, f"{cache}_rank0.db")
+    # not simple_evaluate: it sets seeds, looks at the machine, and keeps results from all processes but one
+    done = lm_evaluate(answering, TaskManager(include_defaults=False).load([task]), bootstrap_iters=0)
     assert done is not None
     samples = sorted(done["samples"][name], key=lambda s: s["doc"]["number"])
     scores = {m: np.array([float(s[m]) for s in samples]) for m in metrics}
