@@ -36,6 +36,8 @@ class LoRAMuToRConfig(LoRAConfig, MuToRConfig):
 class _Adapters(Method):
     """Freezes the model, adds adapters, and exports it with the adapters merged, and the adapters beside it."""
 
+    shardable = False  # adapters are merged into whole weights
+
     def attach(self, model: Any, initialise: Callable[[nn.Module], None] | None = None) -> Any:
         """Put adapters on all linear layers but the output layer, then add what the method adds."""
         import warnings
@@ -55,7 +57,7 @@ class _Adapters(Method):
         """Number of trainable parameters: adapters, and registers."""
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    def export(self, model: Any, folder: Path) -> None:
+    def export(self, model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
         """Save the plain base architecture with the adapters merged, and the adapters alone in `folder`/adapter.
 
         `PeftModel.from_pretrained(base, folder / "adapter")` gives the same model, from the same base.
@@ -67,8 +69,8 @@ class _Adapters(Method):
         from mutor.trunk import EXTRA
 
         layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-        state = {}
-        for name, value in model.state_dict().items():
+        whole, state = state or model.state_dict(), {}
+        for name, value in whole.items():
             if name.startswith(f"{EXTRA}.") or ".lora_" in name:
                 continue
             owner = name.rpartition(".base_layer.")[0]

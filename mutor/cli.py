@@ -15,7 +15,9 @@ from mutor import results
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; what the user got wrong is one line on stderr and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser().parse_args(arguments)
+    args.arguments = arguments
     try:
         root = c.find_root()
         project = c.load_project(root, {"scale": args.scale} if args.scale else None)
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--longer", type=float, default=1.0, help="times the recipe's steps or epochs")
     one.add_argument("--seeds", nargs="+", type=int, help="seeds (default: the scale's)")
     one.add_argument("--label", default="", help="printed in front of each line of progress")
-    one.add_argument("--threads", type=int, help="CPU threads (default: the scale's)")
+    one.add_argument("--threads", type=int, help="CPU threads, shared by its processes (default: the scale's for each)")
     one.add_argument("--rerun-stale", action="store_true", help="run again what was made by older code")
 
     draw = command("collect", collect, "build a table or figure from whatever runs exist")
@@ -71,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
-    """Train and evaluate one setting."""
+    """Train and evaluate one setting; start again under a launcher where its model takes several processes."""
+    from mutor.devices import launch, processes
     from mutor.run import Workplace
     from mutor.run import run as run_setting
 
@@ -83,8 +86,11 @@ def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
             raise ValueError(f"--set {pair!r}: expected KEY=VALUE")
         settings[key] = c.yaml.safe_load(value)
     spec = c.make_spec(scale, args.data, args.model, args.method, settings, longer=args.longer)
+    threads = max(1, args.threads // spec.processes) if args.threads else scale.threads
+    if spec.processes > 1 and processes() == 1:
+        launch(args.arguments, spec.processes, scale.device, threads)
     place = Workplace(
-        root=root, runs=root / project.runs, device=scale.device, threads=args.threads or scale.threads,
+        root=root, runs=root / project.runs, device=scale.device, threads=threads,
         label=args.label, rerun_stale=args.rerun_stale or project.rerun_stale,
     )  # fmt: skip
     run_setting(spec, tuple(args.seeds or spec.seeds), place)

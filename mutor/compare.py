@@ -13,7 +13,7 @@ import numpy as np
 from mutor import results
 from mutor.stats import paired
 
-MADE_BY = ("git_commit", "versions", "device", "platform", "threads", "code", "data_hash")
+MADE_BY = ("git_commit", "versions", "device", "platform", "processes", "threads", "code", "data_hash")
 
 
 def lines(one: Path, other: Path) -> list[str]:

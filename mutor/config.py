@@ -71,9 +71,11 @@ class Scale:
 
     description: str = setting(doc="one line for people")
     device: str = setting("auto", doc="where runs take place", choices=("auto", "cpu", "cuda"))
-    threads: int = setting(1, doc="CPU threads a run", low=1)
-    gpus: int = setting(0, doc="GPUs a run", low=0)
-    memory_mb: int = setting(2000, doc="memory a run is scheduled with", low=100)
+    threads: int = setting(1, doc="CPU threads a process", low=1)
+    gpus: int = setting(0, doc="GPUs a process", low=0)
+    memory_mb: int = setting(2000, doc="memory a process is scheduled with", low=100)
+    processes: dict = setting({}, doc="model -> processes that train it together, on one machine, with one's losses")
+    sharded: tuple = setting((), doc="models of several processes that hold a part of the weights each (FSDP2)")
     minutes: int = setting(60, doc="longest time a run with its seeds is scheduled with", low=1)
     seeds: tuple = setting((42, 43, 44), doc="seeds of every run")
     max_seeds: dict = setting({}, doc="table -> only so many of the seeds for its rows")
@@ -146,6 +148,8 @@ class Spec:
     seeds: tuple[int, ...] = field(compare=False)
     longer: float = 1.0  # how many times longer than the dataset's recipe, which `recipe` has in it
     base: Spec | None = None  # what its model is trained by first, seed by seed or with `dataset.base_seed`
+    processes: int = field(default=1, compare=False)  # how it is computed, which does not decide what comes out
+    sharded: bool = field(default=False, compare=False)
 
     @property
     def path(self) -> str:
@@ -281,6 +285,14 @@ def load_scale(root: Path, name: str) -> Scale:
             raise ValueError(f"{where}: max_seeds: {key}: {most!r} is not allowed; allowed: 1 or more")
     for key in scale.plan:
         choose(key, scale.models, f"{where}: plan")
+    for key, value in scale.processes.items():
+        choose(key, scale.models, f"{where}: processes")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{where}: processes: {key}: {value!r} is not allowed; allowed: 1, 2, ...")
+    for key in scale.sharded:
+        choose(str(key), scale.models, f"{where}: sharded")
+        if scale.processes.get(key, 1) == 1:
+            raise ValueError(f"{where}: sharded: {key!r} has 1 process; allowed: models with 2 or more in `processes`")
     for key, value in scale.models.items():
         scale.models[key] = from_mapping(ModelConfig, value, f"{where}: models: {key}")
     for key in from_mapping(Smaller, scale.cost, f"{where}: cost").models.values():
@@ -359,6 +371,8 @@ def make_spec(
     task_config = _task_config(where, data, dataset)
     load(TASKS, dataset.task, where).check_settings(task_config, config, f"{data}: {method}")
     chosen = tuple(int(s) for s in seeds or dataset.seeds or scale.seeds)
+    recipe = _recipe(where, scale, data, model, longer)
+    _check_processes(where, scale, model, recipe, method)
     base = None
     if dataset.base is not None:
         if model_config.pretrained is not None:
@@ -367,9 +381,28 @@ def make_spec(
         base = make_spec(scale, dataset.base, model, "next_token", {}, base_seeds)
     return Spec(
         scale=scale.name, data=data, model=model, method=method, settings=not_default(config), dataset=dataset,
-        model_config=model_config, recipe=_recipe(where, scale, data, model, longer), task_config=task_config,
-        method_config=config, seeds=chosen, longer=float(longer), base=base,
+        model_config=model_config, recipe=recipe, task_config=task_config, method_config=config, seeds=chosen,
+        longer=float(longer), base=base, processes=scale.processes.get(model, 1), sharded=model in scale.sharded,
     )  # fmt: skip
+
+
+def _check_processes(where: str, scale: Scale, model: str, recipe: Recipe, method: str) -> None:
+    """Raise ValueError for a setting that the model's processes can't train together."""
+    count = scale.processes.get(model, 1)
+    if recipe.accumulate % count:
+        raise ValueError(
+            f"{where}: processes: {model}: {count} can't share the parts of a batch equally, accumulate: "
+            f"{recipe.accumulate}; allowed: numbers that divide it"
+        )
+    if model in scale.sharded:
+        allowed = (
+            ("optimizer", recipe.optimizer, ("adamw",)),
+            ("dtype", scale.models[model].dtype, ("float32", "bfloat16")),
+            ("method", method, tuple(name for name in METHODS if load(METHODS, name, where).shardable)),
+        )
+        for key, value, fine in allowed:
+            if value not in fine:
+                raise ValueError(f"{where}: sharded: {model}: {key}: {value!r} can't be; allowed: {', '.join(fine)}")
 
 
 def cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> list[Cell]:

@@ -1,10 +1,19 @@
-"""Which device a run takes: runs at once on one machine get different GPUs."""
+"""Which devices a run takes, and how several processes work on one: runs at once on one machine get different GPUs.
+
+launch(["run", "--data", ...], 5, "cuda")   # this program again, in 5 processes with a GPU each
+choose_device("cuda")                       # in each of them: join the others
+agreed(value)                               # the main process's value, in all of them
+"""
 
 import fcntl
 import os
+import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _held: dict[Path, Any] = {}  # open lock files, released when the process ends, however it ends
 
@@ -32,25 +41,76 @@ def claim(wanted: list[str], folder: Path | None = None) -> str | None:
     return None
 
 
-def choose_device(wanted: str) -> str:
-    """The device, "cpu" or "cuda", for a scale's `device`; with cuda, one free GPU is made the only visible one.
+def choose_device(wanted: str, processes: int = 1) -> str:
+    """The device, "cpu" or "cuda", for a scale's `device`; with cuda, as many free GPUs are made the only visible ones.
 
-    Raises ValueError where a GPU is asked for and none is there, or none is free.
+    A process that a launcher started joins the others of its run instead: their launcher has handed out the devices.
+    Raises ValueError where a GPU is asked for and none is there, or too few are free.
     """
     import torch
 
     # counted before CUDA is initialised, so that the choice below still takes effect
     count = 0 if wanted == "cpu" else torch.cuda.device_count()
+    if count == 0 and wanted == "cuda":
+        raise ValueError("device: 'cuda' is asked for, but torch sees no GPU; allowed here: cpu, auto")
+    if "LOCAL_RANK" in os.environ:
+        from accelerate import PartialState
+
+        if count == 0:  # not cpu:1, on which some versions of transformers can't load a checkpoint
+            os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+        # one process may score for hours while the others wait; what hangs is ended by who scheduled it
+        PartialState(cpu=count == 0, timeout=timedelta(days=7))
+        return "cuda" if count else "cpu"
     if count == 0:
-        if wanted == "cuda":
-            raise ValueError("device: 'cuda' is asked for, but torch sees no GPU; allowed here: cpu, auto")
         return "cpu"
-    if "LOCAL_RANK" in os.environ:  # a launcher hands out the devices
-        return "cuda"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(count)]
-    mine = claim([f"cuda-{name}" for name in names])
-    if mine is None:
-        raise ValueError(f"device: all GPUs ({', '.join(names)}) are taken by other runs; start fewer at once")
-    os.environ["CUDA_VISIBLE_DEVICES"] = mine.removeprefix("cuda-")
+    mine: list[str] = []
+    for name in names:
+        if len(mine) < processes and claim([f"cuda-{name}"]):
+            mine.append(name)
+    if len(mine) < processes:
+        raise ValueError(
+            f"device: {processes} free GPUs are needed; of {', '.join(names)}, {len(names) - len(mine)} are taken by "
+            "other runs; start fewer at once"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     return "cuda"
+
+
+def launch(arguments: list[str], processes: int, wanted: str, threads: int) -> None:
+    """Become `accelerate launch` of `python -m mutor` with these arguments, in several processes of this machine.
+
+    threads: CPU threads a process. The launcher keeps this process's id and its hold on the devices.
+    """
+    choose_device(wanted, processes)
+    for handle in _held.values():
+        os.set_inheritable(handle.fileno(), True)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--multi_gpu",  # its name for several processes on one machine, on CPUs too
+        "--num_processes", str(processes), "--num_machines", "1", "--gpu_ids", "all", "--main_process_port", "0",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads),
+        "-m", "mutor", *arguments,
+    ]  # fmt: skip
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+def processes() -> int:
+    """How many processes work on this run: 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and says progress."""
+    return processes() == 1 or os.environ["RANK"] == "0"
+
+
+def agreed(value: T) -> T:
+    """The main process's value, in all processes of the run, which wait for it here."""
+    if processes() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]

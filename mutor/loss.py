@@ -96,9 +96,13 @@ def one_at_a_time(
 
     losses: K functions of `hidden` [B, L, d] to a scalar, reading nothing trainable but `parameters`. Returns (mean,
     to be differentiated; [K] the losses, detached). Gradients equal those of the plain mean, but only one loss's
-    graph is alive at a time, so memory does not grow with K (Gloeckle et al. 2024, section 2).
+    graph is alive at a time, so memory does not grow with K (Gloeckle et al. 2024, section 2). Where parameters are
+    sharded over processes, it is the plain mean.
     """
     trainable = [p for p in parameters if p.requires_grad]
+    if any(hasattr(p, "device_mesh") for p in trainable):  # FSDP: whole only while their layer runs, so not to be named
+        together = torch.stack([loss(hidden) for loss in losses])
+        return together.mean(), together.detach()
     if not (torch.is_grad_enabled() and (hidden.requires_grad or trainable)):
         values = torch.stack([loss(hidden).detach() for loss in losses])
         return values.mean(), values

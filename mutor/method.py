@@ -50,6 +50,7 @@ class Method:
     """Base of all methods: plain next-token prediction without added parameters."""
 
     Config: ClassVar[type]
+    shardable: ClassVar[bool] = True  # whether it trains and exports a model whose weights are spread over processes
     trunk: Trunk
 
     def __init__(self, config: Any, *, per_sequence: bool = False):
@@ -123,9 +124,13 @@ class Method:
 
         return greedy(model, prefix, length, prefix_lm=context.prefix_lm)
 
-    def export(self, model: Any, folder: Path) -> None:
-        """Save the plain base architecture, which `AutoModelForCausalLM.from_pretrained(folder)` loads."""
+    def export(self, model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Save the plain base architecture, which `AutoModelForCausalLM.from_pretrained(folder)` loads.
+
+        state: the model's state dict, where its own does not hold it whole.
+        """
         from mutor.trunk import EXTRA
 
-        state = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{EXTRA}.")}
+        whole = model.state_dict() if state is None else state
+        state = {name: value for name, value in whole.items() if not name.startswith(f"{EXTRA}.")}
         model.save_pretrained(folder, state_dict=state)

@@ -57,14 +57,15 @@ def lines(chosen: list[Table], scale: Scale, runs: Path, reference: Path) -> lis
     if scale.gpus and flops:
         hours = [f"{flops / peak / UTILISATION / 3600:,.0f} hours of {name}" for name, peak in PEAKS.items()]
         out.append(f"at {UTILISATION:.0%} of the bf16 peak: {' or '.join(hours)}")
-    out.append(f"memory {scale.memory_mb} MB a run; models kept on disk {disk / 1e6:,.0f} MB")
+    out.append(f"memory {scale.memory_mb} MB a process; models kept on disk {disk / 1e6:,.0f} MB")
     return out + _matched(wanted, measured)
 
 
 def _minutes(spec: Spec, measured: list[dict[str, Any]]) -> float | None:
-    """Minutes of one seed: median seconds a step of the nearest finished runs times the steps."""
+    """Minutes of one seed, over its processes: median seconds a step of the nearest finished runs times the steps."""
     near, steps = _nearest(spec, measured)
-    return statistics.median(r["seconds_training"] / r["steps"] for r in near) * steps / 60 if steps else None
+    seconds = [r["seconds_training"] * r.get("processes", 1) / r["steps"] for r in near]
+    return statistics.median(seconds) * steps / 60 if steps else None
 
 
 def _flops(spec: Spec, scale: Scale, measured: list[dict[str, Any]]) -> tuple[float | None, bool]:

@@ -154,7 +154,7 @@ def _cost(found: list[dict[str, Any]]) -> str:
         device, took = str(r.get("device")), r.get("seconds_training", 0) / 3600
         cpu = device.startswith("cpu")
         name = f"core hours on {device}" if cpu else f"GPU hours on {device}"
-        hours[name] = hours.get(name, 0) + took * (r.get("threads", 1) if cpu else 1)
+        hours[name] = hours.get(name, 0) + took * r.get("processes", 1) * (r.get("threads", 1) if cpu else 1)
     if not hours:
         return "Nothing has run yet."
     total = sum(filter(None, map(training_flops, found)))

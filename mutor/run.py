@@ -5,6 +5,9 @@ Each seed passes three stages, each finished whole or not at all, so a killed ru
     checkpoints/    while it trains; gone afterwards
     last/, best/    the plain models, and step<n>/ where the recipe keeps some; last/training.json the learning curve
     metrics.json    scores of the reloaded plain models: the run is done
+
+Where a launcher started several processes, all train and score while they train; one decides, writes, and scores at
+the end.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from typing import Any
 
 from mutor import results
 from mutor.config import Spec
+from mutor.devices import agreed, choose_device, is_main, processes
 from mutor.registry import METHODS, TASKS, load
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where and how runs take place: folders, device, threads, and how progress is said."""
+    """Where and how runs take place: folders, device, threads a process, and how progress is said."""
 
     root: Path
     runs: Path
@@ -44,28 +48,33 @@ def run(spec: Spec, seeds: tuple[int, ...], place: Workplace) -> None:
 
     Raises ValueError, before any training, for what the configuration got wrong.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the runs beside this one
+    if processes() > 1:
+        choose_device(place.device)
     todo = []
-    for seed in seeds:
+    for seed in seeds if is_main() else ():
         if results.finished(place.runs, spec, seed) and place.rerun_stale:
             record = results.read(results.seed_folder(place.runs, spec, seed) / "metrics.json")
             if results.changed_code(record, place.root):
                 _set_aside(results.seed_folder(place.runs, spec, seed))
         if not results.finished(place.runs, spec, seed):
             todo.append(seed)
+    todo = agreed(todo)
     if todo:
         if spec.base:
             _run_base(spec.base, tuple(dict.fromkeys(map(spec.base_seed_of, todo))), place)
         _run(spec, todo, place)
-    write_index(spec, seeds, place.runs)
+    if is_main():
+        write_index(spec, seeds, place.runs)
 
 
 def _run_base(base: Spec, seeds: tuple[int, ...], place: Workplace) -> None:
     """Finish the base models of these seeds; one whose model was cleaned up is trained again."""
-    for seed in seeds:
+    for seed in seeds if is_main() else ():
         folder = results.seed_folder(place.runs, base, seed)
         if results.finished(place.runs, base, seed) and not (folder / "last").exists():
             _set_aside(folder)
-    if any(not results.finished(place.runs, base, seed) for seed in seeds):
+    if agreed(any(not results.finished(place.runs, base, seed) for seed in seeds)):
         run(base, seeds, place)
 
 
@@ -77,14 +86,12 @@ def write_index(spec: Spec, seeds: tuple[int, ...], runs: Path) -> None:
 
 
 def _run(spec: Spec, seeds: list[int], place: Workplace) -> None:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the runs beside this one
     import torch
     import transformers
 
     torch.set_num_threads(place.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    from mutor.devices import choose_device
     from mutor.models.build import tokenizer
 
     device = choose_device(place.device)
@@ -98,7 +105,7 @@ def _run(spec: Spec, seeds: list[int], place: Workplace) -> None:
         say = _speaker(f"{head} seed {seed} ({number}/{len(seeds)})")
         folder = results.seed_folder(place.runs, spec, seed)
         with _only_one(folder, say):
-            if not results.finished(place.runs, spec, seed):
+            if agreed(not results.finished(place.runs, spec, seed)):
                 _seed(spec, seed, folder, task, device, place, say)
 
 
@@ -109,12 +116,15 @@ def _seed(
 
     from mutor.method import Context
 
-    _clear_foreign(folder, spec)
+    if is_main():
+        _clear_foreign(folder, spec)
     context = Context(seed=seed, pad_id=task.pad_id, prefix_lm=task.prefix_lm)
     method = load(METHODS, spec.method, "method")(spec.method_config, per_sequence=spec.recipe.loss_mean == "sequence")
-    if not (folder / "last/training.json").exists():
+    if agreed(not (folder / "last/training.json").exists()):
         base = results.seed_folder(place.runs, spec.base, spec.base_seed_of(seed)) / "last" if spec.base else None
         _train(spec, seed, folder, base, task, method, context, device, say)
+    if not is_main():
+        return  # and wait at the next seed, if there is one
     training = json.loads((folder / "last/training.json").read_text())
     checkpoints = _evaluate(spec, folder, task, method, context, device, training, say)
     say("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
@@ -135,7 +145,7 @@ def _seed(
         "parameters": training["parameters"], "trainable_parameters": training["trainable_parameters"],
         "added_parameters": training["added_parameters"],
         "peak_memory_bytes": memory, "device": device_name(device), "threads": place.threads,
-        "started": training["started"], "finished": _now(), "resumed": training["resumed"],
+        "processes": processes(), "started": training["started"], "finished": _now(), "resumed": training["resumed"],
         "data_hash": task.data_hash(), "code": code, "weights_hash": training["weights_hash"],
         **results.provenance(place.root),
     }  # fmt: skip
@@ -148,7 +158,7 @@ def _train(
 ) -> None:  # fmt: skip
     from mutor.data import Samples
     from mutor.models.build import build, initialiser
-    from mutor.train import MethodTrainer, last_checkpoint
+    from mutor.train import MethodTrainer
     from mutor.trunk import evaluating
 
     started, source = _now(), task.train(seed)
@@ -161,50 +171,49 @@ def _train(
     goal = task.benchmark
     best: dict[str, float] = {}
 
-    def _export(model: Any, target: Path) -> None:
-        method.export(model, target)
-        if task.tokenizer is not None:
-            task.tokenizer.save_pretrained(target)
+    def export(name: str, training: Callable[[Path], dict[str, Any]] | None = None) -> None:
+        state = trainer.whole_state()  # from all processes
+        if not is_main():
+            return
+        with _whole(folder / name) as target:
+            method.export(model, target, state)
+            if task.tokenizer is not None:
+                task.tokenizer.save_pretrained(target)
+            if training is not None:
+                results.write_json(target / "training.json", training(target))
 
     def score(model: Any) -> dict[str, float]:
         with evaluating(model):
             metrics, _ = task.evaluate(model, method, context, "valid", recipe.eval_batch_size)
-        if trainer.is_world_process_zero() and metrics[goal] > best.get(goal, _best_so_far(trainer, goal)):
-            best[goal] = metrics[goal]
-            with _whole(folder / "best") as target:
-                _export(model, target)
-                results.write_json(target / "training.json", {"step": trainer.state.global_step, goal: metrics[goal]})
+        metrics = agreed(metrics)  # rounding may differ between devices; what follows from them may not
         step = trainer.state.global_step
-        if trainer.is_world_process_zero() and step in recipe.keep:
-            with _whole(folder / f"step{step}") as target:
-                _export(model, target)
+        if metrics[goal] > best.get(goal, _best_so_far(trainer, goal)):
+            best[goal] = metrics[goal]
+            export("best", lambda target: {"step": step, goal: metrics[goal]})
+        if step in recipe.keep:
+            export(f"step{step}")
         return metrics
 
     assert recipe.steps is not None
     samples = Samples(source, recipe.steps * recipe.batch_size, seed)
-    resumed = last_checkpoint(folder / "checkpoints") is not None
     trainer = MethodTrainer(
         model, method, recipe, samples, context, folder / "checkpoints",
         seed=seed, score=score, goal=goal, say=say, device=device, autocast=spec.model_config.dtype != "float32",
+        sharded=spec.sharded and processes() > 1,
     )  # fmt: skip
-    trainer.resume()
-    plain = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_world_process_zero():
-        with _whole(folder / "last") as target:
-            _export(plain, target)
-            curve = [entry for entry in trainer.state.log_history if "loss" in entry or f"eval_{goal}" in entry]
-            results.write_json(
-                target / "training.json",
-                {
-                    "curve": curve, "steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 3),
-                    "tokens": next((e["tokens"] for e in reversed(curve) if "tokens" in e), 0), "started": started,
-                    "resumed": resumed, "added_parameters": method.added_parameters(plain),
-                    "parameters": sum(p.numel() for p in plain.parameters()),
-                    "trainable_parameters": sum(p.numel() for p in plain.parameters() if p.requires_grad),
-                    "examples": source.size, "examples_dropped": source.dropped,
-                    "weights_hash": _weights_hash(target),
-                },
-            )  # fmt: skip
+    resumed = trainer.resume()
+    curve = [entry for entry in trainer.state.log_history if "loss" in entry or f"eval_{goal}" in entry]
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    training = {
+        "curve": curve, "steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 3),
+        "tokens": next((e["tokens"] for e in reversed(curve) if "tokens" in e), 0), "started": started,
+        "resumed": resumed, "added_parameters": method.added_parameters(model),
+        "parameters": sum(size for size, _ in sizes),
+        "trainable_parameters": sum(size for size, trained in sizes if trained),
+        "examples": source.size, "examples_dropped": source.dropped,
+    }  # fmt: skip
+    export("last", lambda target: {**training, "weights_hash": _weights_hash(target)})
+    if is_main():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
@@ -282,10 +291,10 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _only_one(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep two processes from working on one seed: the second waits, and then finds it finished."""
+    """Keep two runs from working on one seed: the second waits, and then finds it finished."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as handle:
-        if "LOCAL_RANK" not in os.environ:
+        if is_main():
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -295,12 +304,12 @@ def _only_one(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _speaker(head: str) -> Callable[[str], None]:
-    """Print progress, at most a line every ten seconds, but always a score."""
+    """Print progress, at most a line every ten seconds, but always a score; one process does."""
     last = [0.0]
 
     def say(line: str) -> None:
         now = time.monotonic()
-        if "left" not in line or now - last[0] > 10:
+        if is_main() and ("left" not in line or now - last[0] > 10):
             last[0] = now
             print(f"{head}: {line}", flush=True)
 

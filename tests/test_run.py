@@ -313,7 +313,7 @@ def test_run_starts_from_its_own_seed_of_the_base_model(tmp_path):
 
 
 def test_a_run_on_star_graphs_needs_torch_transformers_and_numpy_alone():
-    """Language tasks need more (datasets, lm-eval, ...), and LoRA needs peft; transformers brings huggingface_hub."""
+    """Language tasks need more (datasets, lm-eval, ...), LoRA peft; transformers brings accelerate, huggingface_hub."""
     import ast
 
     from mutor.registry import METHODS, TASKS
@@ -332,5 +332,5 @@ def test_a_run_on_star_graphs_needs_torch_transformers_and_numpy_alone():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             used |= {n.partition(".")[0] for n in names}
     assert len(modules) > 20
-    brought = {"torch", "transformers", "numpy", "yaml", "mutor", "huggingface_hub"}
+    brought = {"torch", "transformers", "accelerate", "numpy", "yaml", "mutor", "huggingface_hub"}
     assert used - set(sys.stdlib_module_names) == brought

@@ -101,7 +101,8 @@ def frechet_distance(real: Tensor, made: Tensor) -> float:
     """Squared Frechet distance of two normal distributions fitted to features [N, D] and [M, D]."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric: Any = FrechetInceptionDistance(feature=_AsIs(real.shape[1])).set_dtype(torch.float64)
+    # not over the processes of a run: all have the same features, and one alone scores at the end
+    metric: Any = FrechetInceptionDistance(feature=_AsIs(real.shape[1]), sync_on_compute=False).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(made.double(), real=False)
     return float(metric.compute())
@@ -119,7 +120,7 @@ def distance_to(file: str, made: Tensor) -> float:
         raise ValueError(f"reference: {file} is no file of statistics with mu and sigma: {error}") from None
     if mean.shape != made.shape[1:]:
         raise ValueError(f"reference: {file} is of {len(mean)} features, expected {made.shape[1]}")
-    metric: Any = FrechetInceptionDistance(feature=_AsIs(len(mean))).set_dtype(torch.float64)
+    metric: Any = FrechetInceptionDistance(feature=_AsIs(len(mean)), sync_on_compute=False).set_dtype(torch.float64)
     metric.update(made.double(), real=False)
     count = 1000  # any: it cancels
     metric.real_features_sum = count * mean

@@ -18,11 +18,11 @@ rule train:
         run="|".join(map(re.escape, SPECS)) or "none",
     conda:
         "../../environment.yml"
-    threads: SCALE.threads
+    threads: lambda wildcards: SCALE.threads * SPECS[wildcards.run].processes
     resources:
-        mem_mb=SCALE.memory_mb,
+        mem_mb=lambda wildcards: SCALE.memory_mb * SPECS[wildcards.run].processes,
         runtime=SCALE.minutes,
-        gpu=SCALE.gpus,
+        gpu=lambda wildcards: SCALE.gpus * SPECS[wildcards.run].processes,
     params:
         python=PYTHON,
         arguments=run_arguments,
