@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
     """Train and evaluate one setting; start again under a launcher where its model takes several processes."""
-    from mutor.devices import launch, processes
+    from mutor.devices import launch, leave, processes
     from mutor.run import Workplace
     from mutor.run import run as run_setting
 
@@ -94,6 +94,7 @@ def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
         label=args.label, rerun_stale=args.rerun_stale or project.rerun_stale,
     )  # fmt: skip
     run_setting(spec, tuple(args.seeds or spec.seeds), place)
+    leave()
 
 
 def collect(args: argparse.Namespace, root: Path, project: c.Project) -> None:

@@ -107,6 +107,15 @@ def is_main() -> bool:
     return processes() == 1 or os.environ["RANK"] == "0"
 
 
+def leave() -> None:
+    """Part from the other processes of the run, once all are here: one that merely ends may take its threads down hard."""
+    if processes() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
+
+
 def agreed(value: T) -> T:
     """The main process's value, in all processes of the run, which wait for it here."""
     if processes() == 1:

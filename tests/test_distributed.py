@@ -17,7 +17,7 @@ import test_run
 import yaml
 
 from mutor import config, results
-from mutor.devices import claim
+from mutor.devices import claim, leave
 from mutor.run import Workplace, run
 
 ROOT = Path(__file__).parent.parent
@@ -248,3 +248,4 @@ def test_published_processes():
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     work(Path(sys.argv[1]), sys.argv[2])
+    leave()
