@@ -108,7 +108,7 @@ def is_main() -> bool:
 
 
 def leave() -> None:
-    """Part from the other processes of the run, once all are here: one that merely ends may take its threads down hard."""
+    """Part from the other processes of the run, once all are here: one that merely ends may die of its threads."""
     if processes() > 1:
         from accelerate import PartialState
 
