@@ -43,14 +43,15 @@ class Goal:
 
 
 def head_loss(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, goal: Goal, vocabulary: int, *, most: int = 2**25
+    head: Callable[[Tensor], Tensor], hidden: Tensor, goal: Goal, vocabulary: int, *, most: int | None = None
 ) -> Tensor:
     """A goal's loss, in float32, without ever holding all logits of a large vocabulary.
 
-    head: [n, d] -> [n, V]; hidden: [B, L, d]. Beyond `most` logits (64 million bytes in bf16) they are computed in
-    parts, and again in the backward pass: the same values in the memory of one part. Zero without targets, still
-    part of the graph.
+    head: [n, d] -> [n, V]; hidden: [B, L, d]. Beyond `most` logits they are computed in parts, and again in the backward
+    pass: the same values in the memory of one part. Zero without targets, still part of the graph.
     """
+    if most is None:  # a GPU reads the whole output layer for each part, so that they are larger there: 1 GB in float32
+        most = 2**28 if hidden.is_cuda else 2**25
     hidden = hidden.flatten(0, 1).index_select(0, goal.index)
     rows = max(1, most // vocabulary)
 
