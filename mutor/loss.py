@@ -47,8 +47,8 @@ def head_loss(
 ) -> Tensor:
     """A goal's loss, in float32, without ever holding all logits of a large vocabulary.
 
-    head: [n, d] -> [n, V]; hidden: [B, L, d]. Beyond `most` logits they are computed in parts, and again in the backward
-    pass: the same values in the memory of one part. Zero without targets, still part of the graph.
+    head: [n, d] -> [n, V]; hidden: [B, L, d]. Beyond `most` logits they are computed in parts, and again in the
+    backward pass: the same values in the memory of one part. Zero without targets, still part of the graph.
     """
     if most is None:  # a GPU reads the whole output layer for each part, so that they are larger there: 1 GB in float32
         most = 2**28 if hidden.is_cuda else 2**25
