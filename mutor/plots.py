@@ -151,9 +151,12 @@ def costs(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list
                 axis.axhline(1, color="#555555", lw=0.8)
                 over = next(filter(None, frame[frame["benchmark"] == name]["data"]))
                 axis.set(title=name, xlabel=over, ylim=(0, None))
-                axis.set_xscale("log", base=2)
-                axis.xaxis.set_major_formatter("{x:.0f}")
-                axis.legend(fontsize=7)
+                if numbers["ratio"].notna().any():
+                    axis.set_xscale("log", base=2)
+                    axis.xaxis.set_major_formatter("{x:.0f}")
+                    axis.legend(fontsize=7)
+                else:
+                    axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", fontsize=7.5)
             else:
                 y = range(len(part))
                 axis.barh(y, numbers["ratio"].fillna(0), color=COLOURS[0], alpha=0.35, height=0.65)

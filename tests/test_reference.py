@@ -44,7 +44,7 @@ def test_records_kindtheir_code_and_machine(name):
         record = results.read(file)
         assert record["git_commit"] and not record["git_changed"] and record["device"] and record["code"]
         last = next(c for c in record["checkpoints"] if "last" in c["names"])
-        assert last["scores"] and all(len(results.unpack(packed)) >= 100 for packed in last["scores"].values())
+        assert last["scores"] and all(len(results.unpack(packed)) >= 60 for packed in last["scores"].values())
 
 
 def test_laptop_reference_shows_the_failure_that_the_paper_starts_from():

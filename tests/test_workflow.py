@@ -49,10 +49,11 @@ def smoke(checkout):
 # sequential_mtp 3; mutor 7, d_max 2, 3, 6 on 2, a 0.1, 0.2, 0.4, 0.5 on 2, per_offset and every second token on 2;
 # LoRA 2 x 2; llama: next_token 4 + 2 longer, parallel_mtp 4 + 2 longer, mutor 4
 PAPER = 16 + (8 + 5) + (7 + 5 + 6) + 3 + (7 + 6 + 8 + 4) + 4 + (6 + 6 + 4)
+# at laptop scale the same of language models, and the two base models
 # images: three methods, random registers at d_max 4, 3 and 5, next_token longer
 IMAGES = 3 + 3 + 1
 # at gpu scale, GSM8K by next_token, parallel_mtp, sequential_mtp and mutor (table 16; table 1 has three of them)
-JOBS = {"smoke": 9 + 4 + 3, "laptop": 9 + IMAGES, "gpu": 30 + IMAGES + 4, "paper": PAPER + IMAGES, "own": 6}
+JOBS = {"smoke": 9 + 4 + 3, "laptop": 9 + IMAGES + (PAPER - 16) + 2, "gpu": 30 + IMAGES + 4, "paper": PAPER + IMAGES, "own": 6}
 
 
 @pytest.mark.parametrize("scale", config.scales(ROOT))
