@@ -53,7 +53,10 @@ PAPER = 16 + (8 + 5) + (7 + 5 + 6) + 3 + (7 + 6 + 8 + 4) + 4 + (6 + 6 + 4)
 # images: three methods, random registers at d_max 4, 3 and 5, next_token longer
 IMAGES = 3 + 3 + 1
 # at gpu scale, GSM8K by next_token, parallel_mtp, sequential_mtp and mutor (table 16; table 1 has three of them)
-JOBS = {"smoke": 9 + 4 + 3, "laptop": 9 + IMAGES + (PAPER - 16) + 2, "gpu": 30 + IMAGES + 4, "paper": PAPER + IMAGES, "own": 6}
+LANGUAGE = PAPER - 16
+JOBS = {
+    "smoke": 9 + 4 + 3, "laptop": 9 + IMAGES + LANGUAGE + 2, "gpu": 30 + IMAGES + 4, "paper": PAPER + IMAGES, "own": 6,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", config.scales(ROOT))
