@@ -50,9 +50,9 @@ rule measure:
         gpu=SCALE.gpus,
     params:
         python=PYTHON,
+        arguments=f"--scale {SCALE.name} --runs {RUNS} --threads {SCALE.threads}",
         state=lambda wildcards: table_state(wildcards.artifact),
     message:
         "Measuring {wildcards.artifact}"
     shell:
-        "{params.python} benchmarks/cost.py --scale {SCALE.name} --tables {wildcards.artifact} --runs {RUNS}"
-        " --threads {SCALE.threads} 2>&1 | tee -a {log:q}"
+        "{params.python} benchmarks/cost.py --tables {wildcards.artifact} {params.arguments} 2>&1 | tee -a {log:q}"
