@@ -108,12 +108,18 @@ def is_main() -> bool:
 
 
 def leave() -> None:
-    """Part from the other processes of the run, once all are here: one that merely ends may die of its threads."""
+    """End one of several processes of a run, its work done, once all others are here.
+
+    At once, without the interpreter's own end, in which threads of the communication library now and then abort.
+    """
     if processes() > 1:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
         PartialState().destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def agreed(value: T) -> T:

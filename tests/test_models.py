@@ -24,6 +24,10 @@ TINY = {
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
         "intermediate_size": 32,
     },
+    "gemma": {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "intermediate_size": 32,
+    },
     "llamagen": {
         "codes": 16, "classes": 10, "rows": 4, "columns": 4, "hidden_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "intermediate_size": 32,
