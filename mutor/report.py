@@ -14,7 +14,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from mutor import claims, results
+from mutor import claims, cost, results
 from mutor.accounting import training_flops
 from mutor.config import Scale, Table, cells, load_scale, load_table, run_cells
 from mutor.tables import COLUMNS, cell_frame, grid, published_rows, published_shape, read_reported, write
@@ -92,9 +92,10 @@ def _artifact(
         )
         if (file := _smaller(folder, name))
     ]
-    own = {text for cell in cells(table, scale) for text in [cell.spec.stands_in_for] if text}
+    own = {text for text in frame["stands_in_for"] if text}
+    notes = [*(cost.circumstances(table, scale, runs.runs) if table.draw == "cost" else ()), *table.notes]
     return {
-        "name": table.name, "title": table.title, "caption": table.caption, "notes": table.notes, "figures": figures,
+        "name": table.name, "title": table.title, "caption": table.caption, "notes": notes, "figures": figures,
         "stands_in": sorted(own), "measured": table.needs_runs,
         "shape": _grid(shape.rename_axis(" ").reset_index()), "cells": _grid(frame[columns]),
         "published": _grid(published_rows(reported, table).drop(columns="artifact")),

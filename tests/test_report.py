@@ -64,7 +64,7 @@ def test_everything_stands_on_one_page(page):
         assert f'<section id="{name}">' in text and f'id="{name}-cells"' in text
     drawn = [config.load_table(ROOT, name).draw for name in scale.artifacts]
     assert text.count('<img src="data:image/') == sum(
-        {"solve_rates": 2, "images": 2, "sweep": 1}.get(d, 0) for d in drawn
+        {"solve_rates": 2, "images": 2, "sweep": 1, "cost": 1}.get(d, 0) for d in drawn
     )
     for section in ("claims-part", "missing-part", "runs-part"):
         assert f'id="{section}"' in text
