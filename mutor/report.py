@@ -186,9 +186,9 @@ def _reference(root: Path, scale: Scale, folder: Path) -> list[str]:
     where = folder.relative_to(root)
     names = [name for name in scale.artifacts if (folder / f"{name}.csv").exists()]
     parts = [f"**Scale {scale.name}**: {scale.description}. {_cost(runs.of_scale(scale.name))}", ""]
-    stands = sorted(set(filter(None, frame["stands_in_for"])))
-    parts += [*(f"Stands in for {text}." for text in stands), ""] if stands else []
-    parts += [grid(said[["claim", "verdict", "measured"]].set_index("claim")), ""] if len(said) else []
+    stands = dict.fromkeys(part for texts in sorted(set(frame["stands_in_for"])) for part in texts.split("; ") if part)
+    parts += [f"Stands in for {'; '.join(stands)}.", ""] if stands else []
+    parts += [grid(said[["claim", "on", "verdict", "measured"]].set_index("claim")), ""] if len(said) else []
     parts += [f"![{load_table(root, n).title}]({where}/{n}.png)\n" for n in names if (folder / f"{n}.png").exists()]
     links = [f"[{n}]({where}/{n}.md)" for n in names]
     links += [f"[{f}]({where}/{f})" for f in ("claims.md", "runs.csv", "report.html") if (folder / f).exists()]
