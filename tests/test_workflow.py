@@ -192,3 +192,38 @@ def test_cleanup_frees_models_and_keeps_metrics(smoke):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "freed" in done.stdout
     assert not list(smoke.glob("runs/**/model.safetensors")) and list(smoke.glob("runs/**/metrics.json"))
+
+
+def test_a_users_own_model_and_data(checkout, tmp_path):
+    """200 lines of JSONL and a model folder, named in config/scales/own.yaml: every method, one command, a table."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mutor.tasks import standins
+
+    folder = tmp_path / "project"
+    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("runs", "results", ".snakemake"))
+    words = standins.tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+            intermediate_size=64, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )
+    )  # fmt: skip
+    for part in (model, words):
+        part.save_pretrained(folder / "mine")
+    (folder / "data").mkdir()
+    for name, count in (("train", 200), ("test", 30)):
+        sums = [(n, (7 * n) % 50) for n in range(count)]
+        lines = [{"prompt": f"Question: {a} + {b} = ?\n\nAnswer:", "answer": f"{a} + {b} = {a + b} #### {a + b}",
+                  "gold": str(a + b)} for a, b in sums]  # fmt: skip
+        (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = folder / "config/scales/own.yaml"
+    text = file.read_text().replace("HuggingFaceTB/SmolLM2-135M", "mine").replace("epochs: 3", "epochs: 1")
+    text = text.replace("extract: whole", "extract: hashes").replace("compare: text", "compare: number")
+    file.write_text(text.replace("max_tokens: 512", "max_tokens: 100").replace("new_tokens: 128", "new_tokens: 16"))
+    done = snakemake(folder, "results/own.csv", "--cores", "2", "--config", "scale=own", "seeds=[42]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    frame = pd.read_csv(folder / "results/own.csv")
+    methods = {"next_token", "parallel_mtp", "sequential_mtp", "mutor", "lora_next_token", "lora_mutor"}
+    assert set(frame["method"]) == methods and (frame["n_seeds"] == 1).all() and frame["mean"].between(0, 100).all()
+    assert set(frame["train_data"]) == {"train"} and list(frame.columns) == COLUMNS
