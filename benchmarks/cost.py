@@ -27,7 +27,7 @@ from mutor import config, cost, results
 from mutor.accounting import step_flops
 from mutor.attention import dense_mask
 from mutor.checks import from_mapping
-from mutor.layout import IGNORE, Example, collate
+from mutor.layout import IGNORE, Example
 from mutor.method import Context
 from mutor.models.build import build
 from mutor.optim import optimizer
@@ -82,15 +82,12 @@ class Setup:
 
     def inputs(self, case, method, batch):
         """What training feeds for a batch, on the device."""
-        rows = None
-        if case.row_tokens and not case.padded:
-            rows = max(case.row_tokens, max(map(method.tokens, batch)))
-        layout = method.layout(collate(batch, 0, rows, method.tokens), Context()).compact()
+        layout, goals = method.feed(batch, Context(), None if case.padded else case.row_tokens)
         if case.interleaved:
             layout = layout.take(
                 (2 * layout.order + layout.register).masked_fill(layout.document < 0, 2**30).argsort(1)
             )
-        goals = method.goals(layout)
+            goals = method.goals(layout)
         moved = {k: replace(g, **{n: v.to(self.device) for n, v in vars(g).items()}) for k, g in goals.items()}
         return layout.to(self.device), moved
 

@@ -15,6 +15,7 @@ import sys
 import time
 
 import torch
+from training_loop import ratios
 
 from mutor.models.build import ModelConfig, build
 from mutor.tasks.harness import evaluate
@@ -80,17 +81,13 @@ def main():
         single, seconds_alone = timed(lambda: [alone(model, task, problem) for problem in some])
         assert single == together[::step], "batched answers differ from those one at a time"
         pairs.append((len(found) / seconds, len(some) / seconds_alone))
-    ratios = [a / b for a, b in pairs]
     result = {
         "model": args.model or "gemma, 4 layers x 128, new: answers of full length",
         "answers_compared": len(some) * args.rounds,
         "tokens_per_answer": round(statistics.mean(len(task.tokenizer(x)["input_ids"]) - 1 for x in together), 1),
         "batched_problems_per_s": round(statistics.median(a for a, _ in pairs), 2),
         "alone_problems_per_s": round(statistics.median(b for _, b in pairs), 2),
-        "ratio_median": round(statistics.median(ratios), 2),
-        "ratio_min": round(min(ratios), 2),
-        "ratio_max": round(max(ratios), 2),
-        "rounds": args.rounds,
+        **ratios(pairs),
     }
     print(json.dumps(result, indent=1))
     return 0

@@ -21,12 +21,20 @@ import torch
 
 from mutor import config
 from mutor.data import Samples
-from mutor.layout import collate
 from mutor.method import Context
 from mutor.models.build import build, initialiser
 from mutor.optim import optimizer, schedule
 from mutor.registry import METHODS, TASKS, load
 from mutor.train import MethodTrainer
+
+
+def ratios(pairs):
+    """Median and range of a / b over the rounds."""
+    found = [a / b for a, b in pairs]
+    return {
+        "ratio_median": round(statistics.median(found), 3), "ratio_min": round(min(found), 3),
+        "ratio_max": round(max(found), 3), "rounds": len(found),
+    }  # fmt: skip
 
 
 def parts(spec, steps):
@@ -46,13 +54,11 @@ def bare(spec, steps):
     recipe = spec.recipe
     own = optimizer(model, recipe)
     rates = schedule(own, recipe)
-    loader = torch.utils.data.DataLoader(
-        samples, recipe.batch_size, collate_fn=lambda e: method.layout(collate(e, context.pad_id), context)
-    )
-    for done, layout in enumerate(loader):
+    loader = torch.utils.data.DataLoader(samples, recipe.batch_size, collate_fn=lambda e: method.feed(e, context))
+    for done, (layout, goals) in enumerate(loader):
         if done == steps // 10:
             began = time.perf_counter()
-        loss, _ = method.losses(model, layout)
+        loss, _ = method.losses(model, layout, goals)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         own.step()
@@ -96,15 +102,11 @@ def main():
     spec = replace(spec, recipe=replace(spec.recipe, **often))
     bare(spec, 20), suite(spec, 20)
     pairs = [(suite(spec, args.steps), bare(spec, args.steps)) for _ in range(args.rounds)]
-    ratios = [a / b for a, b in pairs]
     result = {
         "setting": spec.path,
         "suite_ms_per_step": round(1e3 * statistics.median(a for a, _ in pairs), 2),
         "bare_ms_per_step": round(1e3 * statistics.median(b for _, b in pairs), 2),
-        "ratio_median": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
-        "rounds": args.rounds,
+        **ratios(pairs),
     }
     print(json.dumps(result, indent=1))
     return 0

@@ -279,16 +279,13 @@ def load_scale(root: Path, name: str) -> Scale:
     scale = from_mapping(Scale, {**read_yaml(root / where), "name": name}, where)
     for artifact in scale.artifacts:
         choose(str(artifact), tables(root), f"{where}: artifacts")
-    for key, most in scale.max_seeds.items():
-        choose(key, tables(root), f"{where}: max_seeds")
-        if not isinstance(most, int) or most < 1:
-            raise ValueError(f"{where}: max_seeds: {key}: {most!r} is not allowed; allowed: 1 or more")
     for key in scale.plan:
         choose(key, scale.models, f"{where}: plan")
-    for key, value in scale.processes.items():
-        choose(key, scale.models, f"{where}: processes")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: processes: {key}: {value!r} is not allowed; allowed: 1, 2, ...")
+    for name, allowed in (("max_seeds", tables(root)), ("processes", list(scale.models))):
+        for key, value in getattr(scale, name).items():
+            choose(key, allowed, f"{where}: {name}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{where}: {name}: {key}: {value!r} is not allowed; allowed: 1, 2, ...")
     for key in scale.sharded:
         choose(str(key), scale.models, f"{where}: sharded")
         if scale.processes.get(key, 1) == 1:

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mutor.accounting import PEAKS
 from mutor.checks import choose, from_mapping, setting
 from mutor.registry import METHODS, load
 
-# dense bfloat16 FLOP/s as their makers state them, by a part of the device's name
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 UNITS = {
     "ratio": "times", "token_ratio": "times", "flop_ratio": "times", "seconds_per_step": "s",
     "sequences_per_second": "1/s", "tokens_per_second": "1/s", "utilisation": "percent", "peak_memory": "GB",
@@ -83,9 +82,10 @@ def load_cases(sections: tuple[Any, ...], where: str) -> tuple[Case, ...]:
         for given in section.get("cases") or ():
             case = from_mapping(Case, {**common, **given}, f"{where}: {section.get('section')}")
             method = load(METHODS, case.method, f"{where}: {case.label}: method")
-            found += [replace(case, value=v) for v in case.values] if case.over else [case]
-            for each in found[-max(1, len(case.values)) :]:
-                from_mapping(method.Config, settings_of(each), f"{where}: {each.key}: settings")
+            each = [replace(case, value=v) for v in case.values] if case.over else [case]
+            for one in each:
+                from_mapping(method.Config, settings_of(one), f"{where}: {one.key}: settings")
+            found += each
         labels = {case.label for case in found}
         for case in found:
             choose(case.against, labels, f"{where}: {case.key}: against")

@@ -4,8 +4,7 @@ The training loop, the evaluation and the workflow know this interface and no me
 
     method = load(METHODS, "mutor")(from_mapping(Config, {"d_max": 4}, "mutor"))
     method.attach(model)                          # adds parameters under model.mtp
-    layout = method.layout(rows, context)         # on the CPU, in the data loader
-    goals = method.goals(layout)                  # there too: what is predicted where
+    layout, goals = method.feed(examples, context)       # on the CPU, in the data loader
     total, parts = method.losses(model, layout, goals)   # on the device
     method.export(model, folder)                  # a plain checkpoint of the base architecture
 
@@ -14,7 +13,7 @@ This module and the methods' files import torch inside functions only, so that p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -93,6 +92,20 @@ class Method:
         from mutor.loss import Goal
 
         return {name: Goal.of(t, layout.document, self.per_sequence) for name, t in self.targets(layout).items()}
+
+    def feed(
+        self, examples: Sequence[Example], context: Context, row_tokens: int | None = None
+    ) -> tuple[Layout, dict[str, Goal]]:
+        """What a training step is fed for a batch, or a part of one, and what it is to predict; on the CPU.
+
+        row_tokens: sequences are packed into rows of so many tokens, at least the longest's; none: one a row.
+        """
+        from mutor.layout import collate
+
+        if row_tokens is not None:
+            row_tokens = max(row_tokens, *map(self.tokens, examples))
+        layout = self.layout(collate(examples, context.pad_id, row_tokens, self.tokens), context).compact()
+        return layout, self.goals(layout)
 
     def losses(
         self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None

@@ -12,12 +12,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from mutor.accounting import training_flops
+from mutor.accounting import PEAKS, training_flops
 from mutor.config import Scale, Spec, Table, run_cells, specs
 from mutor.results import Records
 
-# dense bfloat16 FLOP/s as their makers state them
-PEAKS = {"A100": 312e12, "H100": 989e12}
 UTILISATION = 0.4  # of the peak; what fine-tuning at these lengths may reach
 
 
@@ -55,7 +53,7 @@ def lines(chosen: list[Table], scale: Scale, runs: Path, reference: Path) -> lis
     if bounded:
         out.append("<: at most, from the longest sequences allowed; registers add up to as many tokens as answers have")
     if scale.gpus and flops:
-        hours = [f"{flops / peak / UTILISATION / 3600:,.0f} hours of {name}" for name, peak in PEAKS.items()]
+        hours = [f"{flops / PEAKS[name] / UTILISATION / 3600:,.0f} hours of {name}" for name in ("A100", "H100")]
         out.append(f"at {UTILISATION:.0%} of the bf16 peak: {' or '.join(hours)}")
     out.append(f"memory {scale.memory_mb} MB a process; models kept on disk {disk / 1e6:,.0f} MB")
     return out + _matched(wanted, measured)

@@ -144,8 +144,8 @@ def costs(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list
             if lines:
                 for label, own in zip(dict.fromkeys(part["label"]), COLOURS, strict=False):
                     mine = part["label"] == label
-                    x = pd.to_numeric(part["path"][mine]).tolist()
-                    if x == x and any(v == v for v in x):
+                    x = pd.to_numeric(part["path"][mine])
+                    if x.notna().any():
                         axis.plot(x, numbers["ratio"][mine], "o-", color=own, ms=4, lw=1.4, label=label)
                         axis.plot(x, numbers["flop_ratio"][mine], "--", color=own, lw=1)
                 axis.axhline(1, color="#555555", lw=0.8)

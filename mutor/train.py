@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mutor.data import Samples
 from mutor.devices import agreed, is_main, processes
-from mutor.layout import Example, Layout, collate
+from mutor.layout import Example, Layout
 from mutor.loss import Goal
 from mutor.method import Context, Method
 from mutor.optim import optimizer, schedule
@@ -109,12 +109,9 @@ class MethodTrainer(Trainer):
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
         """What the model is fed for a part of a batch, and what it is to predict."""
-        recipe, method, context = self.recipe, self.method, self.context
-        longest = max(map(method.tokens, examples))
-        row_length = max(recipe.row_tokens, longest) if recipe.row_tokens else None
-        layout = method.layout(collate(examples, context.pad_id, row_length, method.tokens), context).compact()
-        method.trunk.check_lengths(layout)
-        return {"layout": _flat(layout), "goals": {name: _flat(goal) for name, goal in method.goals(layout).items()}}
+        layout, goals = self.method.feed(examples, self.context, self.recipe.row_tokens)
+        self.method.trunk.check_lengths(layout)
+        return {"layout": _flat(layout), "goals": {name: _flat(goal) for name, goal in goals.items()}}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """This process's parts of the next batch; each loss is divided by what the whole batch has of its targets."""

@@ -13,7 +13,7 @@ import torch
 from mutor import config, cost, tables
 from mutor.accounting import step_flops
 from mutor.checks import from_mapping
-from mutor.layout import Example
+from mutor.layout import Example, collate
 from mutor.method import Context
 from mutor.models.build import ModelConfig
 from mutor.mutor import MuToR
@@ -149,7 +149,7 @@ def test_the_published_recipe_places_registers_as_the_suite_does(bench, tools):
     bench.one_sequence(setup.method, setup.model, example, 1)
     theirs = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in setup.model.named_parameters()}
     ours.trunk = setup.method.trunk
-    layout = ours.layout(bench.collate([example], 0), Context())
+    layout = ours.layout(collate([example], 0), Context())
     tools.same_gradients(theirs, tools.gradients(setup.model, ours.losses(setup.model, layout)[0]))
 
 
