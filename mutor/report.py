@@ -188,8 +188,12 @@ def _reference(root: Path, scale: Scale, folder: Path) -> list[str]:
     parts = [f"**Scale {scale.name}**: {scale.description}. {_cost(runs.of_scale(scale.name))}", ""]
     stands = dict.fromkeys(part for texts in sorted(set(frame["stands_in_for"])) for part in texts.split("; ") if part)
     parts += [f"Stands in for {'; '.join(stands)}.", ""] if stands else []
-    parts += [grid(said[["claim", "on", "verdict", "measured"]].set_index("claim")), ""] if len(said) else []
     parts += [f"![{load_table(root, n).title}]({where}/{n}.png)\n" for n in names if (folder / f"{n}.png").exists()]
+    if len(said):
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in said["verdict"].value_counts().items())
+        table = grid(said[["claim", "on", "verdict", "measured"]].set_index("claim"))
+        parts += [f"<details><summary>What the sources claim, and what came out here: {counts}</summary>\n", table, ""]
+        parts += ["</details>", ""]
     links = [f"[{n}]({where}/{n}.md)" for n in names]
     links += [f"[{f}]({where}/{f})" for f in ("claims.md", "runs.csv", "report.html") if (folder / f).exists()]
     return [*parts, f"Committed: {', '.join(links)}.", ""]
