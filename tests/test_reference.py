@@ -37,7 +37,7 @@ def test_artifacts_are_rebuilt_from_the_records(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_records_kindtheir_code_and_machine(name):
+def test_records_name_their_code_and_machine(name):
     files = sorted((ROOT / "results/reference" / name / "runs").glob("**/metrics.json"))
     assert files
     for file in files:
@@ -55,3 +55,13 @@ def test_laptop_reference_shows_the_failure_that_the_paper_starts_from():
     assert ((plain["last.solve_rate"] - plain["last.chance"]).abs() <= 5).all()
     later = plain[[c for c in plain.columns if c.startswith("last.forced_accuracy_at_") and not c.endswith("_2")]]
     assert (later.min() >= 99).all()
+
+
+def test_laptop_reference_shows_that_registers_help_and_broken_ones_do_not():
+    runs = pd.read_csv(ROOT / "results/reference/laptop/runs.csv")
+    runs = runs[(runs["method"] == "mutor") & (runs["train_data_role"] == "star_graph")]
+    broken = (runs["setting.d_max"] == 1) | (runs["setting.register_targets"] == "shuffled")
+    for _, graph in runs[~broken].groupby("train_data"):
+        assert (graph["last.solve_rate"] >= 95).mean() > 0.5
+    assert runs[broken].groupby("train_data").size().min() >= 6
+    assert ((runs[broken]["last.solve_rate"] - runs[broken]["last.chance"]).abs() <= 5).all()
