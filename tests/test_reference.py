@@ -61,7 +61,6 @@ def test_laptop_reference_shows_that_registers_help_and_broken_ones_do_not():
     runs = pd.read_csv(ROOT / "results/reference/laptop/runs.csv")
     runs = runs[(runs["method"] == "mutor") & (runs["train_data_role"] == "star_graph")]
     broken = (runs["setting.d_max"] == 1) | (runs["setting.register_targets"] == "shuffled")
-    for _, graph in runs[~broken].groupby("train_data"):
-        assert (graph["last.solve_rate"] >= 95).mean() > 0.5
+    assert (runs[~broken]["last.solve_rate"] >= 95).groupby(runs["train_data"]).mean().min() > 0.5  # none: nan
     assert runs[broken].groupby("train_data").size().min() >= 6
     assert ((runs[broken]["last.solve_rate"] - runs[broken]["last.chance"]).abs() <= 5).all()
