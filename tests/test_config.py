@@ -44,9 +44,9 @@ def test_planning_imports_no_torch():
 @pytest.mark.parametrize(
     ("scale", "expected"),
     [
-        # graphs x (next_token, parallel_mtp, sequential_mtp, mutor), the controls, and the base model
+        # graphs x (next_token, parallel_mtp, sequential_mtp, mutor), the controls, and the base models
         ("smoke", 1 * 4 + 1 * 4 + 1),
-        ("laptop", 1 * 4 + 1 * 4 + 1),
+        ("laptop", 2 * 4 + 2 * 4 + 2),
         ("gpu", 5 * (1 + 2 + 2 + 1)),
         ("paper", 4 * 4),
     ],

@@ -36,7 +36,7 @@ TAG = {"valid": 1, "test": 2, "train": 3}
 class StarGraphConfig:
     """The graphs, how many of them, and how they are written."""
 
-    n: int = setting(doc="number of paths out of the start node", low=2)
+    n: int = setting(doc="number of paths out of the start node; 1 is a walk to train bases on", low=1)
     l: int = setting(doc="nodes on a path, start and goal counted", low=3)  # noqa: E741 (the literature's name)
     labels: int = setting(50, doc="node labels to choose from", low=3)
     reverse: bool = setting(False, doc="answer with the path from goal to start (positive control)")
