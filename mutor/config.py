@@ -54,6 +54,7 @@ class Dataset:
     recipe: str = setting(doc="a recipe of this scale")
     recipe_changes: dict = setting({}, doc="changes of the recipe for this dataset, the same for all methods")
     settings: dict = setting({}, doc="method -> its settings here; a list runs each")
+    models: tuple | None = setting(None, doc="models that tables run here, instead of all that fill a row's role")
     controls: bool = setting(True, doc="whether rows marked `control` run here")
     seeds: tuple | None = setting(None, doc="seeds here, instead of the scale's")
     base: str | None = setting(None, doc="a dataset that models are first trained on, next-token, seed by seed")
@@ -300,6 +301,8 @@ def load_scale(root: Path, name: str) -> Scale:
         choose(dataset.recipe, scale.recipes, f"{here}: recipe")
         for method in dataset.settings:
             choose(method, METHODS, f"{here}: settings")
+        for model in dataset.models or ():
+            choose(str(model), scale.models, f"{here}: models")
         for about in dataset.plan:
             choose(about, ("examples", "tokens"), f"{here}: plan")
         scale.datasets[key] = dataset
@@ -415,7 +418,7 @@ def cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> l
             if dataset.role != row.train_data or (row.control and not dataset.controls):
                 continue
             for model, model_config in scale.models.items():
-                if model_config.role != row.model:
+                if model_config.role != row.model or (dataset.models is not None and model not in dataset.models):
                     continue
                 variants = dataset.settings.get(row.method) or {}
                 for variant in variants if isinstance(variants, list) else [variants]:
