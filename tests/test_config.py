@@ -101,6 +101,7 @@ def test_settings_that_are_the_same_are_one_run():
         ("scales/smoke.yaml", lambda c: c["recipes"]["star_graph"].update(save_every=7), "not a multiple of log_every"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(recipe="star_grap"), "did you mean 'star_graph'"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(task="star_grahp"), "did you mean 'star_graph'"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(models=["gpt2-2x23"]), "did you mean 'gpt2-2x32'"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["options"].update(labels=4), "more than the 4 labels"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["settings"]["mutor"].update(d_max=1), "below d_min 2"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["settings"]["mutor"].update(a=1.0), "a: 1.0 is out"),

@@ -26,7 +26,7 @@ from mutor.tasks.star_graph import (
 LINE = "32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12"
 
 
-@pytest.mark.parametrize(("n", "length", "labels"), [(2, 4, 7), (3, 3, 30), (5, 10, 50)])
+@pytest.mark.parametrize(("n", "length", "labels"), [(2, 4, 7), (3, 3, 30), (5, 10, 50), (1, 13, 13)])
 def test_generated_graphs_are_star_graphs(n, length, labels):
     graphs = generate(np.random.default_rng(0), 500, n, length, labels)
     for edges, path in zip(graphs.edges, graphs.path, strict=True):
