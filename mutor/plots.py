@@ -232,8 +232,9 @@ def curves(table: Table, scale: Scale, runs: results.Records, folder: Path) -> l
             row[0].set_title(_graph(task.describe(spec.task_config)), loc="left")
             row[0].axhline(task.chance(spec.task_config), color="#555555", ls="--", lw=1)
             row[0].set_ylim(0, 102)
-            if row[0].get_legend_handles_labels()[0]:
-                row[0].legend(fontsize=7, loc="lower right")
+        drawn = {line.get_label(): line for axis in axes[:, 0] for line in axis.get_legend_handles_labels()[0]}
+        if drawn:
+            figure.legend(handles=drawn.values(), fontsize=7, loc="outside lower center", ncols=len(drawn))
         figure.suptitle(f"{table.title}: learning curves, a line a seed — scale {scale.name}", fontsize=10)
         return save(figure, folder, f"{table.name}_curves")
 

@@ -54,7 +54,8 @@ def test_laptop_reference_shows_the_failure_that_the_paper_starts_from():
     assert len(plain) >= 3
     assert ((plain["last.solve_rate"] - plain["last.chance"]).abs() <= 5).all()
     later = plain[[c for c in plain.columns if c.startswith("last.forced_accuracy_at_") and not c.endswith("_2")]]
-    assert (later.min() >= 99).all()
+    later = later.dropna(axis="columns", how="all")  # positions that only longer paths of base models have
+    assert later.shape[1] >= 3 and (later.min() >= 99).all()
 
 
 def test_laptop_reference_shows_that_registers_help_and_broken_ones_do_not():
