@@ -55,7 +55,8 @@ IMAGES = 3 + 3 + 1
 # at gpu scale, GSM8K by next_token, parallel_mtp, sequential_mtp and mutor (table 16; table 1 has three of them)
 LANGUAGE = PAPER - 16
 JOBS = {
-    "smoke": 9 + 4 + 3, "laptop": 2 * 9 + IMAGES + LANGUAGE + 2, "gpu": 30 + IMAGES + 4, "paper": PAPER + IMAGES, "own": 6,
+    "smoke": 9 + 4 + 3, "laptop": 2 * 9 + IMAGES + LANGUAGE + 2, "gpu": 30 + IMAGES + 4, "paper": PAPER + IMAGES,
+    "own": 6,
 }  # fmt: skip
 
 
