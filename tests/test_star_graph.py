@@ -175,6 +175,7 @@ def test_malformed_line_names_file_and_line(tmp_path, line, says):
     [
         ({"n": 2, "l": 5, "labels": 8}, "9 nodes, more than the 8 labels"),
         ({"n": 0, "l": 5}, "n: 0 is out of range"),
+        ({"n": 1, "l": 5}, "n: 1 is out of range"),
         ({"n": 2, "l": 3, "labels": 5, "test_size": 100}, "leave too few"),
         ({"n": 2, "l": 5, "lables": 8}, "did you mean 'labels'"),
     ],

@@ -36,7 +36,7 @@ TAG = {"valid": 1, "test": 2, "train": 3}
 class StarGraphConfig:
     """The graphs, how many of them, and how they are written."""
 
-    n: int = setting(doc="number of paths out of the start node; 1 is a walk to train bases on", low=1)
+    n: int = setting(doc="number of paths out of the start node; 1 only backward, a walk to train bases on", low=1)
     l: int = setting(doc="nodes on a path, start and goal counted", low=3)  # noqa: E741 (the literature's name)
     labels: int = setting(50, doc="node labels to choose from", low=3)
     reverse: bool = setting(False, doc="answer with the path from goal to start (positive control)")
@@ -56,6 +56,8 @@ class StarGraphConfig:
     def __post_init__(self) -> None:
         if self.reverse and self.direction != "forward":
             raise ValueError(f"reverse: not together with direction {self.direction!r}, which turns paths already")
+        if self.n == 1 and self.direction != "backward":
+            raise ValueError(f"n: 1 is out of range, allowed: from 2, as direction is {self.direction!r}")
         nodes = 1 + self.n * (self.l - 1)
         if nodes > self.labels:
             raise ValueError(f"labels: G({self.n}, {self.l}) has {nodes} nodes, more than the {self.labels} labels")
