@@ -12,6 +12,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+NAMES = {float: "a number", tuple: "a list", dict: "a mapping"}  # kinds as a person who writes YAML calls them
+
 
 def setting(
     default: Any = dataclasses.MISSING,
@@ -84,13 +86,18 @@ def _check(where: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
     if tuple in kinds and isinstance(value, list):
         value = tuple(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        names = " or ".join("a number" if k is float else k.__name__ for k in kinds)
+        names = " or ".join(NAMES.get(kind, kind.__name__) for kind in kinds)
         raise ValueError(f"{where}: {value!r} is not {names}")
+    inner = next((typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple), None)
+    if inner is not None and isinstance(value, tuple):
+        return tuple(_check(where, item, inner, meta) for item in value)
     low, high, choices = meta.get("low"), meta.get("high"), meta.get("choices")
     if choices is not None and value not in choices:
         raise ValueError(f"{where}: {value!r} is not allowed; allowed: {', '.join(map(str, choices))}")
     if low is not None or high is not None:
         for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise ValueError(f"{where}: {number!r} is not a number")
             under = low is not None and (number <= low if meta["open"] else number < low)
             over = high is not None and (number >= high if meta["open"] else number > high)
             if under or over or number != number:

@@ -85,7 +85,8 @@ def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
         if not equals:
             raise ValueError(f"--set {pair!r}: expected KEY=VALUE")
         settings[key] = c.yaml.safe_load(value)
-    spec = c.make_spec(scale, args.data, args.model, args.method, settings, longer=args.longer)
+    seeds = args.seeds and tuple(args.seeds)
+    spec = c.make_spec(scale, args.data, args.model, args.method, settings, seeds, args.longer)
     threads = max(1, args.threads // spec.processes) if args.threads else scale.threads
     if spec.processes > 1 and processes() == 1:
         launch(args.arguments, spec.processes, scale.device, threads)
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
         root=root, runs=root / project.runs, device=scale.device, threads=threads,
         label=args.label, rerun_stale=args.rerun_stale or project.rerun_stale,
     )  # fmt: skip
-    run_setting(spec, tuple(args.seeds or spec.seeds), place)
+    run_setting(spec, spec.seeds, place)
     leave()
 
 

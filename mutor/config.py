@@ -37,8 +37,10 @@ class Project:
     """config/config.yaml."""
 
     scale: str = setting("laptop", doc="which file of config/scales to run")
-    artifacts: tuple | None = setting(None, doc="files of config/tables wanted, instead of all that the scale names")
-    seeds: tuple | None = setting(None, doc="seeds of every run, instead of the scale's own")
+    artifacts: tuple[str, ...] | None = setting(
+        None, doc="files of config/tables wanted, instead of all that the scale names"
+    )
+    seeds: tuple[int, ...] | None = setting(None, doc="seeds of every run, instead of the scale's own", low=0)
     runs: str = setting("runs", doc="folder of the runs")
     results: str = setting("results", doc="folder of tables and figures")
     rerun_stale: bool = setting(False, doc="run again what was made by older code")
@@ -54,9 +56,11 @@ class Dataset:
     recipe: str = setting(doc="a recipe of this scale")
     recipe_changes: dict = setting({}, doc="changes of the recipe for this dataset, the same for all methods")
     settings: dict = setting({}, doc="method -> its settings here; a list runs each")
-    models: tuple | None = setting(None, doc="models that tables run here, instead of all that fill a row's role")
+    models: tuple[str, ...] | None = setting(
+        None, doc="models that tables run here, instead of all that fill a row's role"
+    )
     controls: bool = setting(True, doc="whether rows marked `control` run here")
-    seeds: tuple | None = setting(None, doc="seeds here, instead of the scale's")
+    seeds: tuple[int, ...] | None = setting(None, doc="seeds here, instead of the scale's", low=0)
     base: str | None = setting(None, doc="a dataset that models are first trained on, next-token, seed by seed")
     base_seed: int | None = setting(None, doc="one base model of this seed for all seeds, instead of one each", low=0)
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
@@ -76,11 +80,13 @@ class Scale:
     gpus: int = setting(0, doc="GPUs a process", low=0)
     memory_mb: int = setting(2000, doc="memory a process is scheduled with", low=100)
     processes: dict = setting({}, doc="model -> processes that train it together, on one machine, with one's losses")
-    sharded: tuple = setting((), doc="models of several processes that hold a part of the weights each (FSDP2)")
+    sharded: tuple[str, ...] = setting(
+        (), doc="models of several processes that hold a part of the weights each (FSDP2)"
+    )
     minutes: int = setting(60, doc="longest time a run with its seeds is scheduled with", low=1)
-    seeds: tuple = setting((42, 43, 44), doc="seeds of every run")
+    seeds: tuple[int, ...] = setting((42, 43, 44), doc="seeds of every run", low=0)
     max_seeds: dict = setting({}, doc="table -> only so many of the seeds for its rows")
-    artifacts: tuple = setting(doc="the tables and figures of this scale, names of files in config/tables")
+    artifacts: tuple[str, ...] = setting(doc="the tables and figures of this scale, names of files in config/tables")
     models: dict = setting({}, doc="name -> model")
     datasets: dict = setting({}, doc="name -> dataset")
     recipes: dict = setting({}, doc="name -> recipe")
@@ -113,15 +119,15 @@ class Table:
     draw: str = setting(
         "table", doc="how it is drawn", choices=("table", "solve_rates", "sweep", "images", "flops", "settings", "cost")
     )
-    metrics: tuple = setting(doc="metrics, one cell each")
+    metrics: tuple[str, ...] = setting(doc="metrics, one cell each")
     checkpoint: str = setting("last", doc="which checkpoint's numbers are shown", choices=("last", "best"))
-    reported: tuple = setting((), doc="artifacts of config/reported.csv whose values stand beside")
-    notes: tuple = setting((), doc="notes printed below")
+    reported: tuple[str, ...] = setting((), doc="artifacts of config/reported.csv whose values stand beside")
+    notes: tuple[str, ...] = setting((), doc="notes printed below")
     rows: tuple = setting(doc="the rows")
     over: str | None = setting(None, doc="with draw sweep: the setting on its axis", choices=("d_max", "a", None))
     without: float = setting(0.0, doc="with draw sweep: where methods without that setting stand")
     shapes: dict = setting({}, doc="with draw flops: role of a model -> widths of its layers")
-    lengths: tuple = setting((), doc="with draw flops: sequence lengths", low=1)
+    lengths: tuple[int, ...] = setting((), doc="with draw flops: sequence lengths", low=1)
     models: dict = setting({}, doc="with draw cost: role -> model of the published size, with random weights")
     sections: tuple = setting((), doc="with draw cost: groups of cases, see mutor/cost.py: Case")
     name: str = setting("", doc="the file's name")
@@ -370,7 +376,11 @@ def make_spec(
     config = _method_config(f"{data}: {method}", method, settings)
     task_config = _task_config(where, data, dataset)
     load(TASKS, dataset.task, where).check_settings(task_config, config, f"{data}: {method}")
-    chosen = tuple(int(s) for s in seeds or dataset.seeds or scale.seeds)
+    chosen = next(s for s in (seeds, dataset.seeds, scale.seeds) if s is not None)
+    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0:
+        raise ValueError(
+            f"{where}: {data}: seeds: {list(chosen)} is not allowed; allowed: one or more, different, from 0"
+        )
     recipe = _recipe(where, scale, data, model, longer)
     _check_processes(where, scale, model, recipe, method)
     base = None

@@ -91,9 +91,11 @@ def test_good_values_arrive_with_their_types():
     [
         ({}, "run: missing key 'steps': no default"),
         ({"steps": 1, "betas": [0.5, 1.5]}, "betas: 1.5 is out of range"),
+        ({"steps": 1, "betas": ["a", 1]}, "betas: 'a' is not a number"),
+        ({"steps": 1, "betas": 1}, "betas: 1 is not a list"),
         ({"steps": 1, "limit": 0}, "limit: 0 is out of range"),
         ({"steps": 1, "name": "z"}, "name: 'z' is not allowed; allowed: x, y"),
-        ({"steps": 1, "extra": [1]}, "extra"),
+        ({"steps": 1, "extra": [1]}, "extra: [1] is not a mapping"),
         ([1, 2], "expected a mapping of settings"),
     ],
 )

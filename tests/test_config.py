@@ -95,6 +95,12 @@ def test_settings_that_are_the_same_are_one_run():
         ("config.yaml", lambda c: c.update(sclae="laptop"), "unknown key 'sclae', did you mean 'scale'"),
         ("config.yaml", lambda c: c.update(scale="laptob"), "did you mean 'laptop'"),
         ("config.yaml", lambda c: c.update(artifacts=["figure5"]), "did you mean 'figure4'"),
+        ("scales/smoke.yaml", lambda c: c.update(seeds=[42, "a"]), "seeds: 'a' is not int"),
+        ("scales/smoke.yaml", lambda c: c.update(seeds=[1.5]), "seeds: 1.5 is not int"),
+        ("scales/smoke.yaml", lambda c: c.update(seeds=[-1]), "seeds: -1 is out of range"),
+        ("scales/smoke.yaml", lambda c: c.update(seeds=[]), "seeds: [] is not allowed; allowed: one or more"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(seeds=[]), "g2x3: seeds: [] is not allowed"),
+        ("scales/smoke.yaml", lambda c: c.update(seeds=[42, 42]), "seeds: [42, 42] is not allowed"),
         ("scales/smoke.yaml", lambda c: c.update(devise="cpu"), "unknown key 'devise', did you mean 'device'"),
         ("scales/smoke.yaml", lambda c: c.update(device="tpu"), "'tpu' is not allowed; allowed: auto, cpu, cuda"),
         ("scales/smoke.yaml", lambda c: c["recipes"]["star_graph"].update(steps=0), "steps: 0 is out of range"),
@@ -135,6 +141,10 @@ def test_an_empty_file_is_named(project, monkeypatch, capsys):
         (["--data", "g2x3", "--model", "gpt2-2x32", "--method", "muto"], "did you mean 'mutor'"),
         (["--data", "g2x3", "--model", "gpt2-2x32", "--method", "mutor", "--set", "dmax=3"], "did you mean 'd_max'"),
         (["--data", "g2x3", "--model", "gpt2-2x32", "--method", "mutor", "--set", "d_max"], "expected KEY=VALUE"),
+        (
+            ["--data", "g2x3", "--model", "gpt2-2x32", "--method", "next_token", "--seeds", "-1"],
+            "seeds: [-1] is not allowed",
+        ),
         (["--data", "g2x3", "--model", "gpt2-2x32", "--method", "next_token", "--set", "a=1"], "Known keys: "),
     ],
 )
