@@ -249,7 +249,9 @@ def find_root(start: Path | None = None) -> Path:
 def read_yaml(file: Path) -> dict[str, Any]:
     """A file of settings; ValueError where it is not YAML or no mapping."""
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.load(
+            file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )  # libyaml's is ten times faster
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -321,10 +323,49 @@ def load_scale(root: Path, name: str) -> Scale:
                 )
         _task_config(where, dataset_name, dataset)
         _recipe(where, scale, dataset_name)
+        for asked, here in dataset.instead.items():
+            if not isinstance(here, dict):
+                raise ValueError(
+                    f"{where}: datasets: {dataset_name}: instead: {asked}: {here!r} is not a mapping of values"
+                )
         for method, variants in dataset.settings.items():
             for variant in variants if isinstance(variants, list) else [variants]:
                 _method_config(f"{where}: datasets: {dataset_name}: settings: {method}", method, variant or {})
+    _check_roles(root, scale, where)
     return scale
+
+
+def _check_roles(root: Path, scale: Scale, where: str) -> None:
+    """Raise ValueError for a role of the scale that no table asks for, and of a table that no scale fills.
+
+    Misspelt, either would leave its cells out of an artifact without a word.
+    """
+    asked: dict[str, set[str]] = {"models": set(), "datasets": set()}
+    filled: dict[str, set[str]] = {"models": set(), "datasets": set()}
+    for name in scales(root):
+        for kind, roles in filled.items():
+            roles |= {str(part.get("role")) for part in _parts(read_yaml(root / f"config/scales/{name}.yaml"), kind)}
+    for name in tables(root):
+        file = f"config/tables/{name}.yaml"
+        for row in _parts(read_yaml(root / file), "rows"):
+            data = row.get("train_data")
+            for kind, key, named in (
+                ("models", "model", [row.get("model")]),
+                ("datasets", "train_data", data if isinstance(data, list) else [data]),
+            ):
+                asked[kind] |= {choose(str(role), filled[kind], f"{file}: {key}") for role in named if role}
+    bases = {dataset.base for dataset in scale.datasets.values()}
+    for kind, parts in (("models", scale.models), ("datasets", scale.datasets)):
+        for key, part in parts.items():
+            if key not in bases:
+                choose(part.role, asked[kind], f"{where}: {kind}: {key}: role (one of a row of config/tables)")
+
+
+def _parts(content: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The mappings that a file holds under a key; what else is there is refused where the file itself is checked."""
+    found = content.get(key)
+    listed = list(found.values()) if isinstance(found, Mapping) else found if isinstance(found, list) else []
+    return [part for part in listed if isinstance(part, Mapping)]
 
 
 def load_table(root: Path, name: str) -> Table:
@@ -354,7 +395,10 @@ def _task_config(where: str, name: str, dataset: Dataset) -> Any:
 def _recipe(where: str, scale: Scale, name: str, model: str | None = None, longer: float = 1.0) -> Recipe:
     dataset = scale.datasets[name]
     own = scale.models[model].recipe_changes if model else {}
-    values = {**(scale.recipes[dataset.recipe] or {}), **dataset.recipe_changes, **own}
+    given = scale.recipes[dataset.recipe] or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: recipes: {dataset.recipe}: {given!r} is not a mapping of settings")
+    values = {**given, **dataset.recipe_changes, **own}
     recipe = from_mapping(Recipe, values, f"{where}: recipes: {dataset.recipe} (for {name})")
     if recipe.epochs is not None:
         return replace(recipe, epochs=round(recipe.epochs * longer, 3))
@@ -433,7 +477,8 @@ def cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> l
                 variants = dataset.settings.get(row.method) or {}
                 for variant in variants if isinstance(variants, list) else [variants]:
                     settings = {**variant, **row.settings}
-                    settings = {k: dataset.instead.get(k, {}).get(v, v) for k, v in settings.items()}
+                    for key in settings.keys() & dataset.instead.keys():
+                        settings[key] = dataset.instead[key].get(settings[key], settings[key])
                     spec = make_spec(scale, data, model, row.method, settings, seeds, row.longer)
                     spec = replace(spec, seeds=spec.seeds[: row.max_seeds])
                     checkpoint = _checkpoint(f"{table.name}, {data}", table, row, spec)

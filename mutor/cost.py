@@ -77,9 +77,12 @@ def load_cases(sections: tuple[Any, ...], where: str) -> tuple[Case, ...]:
     """The cases of a table's sections, each section's keys being defaults of its cases; one a value."""
     out: list[Case] = []
     for section in sections:
+        cases = section.get("cases") if isinstance(section, dict) else None
+        if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+            raise ValueError(f"{where}: sections: {section!r} is not a mapping with a list of mappings as `cases`")
         common = {key: value for key, value in section.items() if key != "cases"}
         found = []
-        for given in section.get("cases") or ():
+        for given in cases:
             case = from_mapping(Case, {**common, **given}, f"{where}: {section.get('section')}")
             method = load(METHODS, case.method, f"{where}: {case.label}: method")
             each = [replace(case, value=v) for v in case.values] if case.over else [case]

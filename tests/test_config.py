@@ -106,6 +106,10 @@ def test_settings_that_are_the_same_are_one_run():
         ("scales/smoke.yaml", lambda c: c["recipes"]["star_graph"].update(steps=0), "steps: 0 is out of range"),
         ("scales/smoke.yaml", lambda c: c["recipes"]["star_graph"].update(save_every=7), "not a multiple of log_every"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(recipe="star_grap"), "did you mean 'star_graph'"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(role="star_grap"), "did you mean 'star_graph'"),
+        ("scales/smoke.yaml", lambda c: c["models"]["gpt2-2x32"].update(role="gpt2"), "role (one of a row"),
+        ("scales/smoke.yaml", lambda c: c["recipes"].update(star_graph=[1]), "star_graph: [1] is not a mapping"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["digits"].update(instead={"registers": 5}), "not a mapping of"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(task="star_grahp"), "did you mean 'star_graph'"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(models=["gpt2-2x23"]), "did you mean 'gpt2-2x32'"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["options"].update(labels=4), "more than the 4 labels"),
@@ -117,6 +121,9 @@ def test_settings_that_are_the_same_are_one_run():
         ("scales/smoke.yaml", lambda c: c["models"]["gpt2-2x32"].update(pretrained="x"), "either architecture"),
         ("tables/figure4.yaml", lambda c: c["rows"][0].update(method="next_tokn"), "did you mean 'next_token'"),
         ("tables/figure4.yaml", lambda c: c["rows"][0].update(modle="x"), "row 1: unknown key 'modle'"),
+        ("tables/figure4.yaml", lambda c: c["rows"][0].update(model="gpt2-lrge"), "did you mean 'gpt2-large'"),
+        ("tables/table1.yaml", lambda c: c["rows"][0].update(train_data=["gsm8"]), "did you mean 'gsm8k'"),
+        ("tables/rebuttal_latency.yaml", lambda c: c["sections"][0].update(cases=3), "a list of mappings as `cases`"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_runs(project, monkeypatch, capsys, file, change, says):
