@@ -118,9 +118,13 @@ def collect(args: argparse.Namespace, root: Path, project: c.Project) -> None:
         else:
             files = collect_artifact(c.load_table(root, name), scale, runs, reported, folder)
         for file in files:
-            print(file.relative_to(root) if file.is_relative_to(root) else file)
+            print(_shown(file, root))
     for problem in runs.problems:
         print(f"left out: {problem}", file=sys.stderr)
+
+
+def _shown(file: Path, root: Path) -> Path:
+    return file.relative_to(root) if file.is_relative_to(root) else file
 
 
 def plan(args: argparse.Namespace, root: Path, project: c.Project) -> None:
@@ -154,7 +158,7 @@ def stale(args: argparse.Namespace, root: Path, project: c.Project) -> None:
         changed = results.changed_code(results.read(file), root)
         if changed:
             count += 1
-            print(f"{file.relative_to(root)}: {', '.join(changed)}")
+            print(f"{_shown(file, root)}: {', '.join(changed)}")
     print(
         f"{count} stale runs at scale {project.scale}"
         + ("; --config rerun_stale=true runs them again" if count else "")

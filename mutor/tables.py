@@ -14,6 +14,7 @@ import pandas as pd
 
 from mutor import cost, results
 from mutor.accounting import attention_exceeds_feed_forward, layer_flops, tipping_point
+from mutor.checks import choose
 from mutor.config import Cell, Scale, Table, cells
 from mutor.registry import TASKS, load
 from mutor.stats import summarise
@@ -104,7 +105,10 @@ def _cell_row(table: Table, cell: Cell, runs: results.Records, reported: pd.Data
     spec = cell.spec
     task = load(TASKS, spec.dataset.task, "task")
     found = cell_records(cell, runs)
-    values = [results.checkpoint_metrics(record, cell.checkpoint)[cell.measured] for record in found]
+    measured = [results.checkpoint_metrics(record, cell.checkpoint) for record in found]
+    for metrics in measured:
+        choose(cell.measured, metrics, f"{table.name}: metric on {spec.data}")
+    values = [metrics[cell.measured] for metrics in measured]
     scores = [results.problem_scores(record, cell.checkpoint, cell.measured) for record in found]
     summary = summarise(values, scores, rate=cell.unit == "percent")
     row = _described(table, cell)

@@ -1,6 +1,7 @@
 """Statistics, tables and figures from a fixed set of run records."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,12 @@ def test_cells_equal_numbers_worked_by_hand(built):
         32,
     )
     assert cells.loc["parallel_mtp", "n_seeds"] == 0 and np.isnan(cells.loc["parallel_mtp", "mean"])
+
+
+def test_a_metric_that_nothing_measures_is_named(built, tmp_path):
+    scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "figure4")
+    with pytest.raises(ValueError, match="figure4: metric on g2x3: 'solve_rat' is unknown, did you mean 'solve_rate'"):
+        collect_artifact(replace(table, metrics=("solve_rat",)), scale, Records(built[0] / "runs"), REPORTED, tmp_path)
 
 
 def test_files_equal_the_golden_ones(built):
