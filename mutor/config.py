@@ -264,6 +264,8 @@ def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Projec
     changes = dict(changes or {})
     if isinstance(changes.get("artifacts"), str):
         changes["artifacts"] = [part for part in changes["artifacts"].split(",") if part]
+    if isinstance(changes.get("seeds"), list):  # --config seeds=[1,2] arrives as texts
+        changes["seeds"] = [int(s) if isinstance(s, str) and s.isdecimal() else s for s in changes["seeds"]]
     project = from_mapping(Project, {**read_yaml(root / "config/config.yaml"), **changes}, "config/config.yaml")
     choose(project.scale, scales(root), "scale")
     for name in project.artifacts or ():
@@ -336,29 +338,21 @@ def load_scale(root: Path, name: str) -> Scale:
 
 
 def _check_roles(root: Path, scale: Scale, where: str) -> None:
-    """Raise ValueError for a role of the scale that no table asks for, and of a table that no scale fills.
-
-    Misspelt, either would leave its cells out of an artifact without a word.
-    """
-    asked: dict[str, set[str]] = {"models": set(), "datasets": set()}
-    filled: dict[str, set[str]] = {"models": set(), "datasets": set()}
-    for name in scales(root):
-        for kind, roles in filled.items():
-            roles |= {str(part.get("role")) for part in _parts(read_yaml(root / f"config/scales/{name}.yaml"), kind)}
-    for name in tables(root):
-        file = f"config/tables/{name}.yaml"
-        for row in _parts(read_yaml(root / file), "rows"):
-            data = row.get("train_data")
-            for kind, key, named in (
-                ("models", "model", [row.get("model")]),
-                ("datasets", "train_data", data if isinstance(data, list) else [data]),
-            ):
-                asked[kind] |= {choose(str(role), filled[kind], f"{file}: {key}") for role in named if role}
+    """Raise ValueError for a role that no table asks for: misspelt, its cells would be left out without a word."""
+    rows = [row for name in tables(root) for row in _parts(read_yaml(root / f"config/tables/{name}.yaml"), "rows")]
+    data = [name for row in rows for name in _listed(row.get("train_data"))]
     bases = {dataset.base for dataset in scale.datasets.values()}
-    for kind, parts in (("models", scale.models), ("datasets", scale.datasets)):
+    for kind, parts, asked in (
+        ("models", scale.models, [row.get("model") for row in rows]),
+        ("datasets", scale.datasets, data),
+    ):
         for key, part in parts.items():
             if key not in bases:
-                choose(part.role, asked[kind], f"{where}: {kind}: {key}: role (one of a row of config/tables)")
+                choose(part.role, set(map(str, asked)), f"{where}: {kind}: {key}: role (one of a row of config/tables)")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _parts(content: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
