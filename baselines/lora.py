@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from baselines.next_token import NextToken
 from mutor.checks import setting
-from mutor.method import Method
-from mutor.mutor import MuToR, MuToRConfig
+from mutor.mtp.method import Method
+from mutor.mtp.mutor import MuToR, MuToRConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +66,7 @@ class _Adapters(Method):
         from peft.tuners.lora import LoraLayer
         from safetensors.torch import save_file
 
-        from mutor.trunk import EXTRA
+        from mutor.mtp.backbone import EXTRA
 
         layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
         whole, state = state or model.state_dict(), {}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mutor.method import Method
+from mutor.mtp.method import Method
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mutor.checks import setting
-from mutor.method import AuxiliarySettings, Method
+from mutor.mtp.method import AuxiliarySettings, Method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mutor.layout import Layout
-    from mutor.loss import Goal
+    from mutor.mtp.layout import Layout
+    from mutor.mtp.loss import Goal
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ParallelMTP(Method):
 
     def targets(self, layout: Layout) -> dict[str, Tensor]:
         """Head k predicts the token k further on."""
-        from mutor.layout import ahead
+        from mutor.mtp.layout import ahead
 
         return super().targets(layout) | {f"head_{k}": ahead(layout, k) for k in range(2, self.config.d_max + 1)}
 
@@ -50,7 +50,7 @@ class ParallelMTP(Method):
         self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Each head's loss is a mean over its own tokens; heads are averaged."""
-        from mutor.loss import one_at_a_time
+        from mutor.mtp.loss import one_at_a_time
 
         goals = goals or self.goals(layout)
         out = self.trunk(model, layout)

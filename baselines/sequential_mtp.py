@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mutor.checks import setting
-from mutor.method import AuxiliarySettings, Method
+from mutor.mtp.method import AuxiliarySettings, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mutor.layout import Layout
-    from mutor.loss import Goal
+    from mutor.mtp.layout import Layout
+    from mutor.mtp.loss import Goal
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SequentialMTP(Method):
 
     def targets(self, layout: Layout) -> dict[str, Tensor]:
         """Module k predicts the token k + 1 further on."""
-        from mutor.layout import ahead
+        from mutor.mtp.layout import ahead
 
         return super().targets(layout) | {f"depth_{k}": ahead(layout, k + 1) for k in range(1, self.config.d_max)}
 

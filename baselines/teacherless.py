@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mutor.method import Context, Method
+from mutor.mtp.method import Context, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mutor.layout import Layout, Rows
+    from mutor.mtp.layout import Layout, Rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,6 @@ class Teacherless(Method):
 
     def generate(self, model: Any, prefix: Tensor, length: int, context: Context) -> Tensor:
         """int64 [B, length]: the argmax at the last prefix token and at length - 1 dummies after it."""
-        from mutor.generate import in_one_pass
+        from mutor.mtp.decode import in_one_pass
 
         return in_one_pass(model, prefix, length, context.pad_id, prefix_lm=context.prefix_lm)

@@ -23,16 +23,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mutor import config, cost, results
-from mutor.accounting import step_flops
-from mutor.attention import dense_mask
 from mutor.checks import from_mapping
-from mutor.layout import IGNORE, Example
-from mutor.method import Context
+from mutor.config.cost_cases import cases_of, settings_of
+from mutor.config.load import find_root, load_scale, load_table
+from mutor.config.recipe import Recipe
+from mutor.files import write_json
 from mutor.models.build import build
-from mutor.optim import optimizer
-from mutor.recipe import Recipe
+from mutor.mtp.attention import dense_mask
+from mutor.mtp.layout import IGNORE, Example
+from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
+from mutor.results import provenance
+from mutor.results.cost import as_dict, file_of, measured, metrics_of
+from mutor.results.flops import step_flops
+from mutor.training.optim import optimizer
 
 RECIPE = Recipe(steps=1, batch_size=1, learning_rate=1e-6)
 
@@ -44,7 +48,7 @@ class Setup:
         longest = max(max(example_lengths(c)) for c in (case, reference))
         values = dict(model_config.config)
         if model_config.architecture == "llamagen":
-            from mutor.models.llamagen import LlamaGenConfig  # registers the architecture
+            from mutor.models.llamagen import LlamaGenConfig
 
             known = LlamaGenConfig(**values)
             values["rows"] = math.ceil(longest / known.columns)
@@ -118,7 +122,7 @@ def split(layout):
 
 def made(case):
     kind = load(METHODS, case.method, "method")
-    return kind(from_mapping(kind.Config, cost.settings_of(case), case.key))
+    return kind(from_mapping(kind.Config, settings_of(case), case.key))
 
 
 def example_lengths(case):
@@ -175,7 +179,7 @@ def attending(setup, case):
     block = case.attention == "auto" and setup.device == "cuda" and not case.one_at_a_time
     setup.model.set_attn_implementation("flex_attention" if block else "sdpa")
     if case.attention == "causal":  # whole rows, so the model's own causal attention is the same
-        with unittest.mock.patch("mutor.trunk.attention_mask", lambda *of: None):
+        with unittest.mock.patch("mutor.mtp.backbone.attention_mask", lambda *of: None):
             yield
     else:
         yield
@@ -238,7 +242,7 @@ def profile(case, reference, model_config, device, folder):
 
 
 def device_name(device):
-    from mutor.run import device_name as named
+    from mutor.training.run import device_name as named
 
     return named(device)
 
@@ -253,15 +257,15 @@ def main():
     parser.add_argument("--profile", help="profile the case of this key instead")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    root = config.find_root()
-    scale = config.load_scale(root, args.scale)
+    root = find_root()
+    scale = load_scale(root, args.scale)
     device = "cuda" if scale.device != "cpu" and torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
     for name in args.tables:
-        table = config.load_table(root, name)
-        by, cases = cost.cases(table, scale)
-        file = cost.file_of(Path(args.runs), args.scale, name)
-        content = cost.measured(file)
+        table = load_table(root, name)
+        by, cases = cases_of(table, scale)
+        file = file_of(Path(args.runs), args.scale, name)
+        content = measured(file)
         for number, case in enumerate(cases, start=1):
             model_config = scale.models[by.models[case.model]] if case.model in by.models else table.models[case.model]
             reference = case.reference(cases)
@@ -270,20 +274,20 @@ def main():
                     profile(case, reference, model_config, device, file.parent / "profiles")
                 continue
             found = content["cases"].get(case.key, {})
-            if found.get("case") == cost.as_dict(case) and "seconds" in found and not args.again:
+            if found.get("case") == as_dict(case) and "seconds" in found and not args.again:
                 continue
             if args.only and not any(text in case.key for text in args.only):
                 continue
             began = time.monotonic()
             try:
                 new = measure(case, reference, model_config, device, by)
-                text = f"{cost.metrics_of(new, '')['ratio'][0]:.3f} times {case.against}"
+                text = f"{metrics_of(new, '')['ratio'][0]:.3f} times {case.against}"
             except torch.cuda.OutOfMemoryError:
                 text = "does not fit into the memory of this device"
                 new = {"error": text}
-            content["cases"][case.key] = {**new, "case": cost.as_dict(case)}
-            content |= {"device": device_name(device), **results.provenance(root)}
-            results.write_json(file, content)
+            content["cases"][case.key] = {**new, "case": as_dict(case)}
+            content |= {"device": device_name(device), **provenance.provenance(root)}
+            write_json(file, content)
             print(f"{name} {number}/{len(cases)} {case.key}: {text}  ({time.monotonic() - began:.0f} s)", flush=True)
             if device == "cuda":
                 torch.cuda.empty_cache()

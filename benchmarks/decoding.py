@@ -17,7 +17,8 @@ import time
 import torch
 from training_loop import ratios
 
-from mutor.models.build import ModelConfig, build
+from mutor.config.schema import ModelConfig
+from mutor.models.build import build
 from mutor.tasks.harness import evaluate
 from mutor.tasks.text import Text, TextConfig
 

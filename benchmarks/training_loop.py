@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-from mutor import config
-from mutor.data import Samples
-from mutor.method import Context
+from mutor.config.load import find_root, load_scale
+from mutor.config.runs import make_spec
 from mutor.models.build import build, initialiser
-from mutor.optim import optimizer, schedule
+from mutor.mtp.method import Context
 from mutor.registry import METHODS, TASKS, load
-from mutor.train import MethodTrainer
+from mutor.training.data import Samples
+from mutor.training.optim import optimizer, schedule
+from mutor.training.trainer import MethodTrainer
 
 
 def ratios(pairs):
@@ -91,12 +92,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    scale = config.load_scale(config.find_root(), args.scale)
+    scale = load_scale(find_root(), args.scale)
     data = next(
         name for name, dataset in scale.datasets.items() if args.method in dataset.settings or not dataset.settings
     )
     settings = scale.datasets[data].settings.get(args.method) or {}
-    spec = config.make_spec(scale, data, next(iter(scale.models)), args.method, settings)
+    spec = make_spec(scale, data, next(iter(scale.models)), args.method, settings)
     # log as often as the scale does, but neither score nor save: the bare loop does not either
     often = {"steps": args.steps, "eval_every": 10**9, "save_every": spec.recipe.log_every * 10**6}
     spec = replace(spec, recipe=replace(spec.recipe, **often))

@@ -8,7 +8,7 @@ __all__ = ["MuToR", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "MuToR":  # imported when asked for, so that planning never imports torch
-        from mutor.mutor import MuToR
+        from mutor.mtp.mutor import MuToR
 
         return MuToR
     raise AttributeError(f"module 'mutor' has no attribute {name!r}")

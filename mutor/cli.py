@@ -9,8 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mutor import config as c
-from mutor import results
+import yaml
+
+from mutor.config.load import find_root, load_project, load_scale, load_table
+from mutor.config.runs import make_spec
+from mutor.config.schema import Project
+from mutor.files import write_text
+from mutor.results import provenance, records
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     args.arguments = arguments
     try:
-        root = c.find_root()
-        project = c.load_project(root, {"scale": args.scale} if args.scale else None)
+        root = find_root()
+        project = load_project(root, {"scale": args.scale} if args.scale else None)
         for name in ("runs", "results", "artifacts"):
             if getattr(args, name, None):
                 project = replace(project, **{name: getattr(args, name)})
@@ -72,21 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+def run(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Train and evaluate one setting; start again under a launcher where its model takes several processes."""
-    from mutor.devices import launch, leave, processes
-    from mutor.run import Workplace
-    from mutor.run import run as run_setting
+    from mutor.training.devices import launch, leave, processes
+    from mutor.training.run import Workplace
+    from mutor.training.run import run as run_setting
 
-    scale = c.load_scale(root, project.scale)
+    scale = load_scale(root, project.scale)
     settings = {}
     for pair in args.set:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set {pair!r}: expected KEY=VALUE")
-        settings[key] = c.yaml.safe_load(value)
+        settings[key] = yaml.safe_load(value)
     seeds = args.seeds and tuple(args.seeds)
-    spec = c.make_spec(scale, args.data, args.model, args.method, settings, seeds, args.longer)
+    spec = make_spec(scale, args.data, args.model, args.method, settings, seeds, args.longer)
     threads = max(1, args.threads // spec.processes) if args.threads else scale.threads
     if spec.processes > 1 and processes() == 1:
         launch(args.arguments, spec.processes, scale.device, threads)
@@ -98,14 +103,15 @@ def run(args: argparse.Namespace, root: Path, project: c.Project) -> None:
     leave()
 
 
-def collect(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+def collect(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Build artifacts."""
-    from mutor.claims import collect_claims
-    from mutor.report import collect_report
-    from mutor.tables import collect_artifact, collect_runs, read_reported
+    from mutor.results.claims import collect_claims
+    from mutor.results.drawings import collect_artifact, collect_runs
+    from mutor.results.published import read_reported
+    from mutor.results.report import collect_report
 
-    scale = c.load_scale(root, project.scale)
-    runs, folder = results.Records(root / project.runs), root / project.results
+    scale = load_scale(root, project.scale)
+    runs, folder = records.Records(root / project.runs), root / project.results
     reported = read_reported(root / "config/reported.csv")
     wanted = list(project.artifacts or scale.artifacts)
     for name in args.artifact or [*wanted, "claims", "runs", "report"]:
@@ -116,7 +122,7 @@ def collect(args: argparse.Namespace, root: Path, project: c.Project) -> None:
         elif name == "report":
             files = collect_report(root, wanted, scale, runs, reported, folder)
         else:
-            files = collect_artifact(c.load_table(root, name), scale, runs, reported, folder)
+            files = collect_artifact(load_table(root, name), scale, runs, reported, folder)
         for file in files:
             print(_shown(file, root))
     for problem in runs.problems:
@@ -127,35 +133,35 @@ def _shown(file: Path, root: Path) -> Path:
     return file.relative_to(root) if file.is_relative_to(root) else file
 
 
-def plan(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+def plan(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Print what a target takes."""
-    from mutor.plan import lines
+    from mutor.results.plan import lines
 
-    scale = c.load_scale(root, project.scale)
-    chosen = [c.load_table(root, str(name)) for name in (args.target or project.artifacts or scale.artifacts)]
+    scale = load_scale(root, project.scale)
+    chosen = [load_table(root, str(name)) for name in (args.target or project.artifacts or scale.artifacts)]
     print("\n".join(lines(chosen, scale, root / project.runs, root / "results/reference")))
 
 
-def compare(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+def compare(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Print what differs between two runs."""
-    from mutor.compare import lines
+    from mutor.results.compare import lines
 
     print("\n".join(lines(args.one, args.other)))
 
 
-def readme(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+def readme(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Write the README's results."""
-    from mutor.report import readme as written
+    from mutor.results.readme import readme as written
 
     file = root / "README.md"
-    results.write_text(file, written(root, file.read_text()))
+    write_text(file, written(root, file.read_text()))
 
 
-def stale(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+def stale(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Print runs made by older code, with the modules that changed."""
     count = 0
     for file in sorted((root / project.runs / project.scale).glob("*/*/*/*/seed*/metrics.json")):
-        changed = results.changed_code(results.read(file), root)
+        changed = provenance.changed_code(records.read(file), root)
         if changed:
             count += 1
             print(f"{_shown(file, root)}: {', '.join(changed)}")
@@ -165,7 +171,7 @@ def stale(args: argparse.Namespace, root: Path, project: c.Project) -> None:
     )
 
 
-def cleanup(args: argparse.Namespace, root: Path, project: c.Project) -> None:
+def cleanup(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Delete checkpoints and models of a scale."""
     freed = 0
     for folder in (root / project.runs / project.scale).glob("*/*/*/*/seed*"):

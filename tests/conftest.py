@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mutor.layout import Example, Rows, collate
+from mutor.mtp.layout import Example, Rows, collate
 
 VOCABULARY = 61
 FAMILIES = (

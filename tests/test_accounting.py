@@ -7,9 +7,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mutor import config, tables
-from mutor.accounting import Shape, attention_exceeds_feed_forward, layer_flops, tipping_point
-from mutor.results import Records
+from mutor.config.load import load_scale, load_table
+from mutor.config.schema import Shape
+from mutor.results.cells import cell_frame
+from mutor.results.drawings import collect_artifact
+from mutor.results.flops import attention_exceeds_feed_forward, layer_flops, tipping_point
+from mutor.results.published import read_reported
+from mutor.results.records import Records
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,10 +22,10 @@ ROOT = Path(__file__).parent.parent
 def flops(tmp_path):
     """The artifact's frame."""
     reported = pd.read_csv(ROOT / "config/reported.csv", dtype=str, keep_default_na=False)
-    table, scale = config.load_table(ROOT, "rebuttal_flops"), config.load_scale(ROOT, "smoke")
-    reported = tables.read_reported(ROOT / "config/reported.csv")
-    tables.collect_artifact(table, scale, Records(tmp_path / "runs"), reported, tmp_path)
-    return tables.cell_frame(table, scale, tmp_path / "runs", reported), tmp_path
+    table, scale = load_table(ROOT, "rebuttal_flops"), load_scale(ROOT, "smoke")
+    reported = read_reported(ROOT / "config/reported.csv")
+    collect_artifact(table, scale, Records(tmp_path / "runs"), reported, tmp_path)
+    return cell_frame(table, scale, tmp_path / "runs", reported), tmp_path
 
 
 def test_every_published_figure_cut_at_two_decimals(flops):

@@ -12,11 +12,11 @@ from baselines.next_token import NextToken, NextTokenConfig
 from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
 from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
 from baselines.teacherless import Teacherless, TeacherlessConfig
-from mutor.generate import greedy
-from mutor.layout import IGNORE, Example, ahead, collate, regular
-from mutor.loss import one_at_a_time
-from mutor.method import Context
-from mutor.mutor import MuToR, MuToRConfig
+from mutor.mtp.decode import greedy
+from mutor.mtp.layout import IGNORE, Example, ahead, collate, regular
+from mutor.mtp.loss import one_at_a_time
+from mutor.mtp.method import Context
+from mutor.mtp.mutor import MuToR, MuToRConfig
 
 BOTH = pytest.mark.parametrize("prefix_lm", [False, True])
 ALL = [

@@ -6,7 +6,7 @@ import pytest
 
 from baselines.parallel_mtp import ParallelMTPConfig
 from mutor.checks import choose, from_mapping, not_default, setting
-from mutor.mutor import MuToR, MuToRConfig
+from mutor.mtp.mutor import MuToR, MuToRConfig
 from mutor.registry import METHODS, load, register
 
 
@@ -123,10 +123,10 @@ def test_an_unknown_method_suggests_the_nearest(name, nearest):
 
 def test_a_taken_name_is_refused():
     """Registering twice would silently replace a method."""
-    mine = {"mutor": "mutor.mutor:MuToR"}
+    mine = {"mutor": "mutor.mtp.mutor:MuToR"}
     with pytest.raises(ValueError, match=r"'mutor' is already registered as mutor\.mutor:MuToR"):
         register(mine, "mutor", "other:Thing")
-    assert mine == {"mutor": "mutor.mutor:MuToR"}
+    assert mine == {"mutor": "mutor.mtp.mutor:MuToR"}
 
 
 @pytest.mark.parametrize("name", ["next_token", "parallel_mtp", "sequential_mtp", "teacherless", "mutor"])

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import yaml
 
-from mutor import claims, config, results
 from mutor.cli import main
-from mutor.stats import Interval
-from mutor.tables import read_reported
+from mutor.config.load import find_root, load_scale, load_table
+from mutor.config.runs import cells_of
+from mutor.files import write_json
+from mutor.results import claims, records
+from mutor.results.published import read_reported
+from mutor.results.stats import Interval
 
-ROOT = config.find_root()
+ROOT = find_root()
 REPORTED = read_reported(ROOT / "config/reported.csv")
 
 
@@ -40,24 +43,24 @@ def put(folder, cell, seed, solved, data_hash="d", count=200):
     """A record that solves the first `solved` of its problems."""
     spec = cell.spec
     metrics = {"solve_rate": 100 * solved / count, "first_step_accuracy": 100 * solved / count}
-    scores = {"solve_rate": results.pack(np.arange(count) < solved)}
+    scores = {"solve_rate": records.pack(np.arange(count) < solved)}
     record = {
         "version": 1, "scale": spec.scale, "train_data": spec.data, "model": spec.model, "method": spec.method,
         "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
         "checkpoints": [{"names": ["best", "last"], "step": 1, "metrics": metrics, "scores": scores}], "curve": [],
         "added_parameters": 0, "versions": {}, "steps": 1, "data_hash": data_hash,
     }  # fmt: skip
-    results.write_json(results.seed_folder(folder, spec, seed) / "metrics.json", record)
+    write_json(records.seed_folder(folder, spec, seed) / "metrics.json", record)
 
 
 def frame_of(folder, solved, scale="smoke", count=200):
     """The claims frame of runs: label or method -> problems solved by each seed, of `count`."""
-    loaded = config.load_scale(ROOT, scale)
-    for cell in config.cells(config.load_table(ROOT, "figure4"), loaded):
+    loaded = load_scale(ROOT, scale)
+    for cell in cells_of(load_table(ROOT, "figure4"), loaded):
         key = cell.row.label or cell.spec.method
         for seed, right in zip((42, 43, 44), solved.get(key, ()), strict=False):
             put(folder, cell, seed, right, count=count)
-    return claims.claim_frame(ROOT, loaded, results.Records(folder), REPORTED)
+    return claims.claim_frame(ROOT, loaded, records.Records(folder), REPORTED)
 
 
 def of(frame, words):
@@ -92,22 +95,22 @@ def test_one_seed_is_over_problems_and_says_so(tmp_path):
 
 def test_best_of_all_is_held_against_each_other_setting(tmp_path):
     """d_max 4 above 2 and 3 but not clearly above 6: undecided, and 6 is what is shown."""
-    scale = config.load_scale(ROOT, "paper")
+    scale = load_scale(ROOT, "paper")
     accuracy = {2: (38, 39, 38), 3: (40, 41, 40), 4: (60, 61, 62), 6: (59, 62, 61)}
-    for cell in config.cells(config.load_table(ROOT, "table4"), scale):
+    for cell in cells_of(load_table(ROOT, "table4"), scale):
         if cell.spec.method == "mutor" and cell.spec.data == "gsm8k":
             for seed, right in zip((42, 43, 44), accuracy[cell.spec.method_config.d_max], strict=True):
                 put(tmp_path, cell, seed, right, count=100)
-                file = results.seed_folder(tmp_path, cell.spec, seed) / "metrics.json"
+                file = records.seed_folder(tmp_path, cell.spec, seed) / "metrics.json"
                 file.write_text(file.read_text().replace("solve_rate", "accuracy"))
-    frame = claims.claim_frame(ROOT, scale, results.Records(tmp_path), REPORTED)
+    frame = claims.claim_frame(ROOT, scale, records.Records(tmp_path), REPORTED)
     row = frame[(frame["claim"] == "MuToR is best at d_max 4") & (frame["train_data"] == "gsm8k")].iloc[0]
     assert row["verdict"] == "inconclusive" and row["measured"] == pytest.approx(61 - 182 / 3, abs=1e-6)
     assert row["published"] == pytest.approx(42.10 - 41.93) and row["stands_in_for"] == ""
 
 
 def test_published_effects_stand_beside(tmp_path):
-    frame = claims.claim_frame(ROOT, config.load_scale(ROOT, "paper"), results.Records(tmp_path), REPORTED)
+    frame = claims.claim_frame(ROOT, load_scale(ROOT, "paper"), records.Records(tmp_path), REPORTED)
     assert frame["verdict"].isin(["not run", "not at this scale"]).all()
     table1 = frame[(frame["table"] == "table1") & (frame["theirs"] == "next_token") & (frame["direction"] == "above")]
     gains = {(r["model"], r["train_data"]): round(r["published"], 2) for _, r in table1.iterrows()}
@@ -124,13 +127,13 @@ def test_published_effects_stand_beside(tmp_path):
 
 
 def test_different_problems_are_compared_by_seeds(tmp_path):
-    scale = config.load_scale(ROOT, "smoke")
-    for cell in config.cells(config.load_table(ROOT, "figure4"), scale):
+    scale = load_scale(ROOT, "smoke")
+    for cell in cells_of(load_table(ROOT, "figure4"), scale):
         if not cell.row.control and cell.spec.method in ("next_token", "mutor"):
             for seed, right in ((42, 90), (43, 110)):
                 mutor = cell.spec.method == "mutor"
                 put(tmp_path, cell, seed, right + 50 * mutor, data_hash=f"{cell.spec.method}")
-    row = of(claims.claim_frame(ROOT, scale, results.Records(tmp_path), REPORTED), "fails on")
+    row = of(claims.claim_frame(ROOT, scale, records.Records(tmp_path), REPORTED), "fails on")
     assert row["covers"] == "seeds" and row["measured"] == pytest.approx(25)
     half = 4.302653 * (2 * 7.0710678**2 / 2) ** 0.5 / 1  # Welch at equal variances: t with 2 degrees of freedom
     assert row["ci_high"] - 25 == pytest.approx(half, rel=1e-4)

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from mutor import results
 from mutor.cli import main
-from mutor.compare import lines
+from mutor.files import write_json
+from mutor.results import records
+from mutor.results.compare import lines
 
 
 def write(folder, method, seed, right, **more):
@@ -18,10 +19,10 @@ def write(folder, method, seed, right, **more):
         "config_hash": "h", "config": {"method": method, "recipe": {"steps": 20}}, "data_hash": "d", "versions": {},
         "checkpoints": [
             {"names": ["best", "last"], "step": 20, "metrics": {"solve_rate": 100 * float(scores.mean())},
-             "scores": {"solve_rate": results.pack(scores)}}
+             "scores": {"solve_rate": records.pack(scores)}}
         ], **more,
     }  # fmt: skip
-    results.write_json(folder / f"seed{seed}/metrics.json", record)
+    write_json(folder / f"seed{seed}/metrics.json", record)
 
 
 def test_settings_seed_by_seed(tmp_path, capsys):

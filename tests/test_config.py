@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from mutor import config
 from mutor.cli import main
+from mutor.config.load import load_scale, load_table, scale_names
+from mutor.config.runs import cells_of, make_spec, specs_of
 from mutor.registry import METHODS, load
 
 ROOT = Path(__file__).parent.parent
@@ -52,15 +53,15 @@ def test_planning_imports_no_torch():
     ],
 )
 def test_figure4_asks_for_exactly_these_settings(scale, expected):
-    loaded = config.load_scale(ROOT, scale)
-    specs = config.specs(config.cells(config.load_table(ROOT, "figure4"), loaded))
+    loaded = load_scale(ROOT, scale)
+    specs = specs_of(cells_of(load_table(ROOT, "figure4"), loaded))
     assert len(specs) == expected and len({s.path for s in specs}) == expected
     assert all(s.seeds == loaded.seeds and len(s.seeds) >= 2 for s in specs)
 
 
 def test_paper_scale_is_the_published_experiment():
-    scale = config.load_scale(ROOT, "paper")
-    specs = {s.path: s for s in config.specs(config.cells(config.load_table(ROOT, "figure4"), scale))}
+    scale = load_scale(ROOT, "paper")
+    specs = {s.path: s for s in specs_of(cells_of(load_table(ROOT, "figure4"), scale))}
     five = specs["paper/g2x5/gpt2-large/mutor/a=0.5,d_min=2"]
     ten = specs["paper/g2x10/gpt2-large/mutor/d_max=6,d_min=2"]
     assert (five.method_config.d_min, five.method_config.d_max, five.method_config.a) == (2, 4, 0.5)
@@ -71,21 +72,21 @@ def test_paper_scale_is_the_published_experiment():
     assert recipe.steps * recipe.batch_size == 100 * 200_000 and five.stands_in_for == ""
 
 
-@pytest.mark.parametrize("scale", config.scales(ROOT))
+@pytest.mark.parametrize("scale", scale_names(ROOT))
 def test_methods_of_a_comparison_share_budget_and_data(scale):
-    loaded = config.load_scale(ROOT, scale)
+    loaded = load_scale(ROOT, scale)
     budgets = {}
-    for spec in config.specs(config.cells(config.load_table(ROOT, "figure4"), loaded)):
+    for spec in specs_of(cells_of(load_table(ROOT, "figure4"), loaded)):
         budgets.setdefault(spec.data, set()).add((spec.recipe, spec.task_config, spec.model))
     assert all(len(b) == 1 for b in budgets.values())
 
 
 def test_settings_that_are_the_same_are_one_run():
-    scale = config.load_scale(ROOT, "smoke")
-    one = config.make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3, "d_min": 1, "a": 0.3})
-    two = config.make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3})
+    scale = load_scale(ROOT, "smoke")
+    one = make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3, "d_min": 1, "a": 0.3})
+    two = make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3})
     assert one.path == two.path == "smoke/g2x3/gpt2-2x32/mutor/d_max=3" and one.config_hash == two.config_hash
-    default = config.make_spec(scale, "g2x3", "gpt2-2x32", "next_token", {})
+    default = make_spec(scale, "g2x3", "gpt2-2x32", "next_token", {})
     assert default.path.endswith("next_token/default") and default.config_hash != two.config_hash
 
 
@@ -213,7 +214,7 @@ def test_plan_knows_how_large_models_are(name):
             "llama", {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
                       "num_key_value_heads": 3, "intermediate_size": 1536, "tie_word_embeddings": True}),
     }  # fmt: skip
-    scale = config.load_scale(ROOT, name)
+    scale = load_scale(ROOT, name)
     assert scale.plan
     for model, parameters in scale.plan.items():
         own = scale.models[model]
@@ -228,9 +229,9 @@ def test_plan_knows_how_large_models_are(name):
 
 
 def test_hash_is_of_what_differs_from_defaults():
-    scale = config.load_scale(ROOT, "smoke")
-    spec = config.make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3})
-    assert spec.config_hash == config.make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3, "a": 0.3}).config_hash
+    scale = load_scale(ROOT, "smoke")
+    spec = make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3})
+    assert spec.config_hash == make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 3, "a": 0.3}).config_hash
     same = replace(spec, model_config=replace(spec.model_config, stands_in_for="another wording"))
     assert same.config_hash == spec.config_hash
     others = [
@@ -240,7 +241,7 @@ def test_hash_is_of_what_differs_from_defaults():
         replace(spec, model_config=replace(spec.model_config, dtype="mixed")),
         replace(spec, base=None),
         replace(spec, base=replace(spec.base, recipe=replace(spec.base.recipe, steps=21))),
-        config.make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 2}),
-        config.make_spec(scale, "g2x3", "gpt2-2x32", "parallel_mtp", {"d_max": 3}),
+        make_spec(scale, "g2x3", "gpt2-2x32", "mutor", {"d_max": 2}),
+        make_spec(scale, "g2x3", "gpt2-2x32", "parallel_mtp", {"d_max": 3}),
     ]
     assert len({spec.config_hash, *(other.config_hash for other in others)}) == 1 + len(others)

@@ -10,14 +10,19 @@ import pandas as pd
 import pytest
 import torch
 
-from mutor import config, cost, tables
-from mutor.accounting import step_flops
 from mutor.checks import from_mapping
-from mutor.layout import Example, collate
-from mutor.method import Context
-from mutor.models.build import ModelConfig
-from mutor.mutor import MuToR
-from mutor.results import Records
+from mutor.config.cost_cases import Case, cases_of, load_cases, settings_of
+from mutor.config.load import load_scale, load_table
+from mutor.config.schema import ModelConfig
+from mutor.mtp.layout import Example, collate
+from mutor.mtp.method import Context
+from mutor.mtp.mutor import MuToR
+from mutor.results.cells import cell_frame
+from mutor.results.cost import file_of, metrics_of
+from mutor.results.drawings import collect_artifact
+from mutor.results.flops import step_flops
+from mutor.results.published import read_reported
+from mutor.results.records import Records
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,13 +46,13 @@ TINY = ModelConfig(
 def case(**changes):
     values = {"section": "s", "label": "x", "model": "gemma-2b", "method": "mutor", "batch": 3, "tokens": 12,
               "against": "x", "settings": {"d_max": 1, "a": 0.4}}  # fmt: skip
-    return from_mapping(cost.Case, values | changes, "case")
+    return from_mapping(Case, values | changes, "case")
 
 
 def test_the_published_cases_are_there():
     """What the rebuttal measured, at its sizes, and every model and reference named."""
-    table = config.load_table(ROOT, "rebuttal_latency")
-    by, cases = cost.cases(table, replace(config.load_scale(ROOT, "smoke"), cost={}))
+    table = load_table(ROOT, "rebuttal_latency")
+    by, cases = cases_of(table, replace(load_scale(ROOT, "smoke"), cost={}))
     assert by.tokens == by.batch == 1
     found = {c.published: c for c in cases if c.published and c.model != "llama-3-8b"}
     assert len(found) == 4
@@ -60,13 +65,13 @@ def test_the_published_cases_are_there():
 
 
 def test_cases_over_a_value_are_compared_at_the_same_value():
-    table = config.load_table(ROOT, "cost_curves")
-    _, cases = cost.cases(table, config.load_scale(ROOT, "laptop"))
+    table = load_table(ROOT, "cost_curves")
+    _, cases = cases_of(table, load_scale(ROOT, "laptop"))
     for c in cases:
         same = c.reference(cases)
         assert (c.tokens, c.batch) == (same.tokens, same.batch) and same.method == "next_token"
     assert max(c.tokens for c in cases) <= 1024
-    assert [cost.settings_of(c)["d_max"] for c in cases if c.label == "parallel_mtp"] == [2, 4, 6, 16]
+    assert [settings_of(c)["d_max"] for c in cases if c.label == "parallel_mtp"] == [2, 4, 6, 16]
 
 
 @pytest.mark.parametrize(
@@ -80,10 +85,10 @@ def test_cases_over_a_value_are_compared_at_the_same_value():
 )
 def test_wrong_cases_are_refused(section, says):
     good = {"section": "s", "model": "m", "batch": 2, "against": "x", "cases": [{"label": "x", "method": "mutor"}]}
-    cost.load_cases((good,), "here")
+    load_cases((good,), "here")
     bad = {**good, "cases": [{**good["cases"][0], **section}]}
     with pytest.raises(ValueError, match=says):
-        cost.load_cases((bad,), "here")
+        load_cases((bad,), "here")
 
 
 def test_flops_by_hand(bench):
@@ -165,9 +170,9 @@ def test_measurements_are_kept_and_drawn(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [*call, "Gemma 2B", "grouped"])
     bench.main()
     assert first == 6 and done[first:] == [k for k in done[first:] if "grouped" in k] and len(done) == 8
-    scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "rebuttal_latency")
-    reported = tables.read_reported(ROOT / "config/reported.csv")
-    files = tables.collect_artifact(table, scale, Records(tmp_path / "runs"), reported, tmp_path)
+    scale, table = load_scale(ROOT, "smoke"), load_table(ROOT, "rebuttal_latency")
+    reported = read_reported(ROOT / "config/reported.csv")
+    files = collect_artifact(table, scale, Records(tmp_path / "runs"), reported, tmp_path)
     assert {f.suffix for f in files} == {".csv", ".md", ".tex", ".png", ".svg"}
     frame = pd.read_csv(tmp_path / "rebuttal_latency.csv")
     ratios = frame[frame["metric"] == "ratio"]
@@ -176,18 +181,18 @@ def test_measurements_are_kept_and_drawn(bench, tmp_path, monkeypatch):
     assert ratios[ratios["n_seeds"] == 0]["mean"].isna().all()
     assert frame["reported"].isna().all() and frame["stands_in_for"].ne("").all()
     assert "not run" in (tmp_path / "rebuttal_latency.md").read_text()
-    whole = tables.cell_frame(table, config.load_scale(ROOT, "gpu"), Records(tmp_path / "runs"), reported)
+    whole = cell_frame(table, load_scale(ROOT, "gpu"), Records(tmp_path / "runs"), reported)
     assert set(whole["reported"].dropna()) == {0.35, 0.34, 0.16, 1.4} and (whole["n_seeds"] == 0).all()
-    content = json.loads(cost.file_of(tmp_path / "runs", "smoke", "rebuttal_latency").read_text())
+    content = json.loads(file_of(tmp_path / "runs", "smoke", "rebuttal_latency").read_text())
     assert content["device"] and content["versions"]["torch"]
 
 
 def test_metrics_of_a_case_by_hand():
     found = {"seconds": [0.4, 0.2, 0.3], "reference_seconds": [0.2, 0.2, 0.1], "sequences": 4, "tokens": 60,
              "reference_tokens": 30, "flops": 9e13, "reference_flops": 6e13, "peak_memory_bytes": 5e9}  # fmt: skip
-    got = {name: value for name, (value, _) in cost.metrics_of(found, "NVIDIA H200").items()}
+    got = {name: value for name, (value, _) in metrics_of(found, "NVIDIA H200").items()}
     assert got == pytest.approx({
         "ratio": 2.0, "token_ratio": 2.0, "flop_ratio": 1.5, "seconds_per_step": 0.3, "sequences_per_second": 4 / 0.3,
         "tokens_per_second": 200.0, "utilisation": 100 * 9e13 / 0.3 / 989e12, "peak_memory": 5.0,
     })  # fmt: skip
-    assert "utilisation" not in cost.metrics_of(found, "cpu (AMD EPYC)")
+    assert "utilisation" not in metrics_of(found, "cpu (AMD EPYC)")

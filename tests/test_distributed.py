@@ -16,9 +16,11 @@ import pytest
 import test_run
 import yaml
 
-from mutor import config, results
-from mutor.devices import claim, leave
-from mutor.run import Workplace, run
+from mutor.config.load import load_scale
+from mutor.config.runs import make_spec
+from mutor.results import records
+from mutor.training.devices import claim, leave
+from mutor.training.run import Workplace, run
 
 ROOT = Path(__file__).parent.parent
 TWO = [
@@ -42,8 +44,8 @@ def train(folder, name, sharded=False):
     method, recipe, changes = RUNS[name]
     recipe = {"accumulate": 4, "steps": 6, "log_every": 1, "eval_every": 3, "save_every": 3, **recipe}
     if name == "images":
-        scale = config.load_scale(ROOT, "smoke")
-        spec = config.make_spec(scale, "digits", "llamagen-1x32", method, {"d_max": 4, "a": 0.5}, (7,))
+        scale = load_scale(ROOT, "smoke")
+        spec = make_spec(scale, "digits", "llamagen-1x32", method, {"d_max": 4, "a": 0.5}, (7,))
         spec = replace(spec, recipe=replace(spec.recipe, **recipe))
     else:
         spec = test_run.text_spec(method, **recipe)
@@ -57,7 +59,7 @@ def read(folder, name="*"):
     from safetensors.torch import load_file
 
     file = next(folder.glob(f"{name}/**/seed7/metrics.json"))
-    return results.read(file), load_file(file.parent / "last/model.safetensors"), file.parent
+    return records.read(file), load_file(file.parent / "last/model.safetensors"), file.parent
 
 
 def same(ours, theirs, names):
@@ -105,7 +107,7 @@ def test_two_processes_train_like_one(one, tmp_path, kind):
 
 def work(folder, kind):
     """What each of the two processes does: all runs, one of them interrupted and taken up again."""
-    from mutor.train import MethodTrainer
+    from mutor.training.trainer import MethodTrainer
 
     if kind == "fsdp":
         shard_on_cpu()
@@ -173,8 +175,8 @@ def test_killed_command_of_two_processes_goes_on_to_the_result_of_one(project):
     done = subprocess.run(command, cwd=project, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "resumed from step" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("step 40/40  solve_rate") == 1  # one process speaks
-    scale = config.load_scale(project, "smoke")
-    spec = config.make_spec(scale, "g2x3", "gpt2-2x32", "parallel_mtp", {"d_max": 3, "a": 0.5}, (7,))
+    scale = load_scale(project, "smoke")
+    spec = make_spec(scale, "g2x3", "gpt2-2x32", "parallel_mtp", {"d_max": 3, "a": 0.5}, (7,))
     run(spec, spec.seeds, Workplace(root=ROOT, runs=project / "alone"))
     (ours, weights, _), (theirs, expected, _) = read(project, "runs/smoke/g2x3"), read(project, "alone/smoke/g2x3")
     assert (ours["processes"], theirs["processes"], ours["resumed"]) == (2, 1, True)
@@ -223,26 +225,26 @@ def test_wrong_settings_are_refused_before_anything_runs(project, change, data, 
     file = project / "config/scales/smoke.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
     with pytest.raises(ValueError) as error:
-        scale = config.load_scale(project, "smoke")
-        config.make_spec(scale, data, "llama-2x32" if data == "gsm8k" else "gpt2-2x32", method, {})
+        scale = load_scale(project, "smoke")
+        make_spec(scale, data, "llama-2x32" if data == "gsm8k" else "gpt2-2x32", method, {})
     assert says in str(error.value) and "config/scales/smoke.yaml: " in str(error.value)
 
 
 def test_published_processes():
     """5 GPUs x 2 parts x 1 sequence for Llama, sharded; 8 GPUs x 128 images for LlamaGen (protocol: hardware)."""
-    scale = config.load_scale(ROOT, "paper")
+    scale = load_scale(ROOT, "paper")
     for data, model, method, processes, sharded, size in (
         ("1m-gsm", "llama-3-8b", "mutor", 5, True, 1),
         ("1m-gsm", "gemma-2b", "mutor", 1, False, 1),
         ("imagenet-256", "llamagen-b", "mutor_2d", 8, False, 128),
     ):
-        spec = config.make_spec(scale, data, model, method, {})
+        spec = make_spec(scale, data, model, method, {})
         recipe = spec.recipe
         assert (spec.processes, spec.sharded, recipe.batch_size // recipe.accumulate) == (processes, sharded, size)
-        alone = config.make_spec(replace(scale, processes={}, sharded=()), data, model, method, {})
+        alone = make_spec(replace(scale, processes={}, sharded=()), data, model, method, {})
         assert alone == spec and alone.config_hash == spec.config_hash  # the same run, computed otherwise
     with pytest.raises(ValueError, match=r"sharded: llama-3-8b: method: 'lora_mutor' can't be; allowed: .*mutor"):
-        config.make_spec(scale, "1m-gsm", "llama-3-8b", "lora_mutor", {})
+        make_spec(scale, "1m-gsm", "llama-3-8b", "lora_mutor", {})
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mutor import registers
 from mutor.checks import from_mapping
-from mutor.layout import IGNORE, Example, collate
-from mutor.method import Context
 from mutor.models.llamagen import LlamaGenConfig, LlamaGenForCausalLM
+from mutor.mtp import registers
+from mutor.mtp.layout import IGNORE, Example, collate
+from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
 
 SMALL = {
@@ -149,7 +149,8 @@ def digits(tmp_path_factory):
     """The task with its tokenizer, classifier and codes, hastily trained."""
     for needed in ("sklearn", "diffusers", "torchmetrics"):
         pytest.importorskip(needed)
-    from mutor.tasks.images import Images, ImagesConfig
+    from mutor.tasks.images import Images
+    from mutor.tasks.pictures import ImagesConfig
 
     said = []
     task = Images(from_mapping(ImagesConfig, TINY, "images"))
@@ -180,8 +181,7 @@ def test_versions_keep_their_class():
     """A classifier of the images as they are knows the versions too; each is another image, and drawn alone."""
     pytest.importorskip("sklearn")
     from mutor.tasks.image_scores import Classifier, train_classifier
-    from mutor.tasks.images import ImagesConfig
-    from mutor.tasks.pictures import Versions
+    from mutor.tasks.pictures import ImagesConfig, Versions
     from mutor.tasks.pictures import load as pictures
 
     config = ImagesConfig(copies=3)
@@ -202,8 +202,7 @@ def test_versions_keep_their_class():
 
 def test_every_second_version_is_mirrored_where_asked():
     pytest.importorskip("sklearn")
-    from mutor.tasks.images import ImagesConfig
-    from mutor.tasks.pictures import Versions
+    from mutor.tasks.pictures import ImagesConfig, Versions
     from mutor.tasks.pictures import load as pictures
 
     config = ImagesConfig(copies=2, flip=True, shift=0, turn=0, zoom=0)  # the protocol's two crops an image
@@ -215,7 +214,7 @@ def test_every_second_version_is_mirrored_where_asked():
 def test_a_folder_of_files(tmp_path):
     """ADM's centre crop: a wide picture of three stripes leaves the middle one."""
     image = pytest.importorskip("PIL.Image")
-    from mutor.tasks.images import ImagesConfig
+    from mutor.tasks.pictures import ImagesConfig
     from mutor.tasks.pictures import load as pictures
 
     for name in ("cat", "dog"):
@@ -246,7 +245,7 @@ def test_fashion_mnist_files(tmp_path):
     """idx files as they are published: big-endian sizes, then bytes, packed."""
     import gzip
 
-    from mutor.tasks.images import ImagesConfig
+    from mutor.tasks.pictures import ImagesConfig
     from mutor.tasks.pictures import load as pictures
 
     def write(name, array):

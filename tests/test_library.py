@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from mutor import MuToR
-from mutor.layout import Example, collate
-from mutor.method import Context
+from mutor.mtp.layout import Example, collate
+from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
 
 pytest.importorskip("accelerate")

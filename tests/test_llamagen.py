@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mutor.layout import Example, collate
-from mutor.method import Context
 from mutor.models.llamagen import SIZES, LlamaGenConfig, LlamaGenForCausalLM, convert, sample
-from mutor.mutor import MuToR
+from mutor.mtp.layout import Example, collate
+from mutor.mtp.method import Context
+from mutor.mtp.mutor import MuToR
 
 SMALL = {
     "codes": 30, "classes": 5, "rows": 3, "columns": 4, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.lora import LoRAMuToR, LoRANextToken
 from mutor.checks import from_mapping
-from mutor.method import Context
-from mutor.mutor import MuToR
+from mutor.mtp.method import Context
+from mutor.mtp.mutor import MuToR
 from mutor.registry import METHODS, load
 
 

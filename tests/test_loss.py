@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from mutor.checks import from_mapping
-from mutor.layout import Example, collate
-from mutor.loss import Goal, head_loss
-from mutor.method import Context
+from mutor.mtp.layout import Example, collate
+from mutor.mtp.loss import Goal, head_loss
+from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
 
 SETTINGS = {
@@ -82,7 +82,7 @@ def test_methods_lose_nothing(name, per_sequence, tiny, batch, tools, monkeypatc
     layout = method.layout(batch.rows, Context(seed=1))
     whole, _ = method.losses(model, layout)
     expected = tools.gradients(model, whole)
-    monkeypatch.setattr("mutor.loss.head_loss", partial(head_loss, most=10))
+    monkeypatch.setattr("mutor.mtp.loss.head_loss", partial(head_loss, most=10))
     parts, _ = method.losses(model, layout)
     tools.close(parts, whole)
     tools.same_gradients(tools.gradients(model, parts), expected)

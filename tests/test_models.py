@@ -9,13 +9,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from mutor import config, results
 from mutor.checks import from_mapping
-from mutor.models.build import ModelConfig, build, fan_in
-from mutor.run import Workplace, run
+from mutor.config.load import load_scale, load_table, scale_names
+from mutor.config.runs import run_cells, specs_of
+from mutor.config.schema import ModelConfig
+from mutor.models.build import build, fan_in
+from mutor.results import records
 from mutor.tasks import standins
-from mutor.tasks.images import ImagesConfig
+from mutor.tasks.pictures import ImagesConfig
 from mutor.tasks.text import TextConfig
+from mutor.training.run import Workplace, run
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -130,12 +133,12 @@ def small(spec, folder):
     return replace(spec, model_config=model, recipe=replace(spec.recipe, **batch), task_config=task, base=base)
 
 
-@pytest.mark.parametrize("scale", config.scales(ROOT))
+@pytest.mark.parametrize("scale", scale_names(ROOT))
 def test_every_recipe_runs_two_steps_on_tiny_models(scale, tiny_pretrained, tmp_path):
-    loaded = config.load_scale(ROOT, scale)
+    loaded = load_scale(ROOT, scale)
     seen = set()
-    tables = [config.load_table(ROOT, name) for name in loaded.artifacts]
-    for spec in config.specs([cell for table in tables for cell in config.run_cells(table, loaded)]):
+    tables = [load_table(ROOT, name) for name in loaded.artifacts]
+    for spec in specs_of([cell for table in tables for cell in run_cells(table, loaded)]):
         graph = spec.dataset.task == "star_graph"
         kind = (spec.method, *((spec.dataset.role, spec.task_config.l) if graph else (spec.dataset.recipe,)))
         if kind in seen:
@@ -143,8 +146,8 @@ def test_every_recipe_runs_two_steps_on_tiny_models(scale, tiny_pretrained, tmp_
         seen |= {kind}
         spec = small(spec, tiny_pretrained)
         run(spec, (1,), Workplace(root=ROOT, runs=tmp_path))
-        record = results.read(results.seed_folder(tmp_path, spec, 1) / "metrics.json")
-        metrics = results.checkpoint_metrics(record, "last")
+        record = records.read(records.seed_folder(tmp_path, spec, 1) / "metrics.json")
+        metrics = records.checkpoint_metrics(record, "last")
         assert record["steps"] == 2 and np.isfinite(metrics["loss"])
         assert {"next_token", "loss"} <= set(record["curve"][0])
     assert len(seen) >= 4

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mutor import registers as r
-from mutor.attention import attention_mask, dense_mask, mask_mod
-from mutor.layout import regular
-from mutor.method import Context
-from mutor.mutor import MuToR
+from mutor.mtp import registers as r
+from mutor.mtp.attention import attention_mask, dense_mask, mask_mod
+from mutor.mtp.layout import regular
+from mutor.mtp.method import Context
+from mutor.mtp.mutor import MuToR
 from mutor.registry import METHODS, load
 
 BOTH = pytest.mark.parametrize("prefix_lm", [False, True])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mutor.optim import schedule
-from mutor.recipe import Recipe
+from mutor.config.recipe import Recipe
+from mutor.training.optim import schedule
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mutor import config, results
-from mutor.claims import collect_claims
-from mutor.results import Records
-from mutor.tables import collect_artifact, collect_runs, read_reported
+from mutor.config.load import load_scale, load_table
+from mutor.results import records
+from mutor.results.claims import collect_claims
+from mutor.results.drawings import collect_artifact, collect_runs
+from mutor.results.published import read_reported
+from mutor.results.records import Records
 
 ROOT = Path(__file__).parent.parent
 REPORTED = read_reported(ROOT / "config/reported.csv")
@@ -18,11 +20,11 @@ SCALES = sorted(folder.name for folder in (ROOT / "results/reference").glob("*")
 @pytest.mark.parametrize("name", SCALES)
 def test_artifacts_are_rebuilt_from_the_records(name, tmp_path):
     folder = ROOT / "results/reference" / name
-    scale = config.load_scale(ROOT, name)
+    scale = load_scale(ROOT, name)
     tables = [file for file in folder.glob("*.md") if file.stem != "claims"]
     assert len(tables) == len(scale.artifacts)
     for file in tables:
-        table = config.load_table(ROOT, file.stem)
+        table = load_table(ROOT, file.stem)
         collect_artifact(table, scale, Records(folder / "runs"), REPORTED, tmp_path)
         for ending in ("csv", "md", "tex"):
             fresh = (tmp_path / f"{file.stem}.{ending}").read_text()
@@ -41,10 +43,10 @@ def test_records_name_their_code_and_machine(name):
     files = sorted((ROOT / "results/reference" / name / "runs").glob("**/metrics.json"))
     assert files
     for file in files:
-        record = results.read(file)
+        record = records.read(file)
         assert record["git_commit"] and not record["git_changed"] and record["device"] and record["code"]
         last = next(c for c in record["checkpoints"] if "last" in c["names"])
-        assert last["scores"] and all(len(results.unpack(packed)) >= 60 for packed in last["scores"].values())
+        assert last["scores"] and all(len(records.unpack(packed)) >= 60 for packed in last["scores"].values())
 
 
 def test_laptop_reference_shows_the_failure_that_the_paper_starts_from():

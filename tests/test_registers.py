@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mutor import registers as r
-from mutor.attention import dense_mask
-from mutor.layout import Example, collate, regular, with_registers
-from mutor.method import Context
-from mutor.mutor import MuToR
+from mutor.mtp import registers as r
+from mutor.mtp.attention import dense_mask
+from mutor.mtp.layout import Example, collate, regular, with_registers
+from mutor.mtp.method import Context
+from mutor.mtp.mutor import MuToR
 
 LONG, SHORT = [10, 11, 12, 13, 14, 15], [20, 21, 22, 23]
 N = -100  # no target

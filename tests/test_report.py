@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from mutor import config, results
 from mutor.cli import main
-from mutor.report import README_MARKS, missing, readme
+from mutor.config.load import load_scale, load_table
+from mutor.config.runs import settings_name
+from mutor.files import write_json
+from mutor.results import records
+from mutor.results.readme import README_MARKS, readme
+from mutor.results.report import missing
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -59,10 +63,10 @@ def page(tmp_path_factory):
 def test_everything_stands_on_one_page(page):
     text = page.read_text()
     assert page.stat().st_size < 5e6
-    scale = config.load_scale(ROOT, "laptop")
+    scale = load_scale(ROOT, "laptop")
     for name in scale.artifacts:
         assert f'<section id="{name}">' in text and f'id="{name}-cells"' in text
-    drawn = [config.load_table(ROOT, name).draw for name in scale.artifacts]
+    drawn = [load_table(ROOT, name).draw for name in scale.artifacts]
     assert text.count('<img src="data:image/') == sum(
         {"solve_rates": 2, "images": 2, "sweep": 1, "cost": 1}.get(d, 0) for d in drawn
     )
@@ -71,7 +75,7 @@ def test_everything_stands_on_one_page(page):
     assert "Not the published experiment." in text and text.count("gpt2-large (here a GPT-2 of 6 layers x 64)") >= 2
     assert not re.search(r"""(src|href)=["'](https?:)?//""", text) and "@import" not in text
     assert re.search(r"Training took \d+\.\d\d core hours on cpu", text)
-    commits = {r["git_commit"][:10] for r in results.Records(ROOT / "results/reference/laptop/runs").of_scale("laptop")}
+    commits = {r["git_commit"][:10] for r in records.Records(ROOT / "results/reference/laptop/runs").of_scale("laptop")}
     assert all(commit in text for commit in commits)
 
 
@@ -100,13 +104,13 @@ def test_without_runs_it_says_how_to_start(tmp_path):
 
 
 def test_missing_seeds_are_listed(tmp_path):
-    scale, table = config.load_scale(ROOT, "laptop"), config.load_table(ROOT, "figure4")
+    scale, table = load_scale(ROOT, "laptop"), load_table(ROOT, "figure4")
     reference = ROOT / "results/reference/laptop/runs"
     shutil.copytree(reference, tmp_path / "runs")
-    assert len(missing([table], scale, results.Records(tmp_path / "runs"))) == 0
+    assert len(missing([table], scale, records.Records(tmp_path / "runs"))) == 0
     file = next((tmp_path / "runs/laptop/g2x5/gpt2-6x64/teacherless").glob("*/seed43/metrics.json"))
     file.write_text("{")
-    runs = results.Records(tmp_path / "runs")
+    runs = records.Records(tmp_path / "runs")
     row = missing([table], scale, runs).iloc[0]
     assert (row["seeds"], row["artifacts"]) == ("43", "figure4") and "teacherless" in row["setting"]
     assert len(runs.problems) == 1 and "not a run record" in runs.problems[0]
@@ -118,9 +122,9 @@ def test_a_thousand_records_are_quick(tmp_path):
     records = [json.loads(f.read_text()) for f in sorted(source.glob("g2x5/*/*/*/seed*/metrics.json"))]
     for number in range(1000):
         record = dict(records[number % len(records)], seed=1000 + number)
-        setting = config.settings_name(record["settings"])
+        setting = settings_name(record["settings"])
         folder = tmp_path / "runs/laptop/g2x5/gpt2-6x64" / record["method"] / setting / f"seed{1000 + number}"
-        results.write_json(folder / "metrics.json", record)
+        write_json(folder / "metrics.json", record)
     began = time.process_time()
     assert main(["collect", "--scale", "laptop", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]) == 0
     assert time.process_time() - began < 30

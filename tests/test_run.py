@@ -15,18 +15,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mutor import config, results
-from mutor.devices import claim
-from mutor.run import Workplace, run, write_index
+from mutor.config.load import load_scale
+from mutor.config.runs import make_spec
+from mutor.results import provenance, records
+from mutor.training.devices import claim
+from mutor.training.run import Workplace, run, write_index
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "started", "finished", "memory", "resumed", "git")
 
 
 def smoke_spec(method="mutor", **recipe):
-    scale = config.load_scale(ROOT, "smoke")
+    scale = load_scale(ROOT, "smoke")
     settings = scale.datasets["g2x3"].settings.get(method, {})
-    spec = config.make_spec(scale, "g2x3", "gpt2-2x32", method, settings, (7,))
+    spec = make_spec(scale, "g2x3", "gpt2-2x32", method, settings, (7,))
     return replace(spec, recipe=replace(spec.recipe, **recipe))
 
 
@@ -43,22 +45,24 @@ def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     spec = smoke_spec()
     run(spec, spec.seeds, Workplace(root=ROOT, runs=runs))
-    return spec, runs, results.seed_folder(runs, spec, 7)
+    return spec, runs, records.seed_folder(runs, spec, 7)
 
 
 def test_record_says_what_was_run_and_by_what(finished):
     spec, runs, folder = finished
-    record = results.read(folder / "metrics.json")
+    record = records.read(folder / "metrics.json")
     assert (record["method"], record["seed"], record["settings"]) == ("mutor", 7, {"a": 0.5, "d_max": 3, "d_min": 2})
     assert record["added_parameters"] == 32 and record["train_data_name"] == "star_graph n=2 l=3 labels=10"
     assert record["steps"] == 20 and record["tokens"] > 20 * 16 * 18
-    assert {"mutor.mutor", "mutor.train", "mutor.layout", "mutor.tasks.star_graph"} <= set(record["code"])
+    assert {"mutor.mtp.mutor", "mutor.training.trainer", "mutor.mtp.layout", "mutor.tasks.star_graph"} <= set(
+        record["code"]
+    )
     assert not any(name.startswith("baselines") for name in record["code"])
     assert set(record["versions"]) >= {"python", "torch", "transformers", "numpy"}
     assert [e["step"] for e in record["curve"] if "register" in e] == [5, 10, 15, 20]
     assert [e["step"] for e in record["curve"] if "eval_solve_rate" in e] == [10, 20]
-    solved = results.problem_scores(record, "last", "solve_rate")
-    assert results.checkpoint_metrics(record, "last")["solve_rate"] == 100 * solved.mean() and len(solved) == 100
+    solved = records.problem_scores(record, "last", "solve_rate")
+    assert records.checkpoint_metrics(record, "last")["solve_rate"] == 100 * solved.mean() and len(solved) == 100
     index = json.loads((runs / spec.path / "index.json").read_text())
     assert index["config_hash"] == spec.config_hash and list(index["seeds"]) == ["7"]
     assert not (folder / "checkpoints").exists()
@@ -68,16 +72,16 @@ def test_saved_model_is_plain_and_scores_as_recorded(finished):
     spec, _, folder = finished
     plain = AutoModelForCausalLM.from_pretrained(folder / "last")
     assert type(plain).__name__ == "GPT2LMHeadModel" and not [n for n, _ in plain.named_parameters() if "mtp" in n]
-    from mutor.method import Context
+    from mutor.mtp.method import Context
     from mutor.registry import METHODS, TASKS, load
 
     task = load(TASKS, "star_graph", "t")(spec.task_config)
     method = load(METHODS, "next_token", "m")(None)  # anyone's evaluation, no registers involved
     metrics, scores = task.evaluate(plain.eval(), method, Context(pad_id=task.pad_id), "test", 33)
-    record = results.read(folder / "metrics.json")
+    record = records.read(folder / "metrics.json")
     for metric, values in scores.items():
-        assert (values == results.problem_scores(record, "last", metric)).all()
-    assert metrics["loss"] == pytest.approx(results.checkpoint_metrics(record, "last")["loss"], rel=1e-5)
+        assert (values == records.problem_scores(record, "last", metric)).all()
+    assert metrics["loss"] == pytest.approx(records.checkpoint_metrics(record, "last")["loss"], rel=1e-5)
 
 
 def test_finished_seeds_are_left_alone_and_stale_ones_run_again(finished):
@@ -87,9 +91,9 @@ def test_finished_seeds_are_left_alone_and_stale_ones_run_again(finished):
     run(spec, spec.seeds, Workplace(root=ROOT, runs=runs, rerun_stale=True))
     assert file.stat().st_mtime_ns == before
     record = json.loads(file.read_text())
-    assert results.changed_code(record, ROOT) == []
-    record["code"]["mutor.train"] = "another"
-    assert results.changed_code(record, ROOT) == ["mutor.train"]
+    assert provenance.changed_code(record, ROOT) == []
+    record["code"]["mutor.training.trainer"] = "another"
+    assert provenance.changed_code(record, ROOT) == ["mutor.training.trainer"]
 
 
 def test_other_configuration_is_another_run(tmp_path):
@@ -97,19 +101,19 @@ def test_other_configuration_is_another_run(tmp_path):
     place = Workplace(root=ROOT, runs=tmp_path)
     run(spec, spec.seeds, place)
     changed = smoke_spec("next_token", steps=5, eval_every=5, save_every=5, learning_rate=1e-3)
-    assert changed.path == spec.path and not results.finished(tmp_path, changed, 7)
-    assert results.Records(tmp_path).of(changed) == [] and len(results.Records(tmp_path).of(spec)) == 1
+    assert changed.path == spec.path and not records.finished(tmp_path, changed, 7)
+    assert records.Records(tmp_path).of(changed) == [] and len(records.Records(tmp_path).of(spec)) == 1
     run(changed, changed.seeds, place)
-    folder = results.seed_folder(tmp_path, spec, 7)
+    folder = records.seed_folder(tmp_path, spec, 7)
     old = json.loads((folder / "metrics.superseded-1.json").read_text())
-    assert old["config_hash"] == spec.config_hash and results.finished(tmp_path, changed, 7)
+    assert old["config_hash"] == spec.config_hash and records.finished(tmp_path, changed, 7)
 
 
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 import test_run
-from mutor.run import Workplace, run
+from mutor.training.run import Workplace, run
 spec = test_run.smoke_spec("{method}", steps=60, log_every=3, eval_every=6, save_every=6)
 from pathlib import Path
 run(spec, (7,), Workplace(root=test_run.ROOT, runs=Path({runs!r})))
@@ -130,7 +134,7 @@ def test_killed_run_goes_on_to_the_same_result(tmp_path, method):
     output, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, output
     spec = smoke_spec(method, steps=60, log_every=3, eval_every=6, save_every=6)
-    folder = results.seed_folder(tmp_path / "killed", spec, 7)
+    folder = records.seed_folder(tmp_path / "killed", spec, 7)
     log = ""
     # killed while training, twice, and after the model is saved but not yet scored
     for sign in ("checkpoints/checkpoint-12", "checkpoints/checkpoint-36", "last/training.json"):
@@ -146,7 +150,7 @@ def test_killed_run_goes_on_to_the_same_result(tmp_path, method):
     log += last.communicate(timeout=300)[0]
     assert "resumed from step" in log
     ours = timeless(json.loads((folder / "metrics.json").read_text()))
-    theirs = timeless(json.loads((results.seed_folder(tmp_path / "whole", spec, 7) / "metrics.json").read_text()))
+    theirs = timeless(json.loads((records.seed_folder(tmp_path / "whole", spec, 7) / "metrics.json").read_text()))
     assert ours == theirs
 
 
@@ -158,7 +162,7 @@ def test_the_second_of_two_processes_waits_and_finds_the_run_finished(tmp_path):
 
 
 def test_half_written_checkpoint_is_not_used(tmp_path):
-    from mutor.train import last_checkpoint
+    from mutor.training.trainer import last_checkpoint
 
     for step, text in ((10, '{"log_history": []}'), (20, '{"log_his'), (30, None)):
         folder = tmp_path / f"checkpoint-{step}"
@@ -172,7 +176,7 @@ def test_half_written_checkpoint_is_not_used(tmp_path):
 def test_solved_run_stops_early(tmp_path):
     spec = smoke_spec("next_token", stop_at=0.0)
     run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path))
-    record = results.read(results.seed_folder(tmp_path, spec, 7) / "metrics.json")
+    record = records.read(records.seed_folder(tmp_path, spec, 7) / "metrics.json")
     assert record["steps"] == 10
 
 
@@ -180,14 +184,14 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path):
     spec = smoke_spec("next_token", learning_rate=1e30, muon_rate=1e30, warmup=0)
     with pytest.raises(FloatingPointError, match="loss is"):
         run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path))
-    assert not results.finished(tmp_path, spec, 7)
+    assert not records.finished(tmp_path, spec, 7)
 
 
 def text_spec(method="mutor", **recipe):
     """Word problems of different lengths."""
-    scale = config.load_scale(ROOT, "smoke")
+    scale = load_scale(ROOT, "smoke")
     settings = scale.datasets["gsm8k"].settings.get(method, {})
-    spec = config.make_spec(scale, "gsm8k", "llama-2x32", method, settings, (7,))
+    spec = make_spec(scale, "gsm8k", "llama-2x32", method, settings, (7,))
     changes = {"epochs": None, "steps": 6, "eval_every": 6, "save_every": 6, "log_every": 1, "batch_size": 12}
     return replace(spec, base=None, recipe=replace(spec.recipe, **changes | recipe))
 
@@ -200,7 +204,7 @@ def test_batches_in_parts_or_packed_train_like_one_padded_batch(tmp_path, loss_m
     for number, changes in enumerate(({}, {"accumulate": 4}, {"row_tokens": 600}, {"accumulate": 3, "row_tokens": 1})):
         spec = text_spec(loss_mean=loss_mean, **changes)
         run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path / str(number)))
-        record = results.read(results.seed_folder(tmp_path / str(number), spec, 7) / "metrics.json")
+        record = records.read(records.seed_folder(tmp_path / str(number), spec, 7) / "metrics.json")
         names = ("loss", "next_token", "register", "grad_norm", "tokens")
         losses.append([[e[name] for name in names] for e in record["curve"] if "next_token" in e])
     assert len(losses[0]) == 6
@@ -217,14 +221,14 @@ def test_block_masks_train_like_dense_ones(tmp_path, flex_with_gradients):
         spec = text_spec(steps=4, eval_every=2, save_every=2)
         spec = replace(spec, model_config=replace(spec.model_config, attention=attention))
         run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path / attention))
-        record = results.read(results.seed_folder(tmp_path / attention, spec, 7) / "metrics.json")
+        record = records.read(records.seed_folder(tmp_path / attention, spec, 7) / "metrics.json")
         losses = [e["loss"] for e in record["curve"] if "loss" in e]
-        found.append([*losses, results.checkpoint_metrics(record, "last")["loss"]])
+        found.append([*losses, records.checkpoint_metrics(record, "last")["loss"]])
     assert len(found[0]) == 5 and np.allclose(*found, rtol=1e-3)
 
 
 def test_two_runs_on_one_machine_get_different_devices(tmp_path):
-    code = "import sys; from pathlib import Path; from mutor.devices import claim\n"
+    code = "import sys; from pathlib import Path; from mutor.training.devices import claim\n"
     code += "print(claim(['cuda-0', 'cuda-1'], Path(sys.argv[1])), flush=True); sys.stdin.read()"
     start = [sys.executable, "-c", code, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -257,7 +261,7 @@ def test_nonsensical_record_names_file_and_field(finished, tmp_path, change, say
     file = tmp_path / "metrics.json"
     file.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"metrics\.json: ") as error:
-        results.read(file)
+        records.read(file)
     assert says in str(error.value)
 
 
@@ -269,14 +273,14 @@ def test_hash_of_code_ignores_words_and_spaces(tmp_path):
     one.write_text(one.read_text())
     two.write_text('"""Another."""\n' + two.read_text())
     three.write_text('"""Doc."""\n' + three.read_text())
-    assert results.meaning(one) == results.meaning(two) != results.meaning(three)
+    assert provenance.meaning(one) == provenance.meaning(two) != provenance.meaning(three)
 
 
 def test_scores_pack_and_unpack():
     bits = np.array([True, False, True] * 7)
-    assert (results.unpack(results.pack(bits)) == bits).all()
+    assert (records.unpack(records.pack(bits)) == bits).all()
     numbers = np.array([0.25, -3.0], dtype=np.float32)
-    assert (results.unpack(results.pack(numbers)) == numbers).all()
+    assert (records.unpack(records.pack(numbers)) == numbers).all()
 
 
 def test_index_lists_seeds(finished):
@@ -293,8 +297,8 @@ def test_run_starts_from_its_own_seed_of_the_base_model(tmp_path):
 
     states = {}
     for seed in (7, 8):
-        base = results.seed_folder(tmp_path, spec.base, seed)
-        assert results.read(base / "metrics.json")["steps"] == 20  # made on the way, with its own recipe
+        base = records.seed_folder(tmp_path, spec.base, seed)
+        assert records.read(base / "metrics.json")["steps"] == 20  # made on the way, with its own recipe
         model = build(spec.model_config, vocabulary=14, seed=0, base=base / "last")
         stored = AutoModelForCausalLM.from_pretrained(base / "last").state_dict()
         assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
@@ -305,8 +309,8 @@ def test_run_starts_from_its_own_seed_of_the_base_model(tmp_path):
     # a cleaned-up base model is made again, the same, when a run needs it
     before = states[8]
     shutil.rmtree(base / "last")
-    (results.seed_folder(tmp_path, spec, 8) / "metrics.json").unlink()
-    shutil.rmtree(results.seed_folder(tmp_path, spec, 8) / "last")
+    (records.seed_folder(tmp_path, spec, 8) / "metrics.json").unlink()
+    shutil.rmtree(records.seed_folder(tmp_path, spec, 8) / "last")
     run(spec, (8,), place)
     again = AutoModelForCausalLM.from_pretrained(base / "last").state_dict()["transformer.wte.weight"]
     assert torch.equal(before, again)
@@ -319,11 +323,11 @@ def test_a_run_on_star_graphs_needs_torch_transformers_and_numpy_alone():
     from mutor.registry import METHODS, TASKS
 
     targets = [TASKS["star_graph"], *(target for name, target in METHODS.items() if not name.startswith("lora_"))]
-    starts = ["mutor.run", *(target.partition(":")[0] for target in targets)]
-    modules = [*results.code_hashes(ROOT, *starts), *results.NOT_IN_RESULTS]
+    starts = ["mutor.training.run", *(target.partition(":")[0] for target in targets)]
+    modules = [*provenance.code_hashes(ROOT, *starts), *provenance.NOT_IN_RESULTS]
     used = set()
     for name in modules:
-        file = results._module_file(ROOT, name)
+        file = provenance._module_file(ROOT, name)
         body = ast.parse(file.read_text())
         if name == "mutor.cli":  # `collect` and `plan` import more, when called
             body = ast.Module(body=[n for n in body.body if not isinstance(n, ast.FunctionDef)], type_ignores=[])

@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from mutor.tasks.corpora import CORPORA, PUBLISHED, Origin, problems
+from mutor.tasks.corpora import CORPORA, Origin, problems
+from mutor.tasks.formats import PUBLISHED
 from mutor.tasks.scoring import COMPARE, EXTRACT, after_hashes, boxed, letter, number, rouge, same_mathematics
 
 DATA = os.environ.get("MUTOR_TEST_DATA")

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from mutor.models.build import ModelConfig, build, tokenizer
+from mutor.config.schema import ModelConfig
+from mutor.models.build import build, tokenizer
 from mutor.tasks.corpora import CORPORA, Origin, problems
 
 DATA = os.environ.get("MUTOR_TEST_DATA")

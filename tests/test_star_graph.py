@@ -8,20 +8,11 @@ import pytest
 import torch
 
 from mutor.checks import from_mapping
-from mutor.data import Samples
-from mutor.method import Context
+from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
-from mutor.tasks.star_graph import (
-    Graphs,
-    StarGraph,
-    StarGraphConfig,
-    generate,
-    keys,
-    read_file,
-    read_line,
-    write_file,
-    write_line,
-)
+from mutor.tasks.graphs import Graphs, generate, keys, read_file, read_line, write_file, write_line
+from mutor.tasks.star_graph import StarGraph, StarGraphConfig
+from mutor.training.data import Samples
 
 DATA = os.environ.get("MUTOR_TEST_DATA")
 LINE = "32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mutor.stats import interval, mcnemar, needed, over_seeds, paired
+from mutor.results.stats import interval, mcnemar, needed, over_seeds, paired
 
 
 def rng(seed=0):

@@ -9,10 +9,15 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mutor import config, results, tables
-from mutor.results import Records
-from mutor.stats import summarise, wilson
-from mutor.tables import COLUMNS, collect_artifact, read_reported
+from mutor.config.load import load_scale, load_table
+from mutor.config.runs import cells_of, run_cells
+from mutor.files import write_json
+from mutor.results import records
+from mutor.results.cells import COLUMNS, cell_frame
+from mutor.results.drawings import collect_artifact
+from mutor.results.published import read_reported
+from mutor.results.records import Records
+from mutor.results.stats import summarise, wilson
 
 ROOT = Path(__file__).parent.parent
 REPORTED = read_reported(ROOT / "config/reported.csv")
@@ -54,7 +59,7 @@ def test_seeds_and_problems_vary_together():
 def record(spec, seed, solve_rate):
     """A run record as a run writes it, shortened."""
     metrics = {"solve_rate": solve_rate, "first_step_accuracy": solve_rate, "loss": 0.1, "chance": 50.0}
-    scores = {"solve_rate": results.pack(np.arange(100) < solve_rate)}
+    scores = {"solve_rate": records.pack(np.arange(100) < solve_rate)}
     curve = [{"step": 10, "next_token": 1.0, "register": 1.5, "loss": 1.2}, {"step": 20, "eval_solve_rate": solve_rate}]
     return {
         "version": 1, "scale": spec.scale, "train_data": spec.data, "model": spec.model, "method": spec.method,
@@ -66,13 +71,13 @@ def record(spec, seed, solve_rate):
 
 @pytest.fixture
 def built(tmp_path):
-    scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "figure4")
+    scale, table = load_scale(ROOT, "smoke"), load_table(ROOT, "figure4")
     rates = {"next_token": [48.0, 52.0], "mutor": [100.0, 97.0]}
-    for cell in config.cells(table, scale):
+    for cell in cells_of(table, scale):
         if cell.row.control or cell.spec.method not in rates:
             continue
         for seed, rate in zip((42, 43), rates[cell.spec.method], strict=True):
-            file = results.seed_folder(tmp_path / "runs", cell.spec, seed) / "metrics.json"
+            file = records.seed_folder(tmp_path / "runs", cell.spec, seed) / "metrics.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(record(cell.spec, seed, rate)))
     files = collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path / "out")
@@ -98,7 +103,7 @@ def test_cells_equal_numbers_worked_by_hand(built):
 
 
 def test_a_metric_that_nothing_measures_is_named(built, tmp_path):
-    scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "figure4")
+    scale, table = load_scale(ROOT, "smoke"), load_table(ROOT, "figure4")
     with pytest.raises(ValueError, match="figure4: metric on g2x3: 'solve_rat' is unknown, did you mean 'solve_rate'"):
         collect_artifact(replace(table, metrics=("solve_rat",)), scale, Records(built[0] / "runs"), REPORTED, tmp_path)
 
@@ -111,7 +116,7 @@ def test_files_equal_the_golden_ones(built):
 
 def test_same_records_give_the_same_picture(built, tmp_path):
     folder, files = built
-    scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "figure4")
+    scale, table = load_scale(ROOT, "smoke"), load_table(ROOT, "figure4")
     collect_artifact(table, scale, Records(folder / "runs"), REPORTED, tmp_path / "again")
     for file in files:
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
@@ -120,7 +125,7 @@ def test_same_records_give_the_same_picture(built, tmp_path):
 
 
 def test_published_values_stand_beside_their_cells(tmp_path):
-    scale, table = config.load_scale(ROOT, "gpu"), config.load_table(ROOT, "figure4")
+    scale, table = load_scale(ROOT, "gpu"), load_table(ROOT, "figure4")
     collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path / "out")
     frame = pd.read_csv(tmp_path / "out/figure4.csv")
     cells = frame[frame["metric"] == "solve_rate"].set_index(["train_data", "method", "d_max"])["reported"]
@@ -147,7 +152,7 @@ def test_broken_record_is_left_out_visibly(built, tmp_path, field, value, says):
     content = json.loads(file.read_text())
     content["checkpoints"][0]["metrics"][field] = value
     file.write_text(json.dumps(content))
-    scale, table = config.load_scale(ROOT, "smoke"), config.load_table(ROOT, "figure4")
+    scale, table = load_scale(ROOT, "smoke"), load_table(ROOT, "figure4")
     runs = Records(folder / "runs")
     collect_artifact(table, scale, runs, REPORTED, tmp_path / "out")
     text = (tmp_path / "out/figure4.md").read_text()
@@ -161,23 +166,23 @@ def test_records_merge_by_copying_and_contradictions_are_reported(built):
     file = next((folder / "runs").glob("**/seed42/metrics.json"))
     setting = file.parent.parent
     other = setting / "seed42-other/metrics.json"
-    results.write_json(other, json.loads(file.read_text()))  # the same run, made again with the same numbers
+    write_json(other, json.loads(file.read_text()))  # the same run, made again with the same numbers
     path = setting.relative_to(folder / "runs").as_posix()
     same = Records(folder / "runs")
     assert [r["seed"] for r in same.at(path)] == [42, 43] and same.problems == []
     content = json.loads(file.read_text())
     before = content["checkpoints"][0]["metrics"]["solve_rate"]
     content["checkpoints"][0]["metrics"]["solve_rate"] = 1.0
-    results.write_json(other, content)
+    write_json(other, content)
     differs = Records(folder / "runs")
-    assert results.checkpoint_metrics(differs.at(path)[0], "last")["solve_rate"] == before
+    assert records.checkpoint_metrics(differs.at(path)[0], "last")["solve_rate"] == before
     assert (
         len(differs.problems) == 1
         and "contradicts" in differs.problems[0]
         and "solve_rate is 1.0" in differs.problems[0]
     )
     elsewhere = folder / "runs" / path.replace("next_token", "teacherless").replace("mutor", "teacherless") / "seed9"
-    results.write_json(elsewhere / "metrics.json", json.loads(file.read_text()))
+    write_json(elsewhere / "metrics.json", json.loads(file.read_text()))
     strange = Records(folder / "runs")
     assert strange.at(elsewhere.parent.relative_to(folder / "runs").as_posix()) == []
     assert "in the folder of" in strange.problems[0]
@@ -197,8 +202,8 @@ PUBLISHED = (
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_published_value_has_its_cell_at_paper_scale(name, tmp_path):
     """Each published number once, beside the cell with its model, data, method, metric, settings and epochs."""
-    table, scale = config.load_table(ROOT, name), config.load_scale(ROOT, "paper")
-    frame = tables.cell_frame(table, scale, Records(tmp_path), REPORTED)
+    table, scale = load_table(ROOT, name), load_scale(ROOT, "paper")
+    frame = cell_frame(table, scale, Records(tmp_path), REPORTED)
     published = REPORTED[REPORTED["artifact"] == name]
     key = ["role", "method", "train_data", "benchmark", "metric"]
     ours = frame[frame["reported"].notna()]
@@ -211,17 +216,17 @@ def test_every_published_value_has_its_cell_at_paper_scale(name, tmp_path):
     assert sorted(zip(*got, when, ours["reported"], strict=True)) == sorted(
         zip(*(theirs[k] for k in key), then, theirs["value"].astype(float), strict=True)
     )
-    assert {len(c.spec.seeds) for c in config.cells(table, scale)} == {int(s) for s in published["seeds"]}
+    assert {len(c.spec.seeds) for c in cells_of(table, scale)} == {int(s) for s in published["seeds"]}
 
 
 def test_settings_tables_say_what_the_protocol_says(tmp_path):
     """Best settings and budgets of the paper, read off the tables that the workflow writes."""
-    scale = config.load_scale(ROOT, "paper")
+    scale = load_scale(ROOT, "paper")
     frames = {}
     for name in ("table10", "table11"):
-        collect_artifact(config.load_table(ROOT, name), scale, Records(tmp_path), REPORTED, tmp_path)
-        frames[name] = tables.cell_frame(config.load_table(ROOT, name), scale, Records(tmp_path), REPORTED)
-        assert config.run_cells(config.load_table(ROOT, name), scale) == []
+        collect_artifact(load_table(ROOT, name), scale, Records(tmp_path), REPORTED, tmp_path)
+        frames[name] = cell_frame(load_table(ROOT, name), scale, Records(tmp_path), REPORTED)
+        assert run_cells(load_table(ROOT, name), scale) == []
 
     def value(name, metric, **where):
         frame = frames[name][frames[name]["metric"] == metric]
@@ -242,14 +247,14 @@ def test_settings_tables_say_what_the_protocol_says(tmp_path):
 
 
 def test_sweep_figure_is_drawn_with_and_without_runs(tmp_path):
-    table, scale = config.load_table(ROOT, "table4"), config.load_scale(ROOT, "paper")
+    table, scale = load_table(ROOT, "table4"), load_scale(ROOT, "paper")
     collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path)
     empty = (tmp_path / "table4.svg").read_text()
-    for cell in config.cells(table, scale):
+    for cell in cells_of(table, scale):
         for seed in cell.spec.seeds:
             made = record(cell.spec, seed, 50.0)
             made["checkpoints"][0]["metrics"] = {"accuracy": 40.0 + seed % 3}
-            results.write_json(results.seed_folder(tmp_path / "runs", cell.spec, seed) / "metrics.json", made)
+            write_json(records.seed_folder(tmp_path / "runs", cell.spec, seed) / "metrics.json", made)
     files = collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path)
     assert [f.suffix for f in files] == [".csv", ".md", ".tex", ".png", ".svg"]
     full = (tmp_path / "table4.svg").read_text()

@@ -9,14 +9,16 @@ import pandas as pd
 import pytest
 import torch
 
-from mutor import config, results
 from mutor.checks import from_mapping
-from mutor.method import Context
-from mutor.recipe import Recipe
+from mutor.config.load import load_scale, load_table
+from mutor.config.recipe import Recipe
+from mutor.config.runs import cells_of, make_spec, specs_of
+from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
-from mutor.run import Workplace, run
-from mutor.tasks.corpora import Problem
+from mutor.results import records
+from mutor.tasks.formats import Problem
 from mutor.tasks.text import Text, TextConfig
+from mutor.training.run import Workplace, run
 
 ROOT = Path(__file__).parent.parent
 STANDIN = {"source": "generated", "tokens": "standin"}
@@ -52,8 +54,8 @@ def test_prompt_and_answer_meet_where_they_should(gsm8k):
 
 def test_no_loss_on_the_prompt_and_registers_in_the_answer_only(gsm8k, tiny):
     from mutor import MuToR
-    from mutor.data import Samples
-    from mutor.layout import IGNORE, collate
+    from mutor.mtp.layout import IGNORE, collate
+    from mutor.training.data import Samples
 
     source = gsm8k.train(0)
     rows = collate(Samples(source, 100, 0).__getitems__(range(6)), gsm8k.pad_id)
@@ -134,7 +136,7 @@ def test_batched_answers_equal_one_by_one_without_cache(tiny, tools, family, wor
 @pytest.mark.parametrize("prefix_lm", [True, False])
 def test_answers_that_end_leave_the_batch_and_the_others_do_not_notice(tiny, family, prefix_lm):
     """A token that one of four prompts leads to serves as the end token, so that others end elsewhere or never."""
-    from mutor.generate import greedy_until
+    from mutor.mtp.decode import greedy_until
 
     model, rng = tiny(family), np.random.default_rng(1)
     attended = (torch.arange(9) >= torch.tensor([[0], [3], [5], [8]])).long().repeat(6, 1)
@@ -241,7 +243,7 @@ def test_other_data_than_expected_are_refused():
 
 
 def test_revisions_are_written_down_once_and_checked(tmp_path, monkeypatch):
-    from mutor import hub
+    from mutor.models import hub
 
     monkeypatch.setattr(hub, "lock_file", lambda: tmp_path / "revisions.json")
     assert hub.known_revision("model", "a/b") is None
@@ -265,16 +267,16 @@ def test_a_whole_run_from_a_shared_base(tmp_path):
     """Base model of one seed, fine-tuned by two seeds; predictions kept; the checkpoint answers by itself."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    scale = config.load_scale(ROOT, "smoke")
-    spec = config.make_spec(scale, "gsm8k", "llama-2x32", "mutor", {"d_max": 4, "a": 0.3}, (7, 8))
+    scale = load_scale(ROOT, "smoke")
+    spec = make_spec(scale, "gsm8k", "llama-2x32", "mutor", {"d_max": 4, "a": 0.3}, (7, 8))
     run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path))
     assert len(list((tmp_path / spec.base.path).glob("seed*/metrics.json"))) == 1
     for seed in (7, 8):
-        folder = results.seed_folder(tmp_path, spec, seed)
-        record = results.read(folder / "metrics.json")
+        folder = records.seed_folder(tmp_path, spec, seed)
+        record = records.read(folder / "metrics.json")
         assert record["examples"] == 96 and record["steps"] == 2 * 12
         lines = [json.loads(line) for line in (folder / "predictions-last.jsonl").read_text().splitlines()]
-        right = results.problem_scores(record, "last", "accuracy")
+        right = records.problem_scores(record, "last", "accuracy")
         assert len(lines) == len(right) == 24 and [bool(x["accuracy"]) for x in lines] == right.tolist()
         assert not list(folder.glob("*.answers*"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "last")
@@ -289,8 +291,9 @@ def test_a_whole_run_from_a_shared_base(tmp_path):
 
 def test_a_users_own_model_and_data_through_every_method(tmp_path, tiny, monkeypatch):
     """The scale and table made for it, with a local model and 200 lines."""
-    from mutor.results import Records
-    from mutor.tables import collect_artifact, read_reported
+    from mutor.results.drawings import collect_artifact
+    from mutor.results.published import read_reported
+    from mutor.results.records import Records
     from mutor.tasks.standins import tokenizer
 
     model = tiny("llama", vocab_size=len(tokenizer()), max_position_embeddings=128, scale=1.0)
@@ -299,14 +302,14 @@ def test_a_users_own_model_and_data_through_every_method(tmp_path, tiny, monkeyp
     for name, numbers in (("train", range(200)), ("test", range(200, 220))):
         lines = [json.dumps({"prompt": f"{i} + 1 =", "answer": str(i + 1)}) for i in numbers]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    scale = config.load_scale(ROOT, "own")
+    scale = load_scale(ROOT, "own")
     scale.models["mine"] = replace(scale.models["mine"], pretrained=str(tmp_path / "model"))
     files = {f"{name}_file": str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
     mine = scale.datasets["mine"]
     scale.datasets["mine"] = replace(mine, options={**mine.options, **files, "new_tokens": 6}, seeds=(1,))
     scale.recipes["mine"] |= {"epochs": 1, "save_every": 10}
-    table = config.load_table(ROOT, "own")
-    specs = config.specs(config.cells(table, scale))
+    table = load_table(ROOT, "own")
+    specs = specs_of(cells_of(table, scale))
     assert {s.method for s in specs} == METHODS.keys() - {"teacherless", "mutor_1d", "mutor_2d"}
     for spec in specs:
         run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path / "runs", device="cpu"))

@@ -11,8 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mutor import config, results
-from mutor.tables import COLUMNS
+from mutor.config.load import load_scale, load_table, scale_names
+from mutor.config.runs import make_spec, run_cells, specs_of
+from mutor.results import records
+from mutor.results.cells import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
@@ -60,13 +62,13 @@ JOBS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", config.scales(ROOT))
+@pytest.mark.parametrize("scale", scale_names(ROOT))
 def test_dry_run_lists_exactly_the_configured_jobs(checkout, scale):
     done = snakemake(checkout, "-n", "--config", f"scale={scale}", timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    loaded = config.load_scale(ROOT, scale)
-    tables = [config.load_table(ROOT, name) for name in loaded.artifacts]
-    specs = config.specs([cell for table in tables for cell in config.run_cells(table, loaded)])
+    loaded = load_scale(ROOT, scale)
+    tables = [load_table(ROOT, name) for name in loaded.artifacts]
+    specs = specs_of([cell for table in tables for cell in run_cells(table, loaded)])
     assert len(specs) == JOBS[scale]
     listed = set(re.findall(r"Training (\S+)", done.stdout + done.stderr))
     assert listed == {spec.path for spec in specs}
@@ -129,12 +131,12 @@ def test_smoke_scale_runs_from_images_to_table(smoke):
         assert len(list(smoke.glob(f"runs/smoke/digits/*/mutor_2d/default/seed*/{name}"))) == 2
     record = json.loads(next(smoke.glob("runs/smoke/digits/*/mutor_1d/default/seed42/metrics.json")).read_text())
     assert [c["step"] for c in record["checkpoints"] if "best" not in c["names"] or "last" in c["names"]][-1] == 18
-    assert len(results.problem_scores(record, "step10", "class_accuracy")) == 50
+    assert len(records.problem_scores(record, "step10", "class_accuracy")) == 50
 
 
 def test_smoke_scale_ends_in_claims_and_a_report(smoke):
     claims = pd.read_csv(smoke / "results/claims.csv")
-    artifacts = config.load_scale(ROOT, "smoke").artifacts
+    artifacts = load_scale(ROOT, "smoke").artifacts
     wanted = claims[claims["table"].isin(artifacts)]
     assert wanted["verdict"].isin(["same direction", "opposite direction", "undecided", "not at this scale"]).all()
     table1 = claims[(claims["table"] == "table1") & (claims["verdict"] != "not at this scale")]
@@ -162,10 +164,10 @@ def test_finished_seeds_survive_a_lost_output_and_a_new_seed(smoke):
 
 def test_cells_without_runs_are_empty_rows(smoke, tmp_path):
     runs = tmp_path / "runs"
-    scale = config.load_scale(ROOT, "smoke")
-    spec = config.make_spec(scale, "g2x3", "gpt2-2x32", "next_token", {})
-    source = results.seed_folder(smoke / "runs", spec, 42) / "metrics.json"
-    target = results.seed_folder(runs, spec, 42) / "metrics.json"
+    scale = load_scale(ROOT, "smoke")
+    spec = make_spec(scale, "g2x3", "gpt2-2x32", "next_token", {})
+    source = records.seed_folder(smoke / "runs", spec, 42) / "metrics.json"
+    target = records.seed_folder(runs, spec, 42) / "metrics.json"
     target.parent.mkdir(parents=True)
     shutil.copy(source, target)  # a record made elsewhere merges in by copying it
     command = [sys.executable, "-m", "mutor", "collect", "figure4", "runs", "--scale", "smoke"]

@@ -6,48 +6,15 @@ build(ModelConfig(architecture="gpt2", config={"n_layer": 4, ...}), vocabulary=1
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mutor.checks import setting
-
 if TYPE_CHECKING:
     from torch import nn
+from mutor.config.schema import ModelConfig
 
 RESIDUAL = ("o_proj", "down_proj", "c_proj", "out_proj", "dense_4h_to_h", "fc2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A model of a scale: an architecture built from scratch, or a pretrained one by name or folder."""
-
-    role: str = setting(doc="the published model whose place it takes")
-    stands_in_for: str = setting("", doc="what is said beside its results when it is not the published model")
-    architecture: str | None = setting(
-        None, doc="a transformers model type, built from scratch: gpt2, llama, qwen3, ..."
-    )
-    config: dict = setting({}, doc="arguments of the architecture's transformers config")
-    init: str = setting(
-        "model", doc="initialisation from scratch: the model's own, or 1/sqrt(fan-in)", choices=("model", "fan_in")
-    )
-    embedding_std: float = setting(1.0, doc="with init fan_in: standard deviation of the embeddings", low=0)
-    pretrained: str | None = setting(
-        None, doc="hub name or folder of a pretrained model; a quantised .gguf file, or package/file.gguf"
-    )
-    revision: str | None = setting(None, doc="hub revision of the pretrained model")
-    dtype: str = setting(
-        "float32",
-        doc="of weights and training; mixed: float32 weights, bfloat16 products on a GPU",
-        choices=("float32", "bfloat16", "mixed"),
-    )
-    recipe_changes: dict = setting({}, doc="changes of every recipe for this model, the same for all methods")
-    attention: str = setting("sdpa", doc="attention implementation", choices=("sdpa", "eager", "flex_attention"))
-
-    def __post_init__(self) -> None:
-        if (self.architecture is None) == (self.pretrained is None):
-            raise ValueError("give either architecture (from scratch) or pretrained (hub name or folder)")
 
 
 def torch_dtype(config: ModelConfig) -> Any:
@@ -94,7 +61,7 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int, base: Path 
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     from mutor.checks import choose
-    from mutor.hub import remember
+    from mutor.models.hub import remember
 
     set_seed(seed)
     dtype = torch_dtype(config)
@@ -136,7 +103,7 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int, base: Path 
 
 def _revision(config: ModelConfig) -> str | None:
     """What the configuration says, else what was downloaded first; none for folders and for a first download."""
-    from mutor.hub import known_revision
+    from mutor.models.hub import known_revision
 
     return config.revision or known_revision("model", str(config.pretrained))
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from mutor.generate import greedy_until
-from mutor.tasks.corpora import Problem
+from mutor.mtp.decode import greedy_until
+from mutor.tasks.formats import Problem
 
 
 class PrefixLM(HFLM):

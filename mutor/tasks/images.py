@@ -12,85 +12,21 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mutor.checks import setting
-from mutor.results import write_json
+from mutor.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mutor import data
-    from mutor.method import Context, Method
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImagesConfig:
-    """The images, how they are augmented and made tokens, and how samples are drawn and scored."""
-
-    source: str = setting(
-        "digits", doc="scikit-learn's digits, Fashion-MNIST, or a folder with one folder of files a class",
-        choices=("digits", "fashion-mnist", "folder"),
-    )  # fmt: skip
-    folder: str | None = setting(None, doc="of the files; fashion-mnist: of its idx files, none: from the hub")
-    classes: int = setting(10, doc="how many classes there are", low=1)
-    pixels: int = setting(16, doc="height and width that images are scaled to", low=8)
-    test_size: int = setting(300, doc="images held out", low=10)
-    copies: int = setting(10, doc="versions of each training image, the first as it is", low=1)
-    flip: bool = setting(False, doc="every second version is mirrored; not where that changes a class")
-    shift: float = setting(1.0, doc="versions are shifted by at most so many pixels", low=0)
-    turn: float = setting(8.0, doc="versions are turned by at most so many degrees", low=0, high=180)
-    zoom: float = setting(0.08, doc="versions are scaled by at most 1 plus or minus this", low=0, high=0.5)
-    codes: int = setting(64, doc="size of the tokenizer's codebook", low=2)
-    code_width: int = setting(8, doc="width of its vectors", low=1)
-    channels: tuple = setting((16, 32), doc="of its levels; each but the last halves height and width")
-    tokenizer: str | None = setting(
-        None, doc="a published checkpoint of VQ-16 (vq_ds16_c2i.pt), instead of training one"
-    )
-    tokenizer_steps: int = setting(400, doc="how long the tokenizer is trained", low=1)
-    features: str = setting(
-        "classifier", doc="what scores look at: a small classifier trained here, or Inception (through torch-fidelity)",
-        choices=("classifier", "inception"),
-    )  # fmt: skip
-    classifier_steps: int = setting(600, doc="how long the classifier is trained", low=1)
-    reference: str | None = setting(None, doc="with inception: ADM's file of reference statistics (.npz), for the FID")
-    real_samples: int = setting(10000, doc="at most so many real images are compared with", low=10)
-    valid_samples: int = setting(200, doc="images drawn during training", low=10)
-    test_samples: int = setting(2000, doc="images drawn at the end", low=10)
-    guidance: float = setting(2.0, doc="of classifier-free guidance; 1: none", low=0)
-    temperature: float = setting(1.0, doc="of sampling", low=0, open_ends=True)
-    top_k: int = setting(0, doc="only so many codes are drawn from; 0: all", low=0)
-    sample_seed: int = setting(0, doc="noise of the samples, the same for all models", low=0)
-    data_seed: int = setting(0, doc="of the held-out images and the versions", low=0)
-
-    @property
-    def side(self) -> int:
-        """Height and width of the token grid."""
-        return self.pixels // 2 ** (len(self.channels) - 1)
-
-    def __post_init__(self) -> None:
-        if (self.source == "folder") > bool(self.folder):
-            raise ValueError("folder: missing, source 'folder' needs one with a folder of images for each class")
-        if self.source == "digits" and self.folder:
-            raise ValueError(f"folder: {self.folder!r} means nothing with source 'digits'")
-        if self.reference and self.features != "inception":
-            raise ValueError("reference: goes with features: inception")
-        if self.tokenizer and (self.codes, self.code_width, len(self.channels)) != (16384, 8, 5):
-            raise ValueError("tokenizer: VQ-16 needs codes: 16384, code_width: 8, channels: [128, 128, 256, 256, 512]")
-        if self.pixels % 2 ** (len(self.channels) - 1) or self.pixels % 4:
-            raise ValueError(f"pixels: {self.pixels} is not divisible by 4 and by the tokenizer's downsampling")
-
-
-# what decides tokenizer, classifier and codes; the rest may differ between datasets that share them
-ASSETS = (
-    "source", "folder", "classes", "pixels", "test_size", "copies", "flip", "shift", "turn", "zoom", "codes",
-    "code_width", "channels", "tokenizer", "tokenizer_steps", "features", "classifier_steps", "real_samples",
-    "data_seed",
-)  # fmt: skip
+    from mutor.mtp.method import Context, Method
+    from mutor.tasks.task import Source
+from mutor.tasks.image_assets import ASSETS, _parts, _published
+from mutor.tasks.pictures import ImagesConfig
 
 
 class Images:
@@ -224,9 +160,9 @@ class Images:
         self.labels = {split: np.load(self.folder / f"{split}_labels.npy") for split in ("train", "test")}
         self.real = torch.from_numpy(np.load(self.folder / "real.npy"))
 
-    def train(self, seed: int) -> data.Source:
+    def train(self, seed: int) -> Source:
         """All versions of all training images, in an order of the run's seed."""
-        from mutor.data import Source
+        from mutor.tasks.task import Source
 
         return Source(lambda index: self._examples("train", index), len(self.codes["train"]))
 
@@ -256,7 +192,7 @@ class Images:
         """
         import torch
 
-        from mutor.data import score_forced
+        from mutor.mtp.decode import score_forced
         from mutor.tasks.image_scores import distance_to, frechet_distance, inception_score, precision_recall
 
         c = self.config
@@ -307,22 +243,6 @@ class Images:
             digest.update(np.ascontiguousarray(self.codes[split]).tobytes())
             digest.update(self.labels[split].tobytes())
         return digest.hexdigest()[:16]
-
-
-def _parts(what: int | np.ndarray, size: int = 250) -> list[np.ndarray]:
-    """Indices (0 .. N - 1, or those given) in parts."""
-    index = np.arange(what) if isinstance(what, int) else what
-    return [index[start : start + size] for start in range(0, len(index), size)]
-
-
-def _published(file: str) -> dict[str, Tensor]:
-    import torch
-
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"tokenizer: {file} can't be read: {error}") from None
-    return found.get("model", found.get("ema", found))
 
 
 def save_grid(images: Tensor, columns: int, file: Path) -> None:

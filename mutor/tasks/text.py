@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mutor.checks import setting
-from mutor.results import write_text
-from mutor.tasks.corpora import CORPORA, Origin, Problem, problems
+from mutor.files import write_text
+from mutor.tasks.corpora import CORPORA, Origin, problems
+from mutor.tasks.formats import Problem
 from mutor.tasks.scoring import COMPARE, EXTRACT, rouge
 
 if TYPE_CHECKING:
-    from mutor import data
-    from mutor.method import Context, Method
+    from mutor.mtp.method import Context, Method
+    from mutor.tasks.task import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +117,13 @@ class Text:
     def _training(self) -> list[Problem]:
         return self._problems("train")
 
-    def train(self, seed: int) -> data.Source:
+    def train(self, seed: int) -> Source:
         """Tokenised training examples, those longer than `max_tokens` dropped and counted; the same for all seeds."""
         return self._source
 
     @cached_property
-    def _source(self) -> data.Source:
-        from mutor.data import Source
+    def _source(self) -> Source:
+        from mutor.tasks.task import Source
 
         found = self._training
         if self.config.expect and self.data_hash() != self.config.expect:
@@ -166,7 +167,7 @@ class Text:
         on. Returns the metrics (percent; loss in nats a token), and of all but the loss the scores of every problem,
         [N], right or wrong or 0 to 1.
         """
-        from mutor.data import score_forced
+        from mutor.mtp.decode import score_forced
         from mutor.tasks.harness import evaluate
 
         found = self.problems[split]

@@ -6,32 +6,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir)))
 
-from mutor import config as mutor_config
-from mutor.results import meaning
+from mutor.config.load import load_project, load_scale, load_table, table_names
+from mutor.config.runs import run_cells, specs_of
+from mutor.results.provenance import meaning
 
 ROOT = Path(workflow.basedir)
 try:
-    PROJECT = mutor_config.load_project(ROOT, config)
-    SCALE = mutor_config.load_scale(ROOT, PROJECT.scale)
-    TABLES = {
-        name: mutor_config.load_table(ROOT, name) for name in mutor_config.tables(ROOT)
-    }
+    PROJECT = load_project(ROOT, config)
+    SCALE = load_scale(ROOT, PROJECT.scale)
+    TABLES = {name: load_table(ROOT, name) for name in table_names(ROOT)}
     CELLS = {
-        name: mutor_config.run_cells(table, SCALE, PROJECT.seeds)
-        for name, table in TABLES.items()
+        name: run_cells(table, SCALE, PROJECT.seeds) for name, table in TABLES.items()
     }
 except ValueError as error:
     raise WorkflowError(str(error))
 
 RUNS, RESULTS, PYTHON = PROJECT.runs, PROJECT.results, sys.executable
 SPECS = {
-    spec.path: spec
-    for spec in mutor_config.specs([c for cells in CELLS.values() for c in cells])
+    spec.path: spec for spec in specs_of([c for cells in CELLS.values() for c in cells])
 }
 ARTIFACTS = PROJECT.artifacts or SCALE.artifacts
-WANTED = [
-    spec.path for spec in mutor_config.specs([c for a in ARTIFACTS for c in CELLS[a]])
-]
+WANTED = [spec.path for spec in specs_of([c for a in ARTIFACTS for c in CELLS[a]])]
 FIGURES = [name for name, table in TABLES.items() if table.draw == "solve_rates"]
 SWEEPS = [name for name, table in TABLES.items() if table.draw in ("sweep", "cost")]
 IMAGES = [name for name, table in TABLES.items() if table.draw == "images"]
@@ -42,9 +37,7 @@ def index_files(artifact):
     """The runs, or the measurements, that an artifact is made of."""
     if TABLES[artifact].draw == "cost":
         return [f"{RUNS}/{SCALE.name}/cost/{artifact}.done"]
-    return [
-        f"{RUNS}/{spec.path}/index.json" for spec in mutor_config.specs(CELLS[artifact])
-    ]
+    return [f"{RUNS}/{spec.path}/index.json" for spec in specs_of(CELLS[artifact])]
 
 
 def artifact_files(artifacts):

@@ -1,0 +1,1 @@
+"""What to run, checked and expanded to runs without importing torch."""

@@ -1,0 +1,167 @@
+"""What to run: config.yaml, scales and tables, checked and expanded to runs, without importing torch.
+
+    project = load_project(root, {"scale": "smoke"})
+    scale = load_scale(root, project.scale)
+    for cell in cells_of(load_table(root, "figure4"), scale): print(cell.spec.path)
+
+A table names published roles (gemma-2b, star_graph); a scale says which model and dataset stand there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mutor.checks import choose, from_mapping
+from mutor.config.cost_cases import Smaller, load_cases
+from mutor.config.runs import _method_config, _recipe, _task_config
+from mutor.config.schema import Dataset, ModelConfig, Project, Row, Scale, Shape, Table
+from mutor.registry import METHODS
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The project's folder: the nearest one upwards, from here or from this file, that has config/config.yaml."""
+    for base in (start or Path.cwd(), Path(__file__).parent):
+        for folder in (base, *base.parents):
+            if (folder / "config" / "config.yaml").exists():
+                return folder
+    raise ValueError("no config/config.yaml found in this folder or above it; call from the project's folder")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A file of settings; ValueError where it is not YAML or no mapping."""
+    try:
+        content = yaml.load(
+            file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )  # libyaml's is ten times faster
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds {content!r}, expected a mapping of settings")
+    return content
+
+
+def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Project:
+    """config/config.yaml with `changes` (what Snakemake's --config gives) on top."""
+    changes = dict(changes or {})
+    if isinstance(changes.get("artifacts"), str):
+        changes["artifacts"] = [part for part in changes["artifacts"].split(",") if part]
+    if isinstance(changes.get("seeds"), list):  # --config seeds=[1,2] arrives as texts
+        changes["seeds"] = [int(s) if isinstance(s, str) and s.isdecimal() else s for s in changes["seeds"]]
+    project = from_mapping(Project, {**read_yaml(root / "config/config.yaml"), **changes}, "config/config.yaml")
+    choose(project.scale, scale_names(root), "scale")
+    for name in project.artifacts or ():
+        choose(str(name), table_names(root), "artifacts")
+    return project
+
+
+def scale_names(root: Path) -> list[str]:
+    """Names of the scales there are."""
+    return sorted(file.stem for file in (root / "config/scales").glob("*.yaml"))
+
+
+def table_names(root: Path) -> list[str]:
+    """Names of the tables and figures there are."""
+    return sorted(file.stem for file in (root / "config/tables").glob("*.yaml"))
+
+
+def load_scale(root: Path, name: str) -> Scale:
+    """A scale with its models, datasets and recipes checked."""
+    choose(name, scale_names(root), "scale")
+    where = f"config/scales/{name}.yaml"
+    scale = from_mapping(Scale, {**read_yaml(root / where), "name": name}, where)
+    for artifact in scale.artifacts:
+        choose(str(artifact), table_names(root), f"{where}: artifacts")
+    for key in scale.plan:
+        choose(key, scale.models, f"{where}: plan")
+    for name, allowed in (("max_seeds", table_names(root)), ("processes", list(scale.models))):
+        for key, value in getattr(scale, name).items():
+            choose(key, allowed, f"{where}: {name}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{where}: {name}: {key}: {value!r} is not allowed; allowed: 1, 2, ...")
+    for key in scale.sharded:
+        choose(str(key), scale.models, f"{where}: sharded")
+        if scale.processes.get(key, 1) == 1:
+            raise ValueError(f"{where}: sharded: {key!r} has 1 process; allowed: models with 2 or more in `processes`")
+    for key, value in scale.models.items():
+        scale.models[key] = from_mapping(ModelConfig, value, f"{where}: models: {key}")
+    for key in from_mapping(Smaller, scale.cost, f"{where}: cost").models.values():
+        choose(key, scale.models, f"{where}: cost: models")
+    for key, value in scale.datasets.items():
+        dataset = from_mapping(Dataset, value, f"{where}: datasets: {key}")
+        here = f"{where}: datasets: {key}"
+        choose(dataset.recipe, scale.recipes, f"{here}: recipe")
+        for method in dataset.settings:
+            choose(method, METHODS, f"{here}: settings")
+        for model in dataset.models or ():
+            choose(str(model), scale.models, f"{here}: models")
+        for about in dataset.plan:
+            choose(about, ("examples", "tokens"), f"{here}: plan")
+        scale.datasets[key] = dataset
+    for dataset_name, dataset in scale.datasets.items():  # a wrong value is found even if no table asks for it
+        if dataset.base is not None:
+            base = choose(dataset.base, scale.datasets, f"{where}: datasets: {dataset_name}: base")
+            if scale.datasets[base].base is not None:
+                raise ValueError(
+                    f"{where}: datasets: {dataset_name}: base: {base!r} has a base itself; allowed: one without"
+                )
+        _task_config(where, dataset_name, dataset)
+        _recipe(where, scale, dataset_name)
+        for asked, here in dataset.instead.items():
+            if not isinstance(here, dict):
+                raise ValueError(
+                    f"{where}: datasets: {dataset_name}: instead: {asked}: {here!r} is not a mapping of values"
+                )
+        for method, variants in dataset.settings.items():
+            for variant in variants if isinstance(variants, list) else [variants]:
+                _method_config(f"{where}: datasets: {dataset_name}: settings: {method}", method, variant or {})
+    _check_roles(root, scale, where)
+    return scale
+
+
+def _check_roles(root: Path, scale: Scale, where: str) -> None:
+    """Raise ValueError for a role that no table asks for: misspelt, its cells would be left out without a word."""
+    rows = [row for name in table_names(root) for row in _parts(read_yaml(root / f"config/tables/{name}.yaml"), "rows")]
+    data = [name for row in rows for name in _listed(row.get("train_data"))]
+    bases = {dataset.base for dataset in scale.datasets.values()}
+    for kind, parts, asked in (
+        ("models", scale.models, [row.get("model") for row in rows]),
+        ("datasets", scale.datasets, data),
+    ):
+        for key, part in parts.items():
+            if key not in bases:
+                choose(part.role, set(map(str, asked)), f"{where}: {kind}: {key}: role (one of a row of config/tables)")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _parts(content: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The mappings that a file holds under a key; what else is there is refused where the file itself is checked."""
+    found = content.get(key)
+    listed = list(found.values()) if isinstance(found, Mapping) else found if isinstance(found, list) else []
+    return [part for part in listed if isinstance(part, Mapping)]
+
+
+def load_table(root: Path, name: str) -> Table:
+    """A table with its rows checked."""
+    choose(name, table_names(root), "table")
+    where = f"config/tables/{name}.yaml"
+    table = from_mapping(Table, {**read_yaml(root / where), "name": name}, where)
+    rows = []
+    for number, given in enumerate(table.rows, start=1):
+        row = from_mapping(Row, given, f"{where}: row {number}")
+        choose(row.method, METHODS, f"{where}: row {number}: method")
+        data = row.train_data if isinstance(row.train_data, list) else [row.train_data]
+        rows += [replace(row, train_data=name) for name in data]
+    shapes = {role: from_mapping(Shape, shape, f"{where}: shapes: {role}") for role, shape in table.shapes.items()}
+    models = {
+        role: from_mapping(ModelConfig, model, f"{where}: models: {role}") for role, model in table.models.items()
+    }
+    load_cases(table.sections, where)
+    return replace(table, rows=tuple(rows), shapes=shapes, models=models)

@@ -1,0 +1,246 @@
+"""Tables and scales expanded to runs: a table names published roles, a scale says what runs in their place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from mutor.checks import choose, from_mapping, not_default
+from mutor.config.recipe import Recipe
+from mutor.config.schema import NOT_IN_MODEL, Dataset, ModelConfig, Row, Scale, Table
+from mutor.registry import METHODS, TASKS, load
+
+UNITS = {
+    "loss": "nats", "log_likelihood": "nats", "precision": "fraction", "recall": "fraction", "fid": "score",
+    "inception_score": "score", "classifier_fid": "score", "classifier_score": "score",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One setting: everything that decides a run but its seed."""
+
+    scale: str
+    data: str
+    model: str
+    method: str
+    settings: dict[str, Any]  # what differs from the method's defaults
+    dataset: Dataset
+    model_config: ModelConfig
+    recipe: Recipe
+    task_config: Any
+    method_config: Any
+    seeds: tuple[int, ...] = field(compare=False)
+    longer: float = 1.0  # how many times longer than the dataset's recipe, which `recipe` has in it
+    base: Spec | None = None  # what its model is trained by first, seed by seed or with `dataset.base_seed`
+    processes: int = field(default=1, compare=False)  # how it is computed, which does not decide what comes out
+    sharded: bool = field(default=False, compare=False)
+
+    @property
+    def path(self) -> str:
+        """Folder below `runs`: scale/data/model/method/settings."""
+        return "/".join([self.scale, self.data, self.model, self.method, self.name])
+
+    @property
+    def name(self) -> str:
+        """The settings as a name: sorted key=value of what is not default, or `default`."""
+        longer = {} if self.longer == 1 else {"longer": self.longer}
+        return settings_name({**self.settings, **longer})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that decides the numbers, as plain values."""
+        return {
+            "task": self.dataset.task,
+            "task_options": asdict(self.task_config),
+            "model": {k: v for k, v in asdict(self.model_config).items() if k not in NOT_IN_MODEL},
+            "method": self.method,
+            "settings": asdict(self.method_config),
+            "recipe": asdict(self.recipe),
+            "base": self.base and self.base.as_dict(),
+            "base_seed": self.dataset.base_seed,
+        }
+
+    def base_seed_of(self, seed: int) -> int:
+        """The seed of the base model that a run of this seed starts from."""
+        return seed if self.dataset.base_seed is None else self.dataset.base_seed
+
+    @property
+    def config_hash(self) -> str:
+        """Hash of everything that differs from a default: runs with another one are another experiment.
+
+        A setting added later, at its default, leaves it as it was.
+        """
+        model = {k: v for k, v in not_default(self.model_config).items() if k not in NOT_IN_MODEL}
+        decides = [
+            self.dataset.task, not_default(self.task_config), model, self.method, self.settings,
+            not_default(self.recipe), self.base and self.base.config_hash,
+            *([] if self.dataset.base_seed is None else [self.dataset.base_seed]),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def stands_in_for(self) -> str:
+        """What to say beside a result that is not the published experiment; empty if it is."""
+        return "; ".join(s for s in (self.model_config.stands_in_for, self.dataset.stands_in_for) if s)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: a run's metric, averaged over seeds."""
+
+    row: Row
+    spec: Spec
+    metric: str  # as the table names it
+    checkpoint: str  # which of a record's checkpoints: best, last, step<n>
+
+    @property
+    def measured(self) -> str:
+        """The metric that is measured for it: another one where something stands in."""
+        return self.spec.dataset.metrics.get(self.metric, self.metric)
+
+    @property
+    def iterations(self) -> int | None:
+        """Steps after which it is scored, if the recipe counts steps."""
+        return int(self.checkpoint[4:]) if self.checkpoint.startswith("step") else self.spec.recipe.steps
+
+    @property
+    def unit(self) -> str:
+        """Rates are in percent, as published."""
+        return UNITS.get(self.metric, "percent")
+
+
+def settings_name(settings: Mapping[str, Any]) -> str:
+    """Sorted key=value of what is not default, or `default`."""
+    texts = {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in settings.items()}
+    return ",".join(f"{k}={texts[k]}" for k in sorted(texts)) or "default"
+
+
+def _task_config(where: str, name: str, dataset: Dataset) -> Any:
+    task = load(TASKS, dataset.task, f"{where}: datasets: {name}: task")
+    return from_mapping(task.Config, dataset.options, f"{where}: datasets: {name}: options")
+
+
+def _recipe(where: str, scale: Scale, name: str, model: str | None = None, longer: float = 1.0) -> Recipe:
+    dataset = scale.datasets[name]
+    own = scale.models[model].recipe_changes if model else {}
+    given = scale.recipes[dataset.recipe] or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: recipes: {dataset.recipe}: {given!r} is not a mapping of settings")
+    values = {**given, **dataset.recipe_changes, **own}
+    recipe = from_mapping(Recipe, values, f"{where}: recipes: {dataset.recipe} (for {name})")
+    if recipe.epochs is not None:
+        return replace(recipe, epochs=round(recipe.epochs * longer, 3))
+    return replace(recipe, steps=round((recipe.steps or 0) * longer))
+
+
+def _method_config(where: str, method: str, settings: Mapping[str, Any]) -> Any:
+    return from_mapping(load(METHODS, method, where).Config, settings, where)
+
+
+def make_spec(
+    scale: Scale, data: str, model: str, method: str, settings: Mapping[str, Any],
+    seeds: tuple[int, ...] | None = None, longer: float = 1.0,
+) -> Spec:  # fmt: skip
+    """One setting of a scale, by the names of its dataset and model, checked."""
+    where = f"config/scales/{scale.name}.yaml"
+    dataset = scale.datasets[choose(data, scale.datasets, f"{where}: dataset")]
+    model_config = scale.models[choose(model, scale.models, f"{where}: model")]
+    config = _method_config(f"{data}: {method}", method, settings)
+    task_config = _task_config(where, data, dataset)
+    load(TASKS, dataset.task, where).check_settings(task_config, config, f"{data}: {method}")
+    chosen = next(s for s in (seeds, dataset.seeds, scale.seeds) if s is not None)
+    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0:
+        raise ValueError(
+            f"{where}: {data}: seeds: {list(chosen)} is not allowed; allowed: one or more, different, from 0"
+        )
+    recipe = _recipe(where, scale, data, model, longer)
+    _check_processes(where, scale, model, recipe, method)
+    base = None
+    if dataset.base is not None:
+        if model_config.pretrained is not None:
+            raise ValueError(f"{where}: datasets: {data}: base: {dataset.base!r} is for models built from scratch")
+        base_seeds = chosen if dataset.base_seed is None else (dataset.base_seed,)
+        base = make_spec(scale, dataset.base, model, "next_token", {}, base_seeds)
+    return Spec(
+        scale=scale.name, data=data, model=model, method=method, settings=not_default(config), dataset=dataset,
+        model_config=model_config, recipe=recipe, task_config=task_config, method_config=config, seeds=chosen,
+        longer=float(longer), base=base, processes=scale.processes.get(model, 1), sharded=model in scale.sharded,
+    )  # fmt: skip
+
+
+def _check_processes(where: str, scale: Scale, model: str, recipe: Recipe, method: str) -> None:
+    """Raise ValueError for a setting that the model's processes can't train together."""
+    count = scale.processes.get(model, 1)
+    if recipe.accumulate % count:
+        raise ValueError(
+            f"{where}: processes: {model}: {count} can't share the parts of a batch equally, accumulate: "
+            f"{recipe.accumulate}; allowed: numbers that divide it"
+        )
+    if model in scale.sharded:
+        allowed = (
+            ("optimizer", recipe.optimizer, ("adamw",)),
+            ("dtype", scale.models[model].dtype, ("float32", "bfloat16")),
+            ("method", method, tuple(name for name in METHODS if load(METHODS, name, where).shardable)),
+        )
+        for key, value, fine in allowed:
+            if value not in fine:
+                raise ValueError(f"{where}: sharded: {model}: {key}: {value!r} can't be; allowed: {', '.join(fine)}")
+
+
+def cells_of(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> list[Cell]:
+    """All cells of a table at a scale, in the table's order: rows, then datasets, then variants, then metrics.
+
+    A row whose roles the scale does not fill has no cells there.
+    """
+    out = []
+    for row in table.rows:
+        limits = [n for n in (row.max_seeds, scale.max_seeds.get(table.name)) if n is not None]
+        row = replace(row, max_seeds=min(limits, default=None))
+        for data, dataset in scale.datasets.items():
+            if dataset.role != row.train_data or (row.control and not dataset.controls):
+                continue
+            for model, model_config in scale.models.items():
+                if model_config.role != row.model or (dataset.models is not None and model not in dataset.models):
+                    continue
+                variants = dataset.settings.get(row.method) or {}
+                for variant in variants if isinstance(variants, list) else [variants]:
+                    settings = {**variant, **row.settings}
+                    for key in settings.keys() & dataset.instead.keys():
+                        settings[key] = dataset.instead[key].get(settings[key], settings[key])
+                    spec = make_spec(scale, data, model, row.method, settings, seeds, row.longer)
+                    spec = replace(spec, seeds=spec.seeds[: row.max_seeds])
+                    checkpoint = _checkpoint(f"{table.name}, {data}", table, row, spec)
+                    out += [Cell(row, spec, metric, checkpoint) for metric in table.metrics]
+    return out
+
+
+def _checkpoint(where: str, table: Table, row: Row, spec: Spec) -> str:
+    """Which checkpoint a row shows: the table's, or the one after as large a share of the published steps."""
+    if row.iterations is None:
+        return table.checkpoint
+    if spec.dataset.iterations is None or spec.recipe.steps is None:
+        raise ValueError(f"{where}: iterations: {row.iterations} needs the dataset's iterations and a recipe in steps")
+    share = row.iterations / (spec.dataset.iterations * row.longer)
+    step = round(share * spec.recipe.steps)
+    if abs(share - 1) < 0.01:
+        return "last"
+    if step not in spec.recipe.keep:
+        raise ValueError(f"{where}: iterations: {row.iterations} are {step} steps here; kept: {spec.recipe.keep}")
+    return f"step{step}"
+
+
+def run_cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> list[Cell]:
+    """The cells of a table that runs have to fill."""
+    return cells_of(table, scale, seeds) if table.needs_runs else []
+
+
+def specs_of(all_cells: list[Cell]) -> list[Spec]:
+    """The settings that cells need, each once with all seeds that any cell needs, base models first."""
+    found: dict[str, Spec] = {}
+    for spec in [*(c.spec.base for c in all_cells if c.spec.base), *(c.spec for c in all_cells)]:
+        before = found[spec.path].seeds if spec.path in found else ()
+        found[spec.path] = replace(spec, seeds=tuple(dict.fromkeys((*before, *spec.seeds))))
+    return list(found.values())

@@ -1,0 +1,161 @@
+"""What users write in config/, as checked dataclasses: project, scales with models and datasets, tables. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mutor.checks import setting
+
+if TYPE_CHECKING:
+    pass
+
+
+NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # said of a model that do not make it another one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """config/config.yaml."""
+
+    scale: str = setting("laptop", doc="which file of config/scales to run")
+    artifacts: tuple[str, ...] | None = setting(
+        None, doc="files of config/tables wanted, instead of all that the scale names"
+    )
+    seeds: tuple[int, ...] | None = setting(None, doc="seeds of every run, instead of the scale's own", low=0)
+    runs: str = setting("runs", doc="folder of the runs")
+    results: str = setting("results", doc="folder of tables and figures")
+    rerun_stale: bool = setting(False, doc="run again what was made by older code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset of a scale, and the settings that each method is run with on it."""
+
+    role: str = setting(doc="the published dataset whose place it takes")
+    task: str = setting(doc="a registered task")
+    options: dict = setting({}, doc="the task's own settings")
+    recipe: str = setting(doc="a recipe of this scale")
+    recipe_changes: dict = setting({}, doc="changes of the recipe for this dataset, the same for all methods")
+    settings: dict = setting({}, doc="method -> its settings here; a list runs each")
+    models: tuple[str, ...] | None = setting(
+        None, doc="models that tables run here, instead of all that fill a row's role"
+    )
+    controls: bool = setting(True, doc="whether rows marked `control` run here")
+    seeds: tuple[int, ...] | None = setting(None, doc="seeds here, instead of the scale's", low=0)
+    base: str | None = setting(None, doc="a dataset that models are first trained on, next-token, seed by seed")
+    base_seed: int | None = setting(None, doc="one base model of this seed for all seeds, instead of one each", low=0)
+    stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
+    plan: dict = setting({}, doc="for `plan` before anything ran: examples, about, and tokens of one, at most")
+    metrics: dict = setting({}, doc="a table's metric -> what is measured in its place")
+    instead: dict = setting({}, doc="a setting's name -> a table's value of it -> the value here")
+    iterations: int | None = setting(None, doc="published steps that the recipe's stand for", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A file of config/scales."""
+
+    description: str = setting(doc="one line for people")
+    device: str = setting("auto", doc="where runs take place", choices=("auto", "cpu", "cuda"))
+    threads: int = setting(1, doc="CPU threads a process", low=1)
+    gpus: int = setting(0, doc="GPUs a process", low=0)
+    memory_mb: int = setting(2000, doc="memory a process is scheduled with", low=100)
+    processes: dict = setting({}, doc="model -> processes that train it together, on one machine, with one's losses")
+    sharded: tuple[str, ...] = setting(
+        (), doc="models of several processes that hold a part of the weights each (FSDP2)"
+    )
+    minutes: int = setting(60, doc="longest time a run with its seeds is scheduled with", low=1)
+    seeds: tuple[int, ...] = setting((42, 43, 44), doc="seeds of every run", low=0)
+    max_seeds: dict = setting({}, doc="table -> only so many of the seeds for its rows")
+    artifacts: tuple[str, ...] = setting(doc="the tables and figures of this scale, names of files in config/tables")
+    models: dict = setting({}, doc="name -> model")
+    datasets: dict = setting({}, doc="name -> dataset")
+    recipes: dict = setting({}, doc="name -> recipe")
+    plan: dict = setting({}, doc="for `plan` before anything ran: model -> parameters")
+    cost: dict = setting({}, doc="how cases of cost tables are shrunk, see mutor/config/cost_cases.py")
+    name: str = setting("", doc="the file's name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Some cells of a table: a method on a model and dataset, by role."""
+
+    model: str = setting(doc="role of the model")
+    train_data: str | list = setting(doc="role of the training data; a list makes a row for each")
+    method: str = setting(doc="a registered method")
+    settings: dict = setting({}, doc="settings on top of the dataset's own for this method")
+    label: str = setting("", doc="name in figures, by default the method's")
+    control: bool = setting(False, doc="a control, run only on datasets with `controls`")
+    longer: float = setting(1.0, doc="trained so many times longer than the dataset's recipe says", low=0)
+    iterations: int | None = setting(None, doc="scored after so many of the published steps", low=1)
+    max_seeds: int | None = setting(None, doc="only so many of the seeds, where the source has no more", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A file of config/tables: one table or figure."""
+
+    title: str = setting(doc="title of the artifact")
+    caption: str = setting(doc="what it shows; also the caption in reports")
+    draw: str = setting(
+        "table", doc="how it is drawn", choices=("table", "solve_rates", "sweep", "images", "flops", "settings", "cost")
+    )
+    metrics: tuple[str, ...] = setting(doc="metrics, one cell each")
+    checkpoint: str = setting("last", doc="which checkpoint's numbers are shown", choices=("last", "best"))
+    reported: tuple[str, ...] = setting((), doc="artifacts of config/reported.csv whose values stand beside")
+    notes: tuple[str, ...] = setting((), doc="notes printed below")
+    rows: tuple = setting(doc="the rows")
+    over: str | None = setting(None, doc="with draw sweep: the setting on its axis", choices=("d_max", "a", None))
+    without: float = setting(0.0, doc="with draw sweep: where methods without that setting stand")
+    shapes: dict = setting({}, doc="with draw flops: role of a model -> widths of its layers")
+    lengths: tuple[int, ...] = setting((), doc="with draw flops: sequence lengths", low=1)
+    models: dict = setting({}, doc="with draw cost: role -> model of the published size, with random weights")
+    sections: tuple = setting((), doc="with draw cost: groups of cases, see config/cost_cases.py: Case")
+    name: str = setting("", doc="the file's name")
+
+    @property
+    def needs_runs(self) -> bool:
+        """Whether its numbers come from runs, not from configuration or arithmetic alone."""
+        return self.draw not in ("flops", "settings", "cost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model of a scale: an architecture built from scratch, or a pretrained one by name or folder."""
+
+    role: str = setting(doc="the published model whose place it takes")
+    stands_in_for: str = setting("", doc="what is said beside its results when it is not the published model")
+    architecture: str | None = setting(
+        None, doc="a transformers model type, built from scratch: gpt2, llama, qwen3, ..."
+    )
+    config: dict = setting({}, doc="arguments of the architecture's transformers config")
+    init: str = setting(
+        "model", doc="initialisation from scratch: the model's own, or 1/sqrt(fan-in)", choices=("model", "fan_in")
+    )
+    embedding_std: float = setting(1.0, doc="with init fan_in: standard deviation of the embeddings", low=0)
+    pretrained: str | None = setting(
+        None, doc="hub name or folder of a pretrained model; a quantised .gguf file, or package/file.gguf"
+    )
+    revision: str | None = setting(None, doc="hub revision of the pretrained model")
+    dtype: str = setting(
+        "float32",
+        doc="of weights and training; mixed: float32 weights, bfloat16 products on a GPU",
+        choices=("float32", "bfloat16", "mixed"),
+    )
+    recipe_changes: dict = setting({}, doc="changes of every recipe for this model, the same for all methods")
+    attention: str = setting("sdpa", doc="attention implementation", choices=("sdpa", "eager", "flex_attention"))
+
+    def __post_init__(self) -> None:
+        if (self.architecture is None) == (self.pretrained is None):
+            raise ValueError("give either architecture (from scratch) or pretrained (hub name or folder)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Widths of one decoder layer."""
+
+    width: int = setting(doc="of the hidden state", low=1)
+    query: int = setting(doc="of all query heads together", low=1)
+    key_value: int = setting(doc="of all key heads together, and of all value heads", low=1)
+    feed_forward: int = setting(doc="inside the feed-forward layer, which has three matrices", low=1)

@@ -1,0 +1,202 @@
+"""What a method feeds the model: tokens, positions, who sees whom, what is predicted where.
+
+A batch of rows (two prefix tokens, an answer of four; registers of offset 2 behind all regular tokens):
+
+    ids        Q  Q  A  B  C  D | r  r  r
+    position   0  1  2  3  4  5 | 2  3  4      a register stands where its target is normally predicted
+    order      0  1  2  3  4  5 | 1  2  3      a register sees the regular tokens up to its anchor, and itself
+    target     .  A  B  C  D  . | B  C  D      "." predicts nothing
+
+Order in the row does not matter, since positions and visibility are explicit: this equals the paper's interleaved
+picture exactly, and the regular part stays plain causal attention.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mutor.mtp.registers import anchors
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: `ids` int64 [T], the first `prefix` of them the prompt, `counter` its sample number."""
+
+    ids: np.ndarray
+    prefix: int
+    counter: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sequences laid into rows of equal length, padded or packed. All tensors [B, T].
+
+    ids: token ids; document: number of the sequence inside its row, -1 for padding; position: index inside the
+    sequence; answer: whether the token is to be predicted; counter: sample number of the token's sequence.
+    """
+
+    ids: Tensor
+    document: Tensor
+    position: Tensor
+    answer: Tensor
+    counter: Tensor
+
+
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    row_length: int | None = None,
+    tokens: Callable[[Example], int] = lambda example: len(example.ids),
+) -> Rows:
+    """Lay sequences into rows: one a row, padded on the right; or packed into rows of `row_length` tokens.
+
+    Packed rows are about equally full. tokens: how many a sequence takes of a row, with what a method adds to it.
+    Raises ValueError when a sequence is empty, has no answer, or is longer than `row_length`.
+    """
+    for example in examples:
+        if not 0 < example.prefix < len(example.ids):
+            raise ValueError(
+                f"sequence {example.counter}: prefix of {example.prefix} tokens in {len(example.ids)}: "
+                "a sequence needs at least one prefix and one answer token"
+            )
+        if row_length is not None and tokens(example) > row_length:
+            raise ValueError(f"sequence {example.counter}: {tokens(example)} tokens, rows hold {row_length}")
+    rows = [[example] for example in examples] if row_length is None else _packed(examples, row_length, tokens)
+    shape = (len(rows), row_length or max(len(example.ids) for example in examples))
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    document = np.full(shape, -1, dtype=np.int64)
+    position = np.zeros(shape, dtype=np.int64)
+    answer = np.zeros(shape, dtype=bool)
+    counter = np.zeros(shape, dtype=np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for number, example in enumerate(row):
+            span = slice(start, start + len(example.ids))
+            ids[r, span] = example.ids
+            document[r, span] = number
+            position[r, span] = np.arange(len(example.ids))
+            answer[r, start + example.prefix : span.stop] = True
+            counter[r, span] = example.counter
+            start = span.stop
+    return Rows(*(torch.from_numpy(a) for a in (ids, document, position, answer, counter)))
+
+
+def _packed(examples: Sequence[Example], row_length: int, tokens: Callable[[Example], int]) -> list[list[Example]]:
+    """The longest first, each into the emptiest row; as few rows as none is over `row_length` with."""
+    takes = [tokens(example) for example in examples]
+    count = -(-sum(takes) // row_length)
+    while True:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for number in sorted(range(len(takes)), key=takes.__getitem__, reverse=True):
+            emptiest = filled.index(min(filled))
+            rows[emptiest].append(number)
+            filled[emptiest] += takes[number]
+        if max(filled) <= row_length:
+            return [[examples[number] for number in sorted(row)] for row in sorted(rows, key=min)]
+        count += 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The input of one training step. All tensors [B, L], regular tokens first, registers behind.
+
+    ids: token ids, a register is `vocabulary size + its number`; position: position ids; document: as in Rows;
+    order: a regular token's index in its row, a register's anchor; prefix: sees the whole prefix of its document
+    in both directions; register: is a register; target: the id to predict, -100 for none.
+    """
+
+    ids: Tensor
+    position: Tensor
+    document: Tensor
+    order: Tensor
+    prefix: Tensor
+    register: Tensor
+    target: Tensor
+
+    def to(self, device: torch.device | str) -> "Layout":
+        """The same layout on another device."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def compact(self) -> "Layout":
+        """What training needs of the layout: without columns of padding, and without each sequence's last token.
+
+        That one predicts nothing, and is seen by no token that does. Padding that stays is behind a row's tokens.
+        """
+        regular = (self.document >= 0) & ~self.register
+        last = regular.clone()
+        last[:, :-1] &= ~regular[:, 1:] | (self.document[:, 1:] != self.document[:, :-1])
+        kept = replace(self, document=self.document.masked_fill(last, -1))
+        absent = kept.document < 0
+        return kept.take(absent.to(torch.int8).argsort(dim=1, stable=True)[:, : int((~absent).sum(1).max())])
+
+    def take(self, index: Tensor) -> "Layout":
+        """The same layout with its columns in another order; index: int64 [L] or [B, L]."""
+        index = index.expand(self.ids.shape[0], -1)
+        return replace(self, **{f.name: getattr(self, f.name).gather(1, index) for f in fields(self)})
+
+
+def regular(rows: Rows, *, prefix_lm: bool = False) -> Layout:
+    """Plain next-token prediction of the answers; with `prefix_lm` prefix tokens see each other both ways."""
+    batch, length = rows.ids.shape
+    predicts = anchors(rows.document, rows.answer)
+    target = torch.full_like(rows.ids, IGNORE)
+    target[:, :-1] = torch.where(predicts[:, :-1], rows.ids[:, 1:], target[:, :-1])
+    return Layout(
+        ids=rows.ids,
+        position=rows.position,
+        document=rows.document,
+        order=torch.arange(length).expand(batch, -1),
+        prefix=~rows.answer & (rows.document >= 0) & prefix_lm,
+        register=torch.zeros_like(rows.answer),
+        target=target,
+    )
+
+
+def ahead(layout: Layout, distance: int) -> Tensor:
+    """int64 [B, L]: the target `distance` tokens on, for heads and modules; -100 where there is none.
+
+    Kept at the positions that predict an answer token next, so the last prefix token is the first; never across
+    the end of a document. `ahead(layout, 1)` is the next token, the layout's own target.
+    """
+    here = layout.target
+    out = torch.full_like(here, IGNORE)
+    shift = distance - 1
+    if shift >= here.shape[1]:
+        return out
+    stop = here.shape[1] - shift
+    same = layout.document[:, :stop] == layout.document[:, shift:]
+    out[:, :stop] = torch.where(same & (here[:, :stop] != IGNORE), here[:, shift:], IGNORE)
+    return out
+
+
+def with_registers(base: Layout, keep: Tensor, offset: Tensor, target: Tensor, number: Tensor) -> Layout:
+    """Put the chosen registers behind all regular tokens.
+
+    base: layout of T regular tokens; keep: bool [B, T] which tokens a register follows; offset, target, number:
+    int64 [B, T] each such register's offset, target id and embedding id. Rows with fewer registers are padded.
+    """
+    count = int(keep.sum(1).max())
+    if count == 0:
+        return base
+    index = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    present = keep.gather(1, index)
+
+    def pick(values: Tensor, padding: int) -> Tensor:
+        return torch.where(present, values.gather(1, index), padding)
+
+    behind = Layout(
+        ids=pick(number, 0),
+        position=pick(base.position + offset - 1, 0),
+        document=pick(base.document, -1),
+        order=index,
+        prefix=torch.zeros_like(present),
+        register=present,
+        target=pick(target, IGNORE),
+    )
+    return Layout(*(torch.cat([getattr(base, f.name), getattr(behind, f.name)], 1) for f in fields(Layout)))

@@ -1,0 +1,149 @@
+"""What a training method is: its settings, the parameters it adds, the layout it feeds, the losses it reads off.
+
+The training loop, the evaluation and the workflow know this interface and no method's name:
+
+    method = load(METHODS, "mutor")(from_mapping(Config, {"d_max": 4}, "mutor"))
+    method.attach(model)                          # adds parameters under model.mtp
+    layout, goals = method.feed(examples, context)       # on the CPU, in the data loader
+    total, parts = method.losses(model, layout, goals)   # on the device
+    method.export(model, folder)                  # a plain checkpoint of the base architecture
+
+This module and the methods' files import torch inside functions only, so that plans are made without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mutor.checks import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mutor.mtp.backbone import Trunk
+    from mutor.mtp.layout import Example, Layout, Rows
+    from mutor.mtp.loss import Goal
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a layout may depend on besides the rows: the run's seed, the dummy token and the kind of prefix."""
+
+    seed: int = 0
+    pad_id: int = 0
+    prefix_lm: bool = False
+
+
+@dataclass(frozen=True)
+class AuxiliarySettings:
+    """The two settings that every method with an auxiliary loss shares."""
+
+    d_max: int = setting(2, doc="furthest token predicted: x_(t + d_max)", low=1)
+    a: float = setting(0.1, doc="weight of the auxiliary loss, 1 - a that of next-token", low=0, high=1, open_ends=True)
+
+
+class Method:
+    """Base of all methods: plain next-token prediction without added parameters."""
+
+    Config: ClassVar[type]
+    shardable: ClassVar[bool] = True  # whether it trains and exports a model whose weights are spread over processes
+    trunk: Trunk
+
+    def __init__(self, config: Any, *, per_sequence: bool = False):
+        """config: an instance of `Config`; per_sequence: losses are means inside each sequence first."""
+        self.config, self.per_sequence = config, per_sequence
+
+    def attach(self, model: Any, initialise: Callable[[nn.Module], None] | None = None) -> Any:
+        """Add the method's parameters to `model` and return it. Raises ValueError for a model it can't train."""
+        from mutor.mtp.backbone import Trunk
+
+        self.trunk = Trunk(model, initialise)
+        self.add_parameters()
+        return model
+
+    def add_parameters(self) -> None:
+        """Build what the method adds, through `self.trunk.add`."""
+
+    def inputs(self, rows: Rows, context: Context) -> Layout:
+        """What the trained model is fed for these rows, auxiliary tokens left out: the plain rows."""
+        from mutor.mtp.layout import regular
+
+        return regular(rows, prefix_lm=context.prefix_lm)
+
+    def layout(self, rows: Rows, context: Context) -> Layout:
+        """What the model is fed in training."""
+        return self.inputs(rows, context)
+
+    def tokens(self, example: Example) -> int:
+        """How many tokens of a row a sequence takes in training, at most."""
+        return len(example.ids)
+
+    def targets(self, layout: Layout) -> dict[str, Tensor]:
+        """int64 [B, L] by name of the loss: what is predicted where, -100 for nothing."""
+        from mutor.mtp.layout import IGNORE
+
+        return {"next_token": layout.target.masked_fill(layout.register, IGNORE)}
+
+    def goals(self, layout: Layout) -> dict[str, Goal]:
+        """The targets of each loss as a list, with what each counts for: equally, or by sequence first."""
+        from mutor.mtp.loss import Goal
+
+        return {name: Goal.of(t, layout.document, self.per_sequence) for name, t in self.targets(layout).items()}
+
+    def feed(
+        self, examples: Sequence[Example], context: Context, row_tokens: int | None = None
+    ) -> tuple[Layout, dict[str, Goal]]:
+        """What a training step is fed for a batch, or a part of one, and what it is to predict; on the CPU.
+
+        row_tokens: sequences are packed into rows of so many tokens, at least the longest's; none: one a row.
+        """
+        from mutor.mtp.layout import collate
+
+        if row_tokens is not None:
+            row_tokens = max(row_tokens, *map(self.tokens, examples))
+        layout = self.layout(collate(examples, context.pad_id, row_tokens, self.tokens), context).compact()
+        return layout, self.goals(layout)
+
+    def losses(
+        self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise (a scalar) and its parts, detached scalars by name, for the log.
+
+        goals: by default those of `layout` alone. For a part of a larger batch, those whose `count` is the whole
+        batch's: then the parts' losses add up to the batch's loss.
+        """
+        goals = goals or self.goals(layout)
+        loss = self.loss(self.trunk(model, layout).normed, goals["next_token"])
+        return loss, {"next_token": loss.detach()}
+
+    def loss(self, normed: Tensor, goal: Goal) -> Tensor:
+        """Cross entropy of the output layer on hidden states [B, L, d] that passed the final norm."""
+        from mutor.mtp.loss import head_loss
+
+        return head_loss(self.trunk.logits, normed, goal, self.trunk.vocabulary)
+
+    def added_parameters(self, model: nn.Module) -> int:
+        """Number of parameters that the method added."""
+        from mutor.mtp.backbone import EXTRA
+
+        return sum(p.numel() for p in getattr(model, EXTRA).parameters()) if hasattr(model, EXTRA) else 0
+
+    def generate(self, model: Any, prefix: Tensor, length: int, context: Context) -> Tensor:
+        """int64 [B, length]: the answer to `prefix` [B, P] as this method's models answer, greedily."""
+        from mutor.mtp.decode import greedy
+
+        return greedy(model, prefix, length, prefix_lm=context.prefix_lm)
+
+    def export(self, model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Save the plain base architecture, which `AutoModelForCausalLM.from_pretrained(folder)` loads.
+
+        state: the model's state dict, where its own does not hold it whole.
+        """
+        from mutor.mtp.backbone import EXTRA
+
+        whole = model.state_dict() if state is None else state
+        state = {name: value for name, value in whole.items() if not name.startswith(f"{EXTRA}.")}
+        model.save_pretrained(folder, state_dict=state)

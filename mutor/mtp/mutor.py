@@ -1,0 +1,255 @@
+"""MuToR: registers between the tokens, each predicting a token further on (NeurIPS 2025, arXiv 2505.10518).
+
+mutor = MuToR.of(d_max=4, a=0.3)
+mutor.attach(model)                                   # any Hugging Face causal LM; adds one vector
+Trainer(model, args, train_dataset=data,
+        data_collator=mutor.collator(tokenizer.pad_token_id),
+        compute_loss_func=mutor.loss_from_outputs).train()
+mutor.export(model, "out")                            # the plain model, registers dropped
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mutor.checks import from_mapping, setting
+from mutor.mtp.method import AuxiliarySettings, Context, Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mutor.mtp.layout import Example, Layout, Rows
+    from mutor.mtp.loss import Goal
+
+
+@dataclass(frozen=True)
+class MuToRConfig(AuxiliarySettings):
+    """Settings of MuToR; defaults are the paper's for GSM8K (d_max 4, a 0.3)."""
+
+    d_max: int = setting(4, doc="largest offset: the furthest register target is x_(t + d_max)", low=1)
+    a: float = setting(0.3, doc="weight of the register loss", low=0, high=1, open_ends=True)
+    d_min: int = setting(1, doc="smallest offset (star graphs: 2)", low=1)
+    offsets: str = setting(
+        "sequence", doc="one offset drawn per sequence, or per register", choices=("sequence", "mixed")
+    )
+    placement: str = setting(
+        "all", doc="registers behind all tokens, every n-th, or n random ones", choices=("all", "every", "random")
+    )
+    registers: int = setting(1, doc="the n of placement 'every' and 'random'", low=1)
+    register_embedding: str = setting("shared", doc="one vector, or one per offset", choices=("shared", "per_offset"))
+    register_init: str = setting(
+        "mean", doc="mean input embedding, or as the model's own rows", choices=("mean", "model")
+    )
+    register_scaled: bool = setting(True, doc="scaled as the model scales its tokens (Gemma: sqrt(d))")
+    register_targets: str = setting(
+        "true", doc="'shuffled' over the batch: a control that must not help", choices=("true", "shuffled")
+    )
+
+    def __post_init__(self) -> None:
+        if self.d_max < self.d_min:
+            raise ValueError(f"d_max: {self.d_max} is below d_min {self.d_min}; allowed: d_max >= d_min")
+        if self.placement == "all" and self.registers != 1:
+            raise ValueError(f"registers: {self.registers} means nothing with placement 'all'; leave it out")
+
+
+class MuToR(Method):
+    """Multi-token prediction with registers."""
+
+    Config = MuToRConfig
+    config: MuToRConfig
+
+    @classmethod
+    def of(cls, **settings: Any) -> MuToR:
+        """The method with these settings, checked; see `Config`."""
+        return cls(from_mapping(cls.Config, settings, "mutor"))
+
+    def add_parameters(self) -> None:
+        """One vector (or one per offset), fed where the input id is the vocabulary size or above."""
+        import torch
+        from torch import nn
+
+        config, trunk = self.config, self.trunk
+        count = 1 if config.register_embedding == "shared" else self.different_offsets
+        device = trunk.embedding.weight.device
+        table = nn.Embedding(count, trunk.width, device=device)
+        if not trunk.meta:
+            with torch.no_grad():
+                if config.register_init == "mean":
+                    table.weight.copy_(trunk.embedding.weight.float().mean(0).expand(count, -1))
+                else:
+                    table.weight.normal_(0, float(trunk.embedding.weight.float().std()))
+        trunk.add(nn.ModuleDict({"registers": table}))
+        scale = getattr(trunk.embedding, "embed_scale", None)  # Gemma scales inside its embedding layer
+        later = getattr(trunk.config, "embedding_multiplier", None)  # Granite behind it, whatever came out
+        vocabulary = trunk.vocabulary
+
+        asked: list[Tensor] = []  # ids of the call under way: forward hooks only see them clamped
+
+        def clamp(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            asked.append(args[0])
+            return (args[0].clamp(max=vocabulary - 1), *args[1:])
+
+        def put(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            ids = asked.pop()
+            vectors = table((ids - vocabulary).clamp(0, count - 1)).to(output.dtype)
+            if scale is not None and config.register_scaled:
+                vectors = vectors * scale.to(output.dtype)
+            if later is not None and not config.register_scaled:
+                vectors = vectors / later
+            return torch.where((ids >= vocabulary)[..., None], vectors, output)
+
+        trunk.embedding.register_forward_pre_hook(clamp)
+        trunk.embedding.register_forward_hook(put)
+        if not trunk.meta:
+            self._check_invariant()
+
+    @property
+    def different_offsets(self) -> int:
+        """How many different offsets are drawn."""
+        return self.config.d_max - self.config.d_min + 1
+
+    def offsets(self, counters: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Each token's offset and that offset's number from 0, int64 [B, T]. counters: [B, T] of the samples."""
+        from mutor.mtp.registers import offsets
+
+        config = self.config
+        found = offsets(counters, seed=seed, d_min=config.d_min, d_max=config.d_max, mixed=config.offsets == "mixed")
+        return found, found - config.d_min
+
+    def layout(self, rows: Rows, context: Context) -> Layout:
+        """Regular tokens first, registers behind; offsets from the sample counters and `context.seed`."""
+        from mutor.mtp import registers as r
+        from mutor.mtp.layout import with_registers
+
+        config, seed = self.config, context.seed
+        offset, number = self.offsets(rows.counter, seed)
+        keep = r.placed(
+            r.anchors(rows.document, rows.answer), rows.document, rows.counter,
+            placement=config.placement, registers=config.registers, seed=seed,
+        )  # fmt: skip
+        target, exists = r.targets(rows.ids, rows.document, rows.answer, offset)
+        keep = keep & exists
+        if config.register_targets == "shuffled":
+            target = _shuffled(target, keep, seed, int(rows.counter.max()))
+        number = number if config.register_embedding == "per_offset" else offset * 0
+        return with_registers(self.inputs(rows, context), keep, offset, target, number + self.trunk.vocabulary)
+
+    def tokens(self, example: Example) -> int:
+        """Its own tokens, and its registers."""
+        answer, many = len(example.ids) - example.prefix, self.config.registers
+        more = {"all": answer, "every": -(-answer // many), "random": min(many, answer)}
+        return len(example.ids) + more[self.config.placement]
+
+    def targets(self, layout: Layout) -> dict[str, Tensor]:
+        """Next tokens of the regular tokens, and the registers' own."""
+        from mutor.mtp.layout import IGNORE
+
+        return super().targets(layout) | {"register": layout.target.masked_fill(~layout.register, IGNORE)}
+
+    def losses(
+        self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(1 - a) L_next_token + a L_register (paper, eq. 5), each a mean over its own tokens."""
+        goals = goals or self.goals(layout)
+        normed = self.trunk(model, layout).normed
+        plain, extra = self.loss(normed, goals["next_token"]), self.loss(normed, goals["register"])
+        a = self.config.a
+        return (1 - a) * plain + a * extra, {"next_token": plain.detach(), "register": extra.detach()}
+
+    def collator(
+        self, pad_id: int, *, seed: int = 0, prefix_lm: bool = False
+    ) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+        """A data collator for a plain transformers Trainer (with `remove_unused_columns=False`).
+
+        Takes examples with "input_ids" and "prefix_length" (and "index", the sample's number, from which its offset
+        is drawn; without it they are numbered as they come). Gives input_ids, position_ids, attention_mask, labels;
+        a register's label is its target plus the vocabulary size, which `loss_from_outputs` takes apart.
+        """
+        import itertools
+
+        import numpy as np
+        import torch
+
+        from mutor.mtp.attention import attention_mask
+        from mutor.mtp.layout import IGNORE, Example, collate
+
+        context, count = Context(seed, pad_id, prefix_lm), itertools.count()
+
+        def collator(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+            rows = collate(
+                [
+                    Example(np.asarray(e["input_ids"]), int(e["prefix_length"]), int(e.get("index", next(count))))
+                    for e in examples
+                ],
+                pad_id,
+            )
+            layout = self.layout(rows, context)
+            shift = torch.where(layout.register & (layout.target != IGNORE), self.trunk.vocabulary, 0)
+            implementation = self.trunk.config._attn_implementation
+            return {
+                "input_ids": layout.ids,
+                "position_ids": layout.position,
+                "attention_mask": attention_mask(layout, implementation, self.trunk.embedding.weight.dtype),
+                "labels": layout.target + shift,
+            }
+
+        return collator
+
+    def loss_from_outputs(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """`compute_loss_func` of a plain transformers Trainer; labels: int64 [B, L] from `collator`.
+
+        A batch computed in parts is the mean of its parts' losses, each weighted by its share of all predicted tokens
+        (`num_items_in_batch`, which the Trainer passes).
+        """
+        import torch.nn.functional as F
+
+        logits, vocabulary = outputs.logits, self.trunk.vocabulary
+        register = labels >= vocabulary
+        token = (labels >= 0) & ~register
+        loss = (1 - self.config.a) * F.cross_entropy(logits[token].float(), labels[token])
+        if register.any():
+            loss = loss + self.config.a * F.cross_entropy(logits[register].float(), labels[register] - vocabulary)
+        share = 1 if num_items_in_batch is None else (labels >= 0).sum() / num_items_in_batch
+        return loss * share
+
+    def _check_invariant(self) -> None:
+        """Refuse, by name, a model whose tokens change with registers beside them or with their order in the row."""
+        import torch
+
+        from mutor.mtp.layout import Example, collate, regular, with_registers
+
+        trunk = self.trunk
+        length = 8
+        ids = (torch.arange(length) * 7 + 3) % trunk.vocabulary
+        rows = collate([Example(ids.numpy(), 3)], 0)
+        base = regular(rows)
+        keep = torch.arange(length)[None] % 2 == 1
+        fed = with_registers(
+            base, keep, torch.ones_like(rows.ids), rows.ids, torch.full_like(rows.ids, trunk.vocabulary)
+        )
+        backwards = torch.arange(fed.ids.shape[1]).flip(0)
+        alone, beside = trunk.try_out(base), trunk.try_out(fed)
+        turned = trunk.try_out(fed.take(backwards)).flip(1)  # a mixer that minds the order sees registers as neighbours
+        change = max(float((alone - beside[:, :length]).abs().max()), float((beside - turned).abs().max()))
+        tolerance = (1e-3 if alone.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
+        if not change <= tolerance:
+            raise ValueError(
+                f"{trunk.name} ({trunk.config.model_type}) can't hold registers: its tokens change by {change:.3g} "
+                "when registers stand beside them or the row is reordered: some of its layers mix tokens without the "
+                "attention mask"
+            )
+
+
+def _shuffled(target: Tensor, keep: Tensor, seed: int, counter: int) -> Tensor:
+    """Targets permuted among all registers of the batch: same marginals, no meaning."""
+    import numpy as np
+    import torch
+
+    from mutor.mtp.registers import STREAMS
+
+    order = np.random.default_rng([STREAMS["shuffle"], seed, counter]).permutation(int(keep.sum()))
+    out = target.clone()
+    out[keep] = target[keep][torch.from_numpy(order)]
+    return out

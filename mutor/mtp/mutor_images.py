@@ -1,0 +1,68 @@
+"""MuToR on images: registers along the raster (1D) and on the grid (2D); paper, section 3 and Table 7.
+
+MuToR2D, d_max 3, on a grid of 4 columns; a register behind t predicts one of the cells marked with their offset d:
+
+    t  1  2  .        (d_h, d_w) drawn from {1, 2, 3}^2 without (1, 1), which is t itself; d = (d_h - 1) 4 + d_w - 1
+    4  5  6  .        a plain offset along the raster, so that it runs on into the next row near the right border
+    8  9 10  .
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mutor.checks import setting
+from mutor.mtp.mutor import MuToR, MuToRConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MuToR1DConfig(MuToRConfig):
+    """Settings of MuToR along the raster; defaults are the paper's for images."""
+
+    a: float = setting(0.5, doc="weight of the register loss", low=0, high=1, open_ends=True)
+
+
+class MuToR1D(MuToR):
+    """Registers that look 1 .. d_max tokens ahead along the raster."""
+
+    Config = MuToR1DConfig
+
+
+@dataclass(frozen=True)
+class MuToR2DConfig(MuToR1DConfig):
+    """Settings of MuToR on a grid: d_max counts rows and columns, the own one included (paper: 4)."""
+
+    d_max: int = setting(4, doc="pairs (d_h, d_w) are drawn from {1 .. d_max}^2 without (1, 1)", low=2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_min != 1:
+            raise ValueError(f"d_min: {self.d_min} means nothing in two dimensions; leave it out")
+
+
+class MuToR2D(MuToR):
+    """Registers that look ahead to the right and down."""
+
+    Config = MuToR2DConfig
+
+    def add_parameters(self) -> None:
+        """As MuToR's; the model has to say how wide its grid is."""
+        if not getattr(self.trunk.config, "columns", None):
+            raise ValueError(f"{self.trunk.name}: mutor_2d needs a model of images, whose config has rows and columns")
+        super().add_parameters()
+
+    @property
+    def different_offsets(self) -> int:
+        """d_max^2 - 1 pairs."""
+        return self.config.d_max**2 - 1
+
+    def offsets(self, counters: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Each token's offset d = (d_h - 1) columns + d_w - 1, and the number of its pair."""
+        from mutor.mtp.registers import grid_offsets
+
+        config, columns = self.config, int(self.trunk.config.columns)
+        return grid_offsets(counters, seed=seed, d_max=config.d_max, columns=columns, mixed=config.offsets == "mixed")

@@ -1,0 +1,1 @@
+"""Evidence from finished runs: records, statistics, tables, figures, claims. No torch."""

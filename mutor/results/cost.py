@@ -1,0 +1,113 @@
+"""What a training step costs: the cases to measure, and their measurements as rows of an artifact. No torch.
+
+python benchmarks/cost.py --scale gpu     measures them, into runs/<scale>/cost/<table>.json
+python -m mutor collect rebuttal_latency  draws what was measured
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mutor.config.cost_cases import Case, cases_of, settings_of
+from mutor.results.flops import PEAKS
+
+UNITS = {
+    "ratio": "times", "token_ratio": "times", "flop_ratio": "times", "seconds_per_step": "s",
+    "sequences_per_second": "1/s", "tokens_per_second": "1/s", "utilisation": "percent", "peak_memory": "GB",
+}  # fmt: skip
+
+
+def file_of(runs: Path, scale: str, table: str) -> Path:
+    """Where a table's measurements are kept."""
+    return Path(runs) / scale / "cost" / f"{table}.json"
+
+
+def measured(file: Path) -> dict[str, Any]:
+    """Measurements so far: {"device": ..., "cases": {key: what was measured}}; nothing where there is no file."""
+    return json.loads(file.read_text()) if file.exists() else {"device": None, "cases": {}}
+
+
+def peak_of(device: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device, None where they are not known here."""
+    return next((peak for name, peak in PEAKS.items() if name in device), None)
+
+
+def metrics_of(found: Mapping[str, Any], device: str) -> dict[str, tuple[float, float | None]]:
+    """Metric -> (median, standard deviation over the rounds) of one case.
+
+    found: seconds and reference_seconds a step of each round; sequences, tokens and flops a step, and the
+    reference's; peak_memory_bytes.
+    """
+    seconds, reference = found["seconds"], found["reference_seconds"]
+    each: dict[str, list[float]] = {
+        "ratio": [a / b for a, b in zip(seconds, reference, strict=True)],
+        "token_ratio": [found["tokens"] / found["reference_tokens"]],
+        "flop_ratio": [found["flops"] / found["reference_flops"]],
+        "seconds_per_step": seconds,
+        "sequences_per_second": [found["sequences"] / s for s in seconds],
+        "tokens_per_second": [found["tokens"] / s for s in seconds],
+    }
+    peak = peak_of(device)
+    if peak:
+        each["utilisation"] = [100 * found["flops"] / s / peak for s in seconds]
+    if found.get("peak_memory_bytes"):
+        each["peak_memory"] = [found["peak_memory_bytes"] / 1e9]
+    return {
+        name: (statistics.median(values), statistics.stdev(values) if len(values) > 1 else None)
+        for name, values in each.items()
+    }
+
+
+def rows(table: Any, scale: Any, runs: Path, reported: Any) -> Iterator[dict[str, Any]]:
+    """Cells of a cost table, one a case and metric; n_seeds counts rounds, 0 where nothing was measured."""
+    content = measured(file_of(runs, scale.name, table.name))
+    by, wanted = cases_of(table, scale)
+    for case in wanted:
+        found = content["cases"].get(case.key)
+        # left by an older configuration
+        found = found if found and found["case"] == as_dict(case) and "seconds" in found else None
+        values = metrics_of(found, content["device"]) if found else {}
+        model = by.models.get(case.model, case.model)
+        stands_in = "" if model == case.model else f"{case.model} (here {model}, random weights)"
+        settings = settings_of(case)
+        for metric in table.metrics:
+            mean, std = values.get(metric, (None, None))
+            same = reported[
+                reported["artifact"].isin(table.reported) & (reported["variant"] == case.published)
+                & (reported["model"] == case.model) & (reported["metric"] == metric)
+            ]  # fmt: skip
+            published = float(same["value"].iloc[0]) if case.published and len(same) and not stands_in else None
+            yield {
+                "artifact": table.name, "scale": scale.name, "role": case.model, "model": model, "method": case.method,
+                "train_data": case.label if case.value is None else f"{case.label}, {case.over} {case.value}",
+                "benchmark": case.section, "metric": metric, "unit": UNITS[metric], "d_max": settings.get("d_max", ""),
+                "a": settings.get("a", ""), "registers": settings.get("registers", ""),
+                "placement": settings.get("placement", "all") if case.method == "mutor" else "", "iterations": "",
+                "epochs": "", "register_embedding": "", "added_params": found["added_parameters"] if found else "",
+                "n_seeds": len(found["seconds"]) if found else 0, "mean": mean, "std": std, "ci_low": None,
+                "ci_high": None, "reported": published,
+                "reported_difference": None if published is None or mean is None else mean - published,
+                "stands_in_for": stands_in, "label": case.label, "values": found["seconds"] if found else [],
+                "chance": None, "data": case.over or "", "path": "" if case.value is None else case.value,
+            }  # fmt: skip
+
+
+def circumstances(table: Any, scale: Any, runs: Path) -> list[str]:
+    """Sentences on the device, the number of rounds, and how the scale shrinks the cases."""
+    by, wanted = cases_of(table, scale)
+    device = measured(file_of(runs, scale.name, table.name))["device"]
+    where = f"Measured on {device}" if device else "Not measured yet"
+    out = [f"{where}; medians ± standard deviation of n rounds."]
+    if (by.tokens, by.batch) != (1, 1):
+        out.append(f"Here lengths are {by.tokens:g} times and batches {by.batch:g} times those named.")
+    roles = {case.model: by.models[case.model] for case in wanted if case.model in by.models}
+    return out + [f"In the place of {role}: {model}." for role, model in roles.items()]
+
+
+def as_dict(case: Case) -> dict[str, Any]:
+    """A case as JSON gives it back."""
+    return json.loads(json.dumps(vars(case)))

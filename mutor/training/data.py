@@ -1,0 +1,46 @@
+"""Training examples by number, so that a run is a pure function of its seed and can be resumed anywhere.
+
+Sample `c` of a run (c = 0 .. steps x batch - 1) is the same whatever was drawn before it: with N examples it is
+example perm(seed, c // N)[c % N] of epoch c // N, without end it is example c of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from mutor.mtp.layout import Example
+
+if TYPE_CHECKING:
+    pass
+from mutor.tasks.task import Source
+
+
+class Samples(Dataset):
+    """The samples of one run, in order. Item c is an `Example` with counter c."""
+
+    def __init__(self, source: Source, total: int, seed: int):
+        self.source, self.total, self.seed = source, total, seed
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, counter: int) -> Example:
+        return self.__getitems__([counter])[0]
+
+    def __getitems__(self, counters: Sequence[int]) -> list[Example]:
+        index = np.asarray(counters, dtype=np.int64)
+        if self.source.size is not None:
+            size = self.source.size
+            index = np.array([self._permutation(int(c) // size, size)[c % size] for c in index])
+        found = self.source.examples(index)
+        return [Example(ids, prefix, int(c)) for (ids, prefix), c in zip(found, counters, strict=True)]
+
+    def _permutation(self, epoch: int, size: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([epoch, self.seed]).permutation(size)
+        return self._order[1]

@@ -1,0 +1,278 @@
+"""Training: transformers' Trainer, subclassed once for all methods.
+
+A run is a function of its recipe and seed alone: samples and offsets come from counters, so a killed run goes on
+from its last checkpoint to the same result, bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from mutor.config.recipe import Recipe
+from mutor.mtp.layout import Example, Layout
+from mutor.mtp.loss import Goal
+from mutor.mtp.method import Context, Method
+from mutor.training.data import Samples
+from mutor.training.devices import agreed, is_main, processes
+from mutor.training.optim import optimizer, schedule
+
+Score = Callable[[Any], dict[str, float]]
+
+
+class MethodTrainer(Trainer):
+    """Trains a model with a method's layout and losses, and logs every part of the loss.
+
+    score: the model -> validation metrics, called every `recipe.eval_every` steps; say: prints a line of progress.
+    Several processes share the parts of each batch and log what one would. sharded: each holds a part of the weights
+    (FSDP2) instead of all (DDP). Raises ValueError where they can't.
+    """
+
+    def __init__(
+        self, model: Any, method: Method, recipe: Recipe, samples: Samples, context: Context, folder: Path,
+        *, seed: int, score: Score, goal: str, say: Callable[[str], None], device: str, autocast: bool,
+        sharded: bool = False,
+    ):  # fmt: skip
+        self.method, self.recipe, self.context, self.score, self.goal, self.say = (
+            method, recipe, context, score, goal, say,
+        )  # fmt: skip
+        self._parts: dict[str, Tensor] = {}
+        self._tokens: Tensor | int = 0
+        self._seconds = 0.0
+        self._started = time.monotonic()
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert recipe.steps is not None and recipe.eval_every is not None, "Recipe.for_size comes first"
+        self.steps = recipe.steps
+        if recipe.accumulate % processes():
+            raise ValueError(
+                f"accumulate: {recipe.accumulate} parts of a batch can't be shared by {processes()} processes"
+            )
+        super().__init__(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(folder),
+                max_steps=self.steps,
+                per_device_train_batch_size=recipe.batch_size // recipe.accumulate,
+                gradient_accumulation_steps=recipe.accumulate // processes(),
+                max_grad_norm=recipe.clip,
+                bf16=autocast and device == "cuda" and not sharded,  # whose weights have the dtype of their products
+                use_cpu=device == "cpu",
+                seed=seed,
+                train_sampling_strategy="sequential",
+                logging_steps=recipe.log_every,
+                save_steps=recipe.save_every,
+                save_total_limit=1,
+                logging_nan_inf_filter=False,
+                remove_unused_columns=False,
+                dataloader_pin_memory=device == "cuda",
+                disable_tqdm=True,
+                report_to=[],
+                ddp_find_unused_parameters=False,  # all are used, some outside of the model's own forward
+                fsdp=sharded or None,  # type: ignore[arg-type]  # a string in the past
+                fsdp_config={"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED_STATE_DICT"},
+                # gradients of each part are spread at once: whole ones would take as much as whole weights
+                accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
+            ),
+            train_dataset=samples,
+            data_collator=self._collate,
+            callbacks=[_EvaluateEvery(recipe.eval_every)],
+        )
+        self.model_accepts_loss_kwargs = True  # with the count below: the parts' losses already add up to the batch's
+        self.remove_callback(PrinterCallback)
+        if sharded and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"sharded: not with {processes()} processes on {self.args.device.type}; allowed: several GPUs"
+            )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The recipe's optimiser and schedule; of sharded parameters, where they are."""
+        own: Any = self.model
+        if self.is_fsdp_enabled:
+            _shard(own, self.method.trunk.layers[-1], self.args.device.type)
+        self.optimizer = optimizer(own, self.recipe)
+        self.lr_scheduler = schedule(self.optimizer, self.recipe)
+        return self.optimizer
+
+    def _collate(self, examples: list[Example]) -> dict[str, Any]:
+        """What the model is fed for a part of a batch, and what it is to predict."""
+        layout, goals = self.method.feed(examples, self.context, self.recipe.row_tokens)
+        self.method.trunk.check_lengths(layout)
+        return {"layout": _flat(layout), "goals": {name: _flat(goal) for name, goal in goals.items()}}
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """This process's parts of the next batch; each loss is divided by what the whole batch has of its targets."""
+        parts = list(itertools.islice(epoch_iterator, num_batches))
+        if not parts:
+            return parts, None
+        counts = torch.stack([torch.stack([goal["count"] for goal in part["goals"].values()]) for part in parts])
+        totals = self.accelerator.reduce(counts.sum(0).to(self.args.device), "sum")
+        for part in parts:
+            for goal, total in zip(part["goals"].values(), totals, strict=True):
+                goal["count"] = total
+        return parts, totals[0]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The method's loss; its parts and the tokens that passed the trunk are summed up for the log.
+
+        Gradients are averaged over processes, each of which has a share of the sum.
+        """
+        layout, goals = Layout(**inputs["layout"]), {k: Goal(**g) for k, g in inputs["goals"].items()}
+        loss, parts = self.method.losses(model, layout, goals)
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0) + value
+        self._tokens = self._tokens + (layout.document >= 0).sum()
+        loss = loss * processes()
+        return (loss, {}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted here."""
+        return 0
+
+    def seconds(self) -> float:
+        """Training time so far, over all the processes that worked on this run."""
+        return self._seconds + time.monotonic() - self._started
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, tokens and seconds; a loss that is not finite ends the run."""
+        if "loss" in logs:
+            sums = torch.stack([v.double() for v in (*self._parts.values(), torch.as_tensor(self._tokens))])
+            *values, tokens = self.accelerator.reduce(sums, "sum").tolist()
+            logs |= {name: value / self.recipe.log_every for name, value in zip(self._parts, values, strict=True)}
+            logs["tokens"] = self._last("tokens", 0) + int(tokens)
+            self._parts, self._tokens = {}, 0
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(f"the loss is {logs['loss']} at step {self.state.global_step}; stopped")
+            self.say(self._line(logs))
+        logs["seconds"] = round(self.seconds(), 3)
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the model on the validation set; end the run when the recipe's goal is reached."""
+        with _whole(self.model):
+            scores = self.score(self.accelerator.unwrap_model(self.model))
+        metrics = {f"eval_{name}": value for name, value in scores.items()}
+        self.log(dict(metrics))
+        self.say(f"step {self.state.global_step}/{self.steps}  {self.goal} {metrics[f'eval_{self.goal}']:.1f}")
+        if self.recipe.stop_at is not None and metrics[f"eval_{self.goal}"] >= self.recipe.stop_at:
+            self.control.should_training_stop = True
+            self.control.should_save = False  # a run killed after this point repeats its last steps and stops again
+        return metrics
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The model's state dict, for the main process; all processes have to ask for it."""
+        model: Any = self.model
+        state = self.accelerator.get_state_dict(model)
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in state:  # tied weights are gathered one by one: one again, else both would be saved
+                state[name] = state[first.setdefault(id(parameter), name)]
+        return state
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # what makes the checkpoint whole comes next
+
+    def resume(self) -> bool:
+        """Train to the end, from the last whole checkpoint if there is one; a half-written one is deleted.
+
+        Returns whether there was one.
+        """
+        checkpoint = agreed(last_checkpoint(Path(str(self.args.output_dir))) if is_main() else None)
+        if checkpoint:
+            history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+            self._seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
+            self.say(f"resumed from step {checkpoint.name.rpartition('-')[2]}")
+        if processes() > 1:
+            set_seed(self.args.seed + self.args.process_index)  # dropout differs between the parts of a batch
+        self._started = time.monotonic()
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return checkpoint is not None
+
+    def _last(self, key: str, default: Any) -> Any:
+        return next((entry[key] for entry in reversed(self.state.log_history) if key in entry), default)
+
+    def _line(self, logs: dict[str, float]) -> str:
+        step, total = self.state.global_step, self.steps
+        left = self.seconds() / max(step, 1) * (total - step)
+        parts = "  ".join(f"{k} {v:.3f}" for k, v in logs.items() if k == "loss" or k in self._names(logs))
+        return f"step {step}/{total}  {parts}  {int(left // 60)}:{int(left % 60):02d} left"
+
+    @staticmethod
+    def _names(logs: dict[str, float]) -> list[str]:
+        known = ("loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch")
+        return [name for name in logs if name not in known]
+
+
+class _EvaluateEvery(TrainerCallback):
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = control.should_save = False  # the last step has just done both
+
+
+def _shard(model: Any, layer: nn.Module, device: str) -> None:
+    """Spread the parameters over the processes: each layer's are gathered for its own calls, all others for a step.
+
+    Norm, embedding, output layer and what a method adds are called outside of the model's forward, and more than once,
+    so they belong to the model as a whole; the Trainer would put some into groups that expect one call each.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device, (processes(),)),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),  # of bfloat16 gradients, too
+    }
+    for module in [m for m in model.modules() if type(m) is type(layer)]:  # those that a method adds are alike
+        fully_shard(module, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+
+
+@contextlib.contextmanager
+def _whole(model: Any) -> Iterator[None]:
+    """Inside, a sharded model is gathered once instead of for every token that it writes."""
+    if not hasattr(model, "set_reshard_after_forward"):
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    yield
+    for module in (m for m in model.modules() if hasattr(m, "set_reshard_after_forward")):
+        module.reshard()
+        module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def _flat(record: Layout | Goal) -> dict[str, Tensor]:
+    return {f.name: getattr(record, f.name) for f in fields(record)}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; half-written ones, left by a killed process, are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())  # written last
+            return checkpoint
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(checkpoint)
+    return None
