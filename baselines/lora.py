@@ -45,9 +45,12 @@ class _Adapters(Method):
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(
-            r=self.config.rank, lora_alpha=self.config.lora_alpha, target_modules="all-linear", bias="none",
+            r=self.config.rank,
+            lora_alpha=self.config.lora_alpha,
+            target_modules="all-linear",
+            bias="none",
             task_type="CAUSAL_LM",
-        )  # fmt: skip
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # GPT-2's transposed layers are recognised, with a warning each
             inject_adapter_in_model(config, model)

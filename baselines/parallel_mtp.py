@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mutor.mtp.layout import Layout
-    from mutor.mtp.loss import Goal
+    from mutor.mtp.loss import LossTargets
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,26 @@ class ParallelMTP(Method):
 
     def targets(self, layout: Layout) -> dict[str, Tensor]:
         """Head k predicts the token k further on."""
-        from mutor.mtp.layout import ahead
+        from mutor.mtp.layout import targets_ahead
 
-        return super().targets(layout) | {f"head_{k}": ahead(layout, k) for k in range(2, self.config.d_max + 1)}
+        return super().targets(layout) | {
+            f"head_{k}": targets_ahead(layout, k) for k in range(2, self.config.d_max + 1)
+        }
 
-    def losses(
-        self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
+    def compute_loss(
+        self, model: Any, layout: Layout, loss_targets: dict[str, LossTargets] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Each head's loss is a mean over its own tokens; heads are averaged."""
         from mutor.mtp.loss import one_at_a_time
 
-        goals = goals or self.goals(layout)
+        loss_targets = loss_targets or self.loss_targets(layout)
         out = self.trunk(model, layout)
-        plain = self.loss(out.normed, goals["next_token"])
+        plain = self.cross_entropy(out.normed, loss_targets["next_token"])
 
-        def head_loss(head: nn.Module, goal: Goal) -> Any:
-            return lambda hidden: self.loss(self.trunk.norm(out.through(head, hidden)), goal)
+        def head_loss(head: nn.Module, targets: LossTargets) -> Any:
+            return lambda hidden: self.cross_entropy(self.trunk.norm(out.apply_layer(head, hidden)), targets)
 
-        losses = [head_loss(head, goals[f"head_{k}"]) for k, head in enumerate(self.heads, start=2)]
+        losses = [head_loss(head, loss_targets[f"head_{k}"]) for k, head in enumerate(self.heads, start=2)]
         shared = [*self.trunk.norm.parameters(), *self.trunk.head.parameters()]
         extra, values = one_at_a_time(losses, out.hidden, [*self.heads.parameters(), *shared])
         parts = {f"head_{k}": value for k, value in enumerate(values, start=2)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mutor.mtp.layout import Layout
-    from mutor.mtp.loss import Goal
+    from mutor.mtp.loss import LossTargets
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,27 @@ class SequentialMTP(Method):
 
     def targets(self, layout: Layout) -> dict[str, Tensor]:
         """Module k predicts the token k + 1 further on."""
-        from mutor.mtp.layout import ahead
+        from mutor.mtp.layout import targets_ahead
 
-        return super().targets(layout) | {f"depth_{k}": ahead(layout, k + 1) for k in range(1, self.config.d_max)}
+        return super().targets(layout) | {
+            f"depth_{k}": targets_ahead(layout, k + 1) for k in range(1, self.config.d_max)
+        }
 
-    def losses(
-        self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
+    def compute_loss(
+        self, model: Any, layout: Layout, loss_targets: dict[str, LossTargets] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Each depth's loss is a mean over its own tokens; depths are averaged."""
         import torch
 
-        goals = goals or self.goals(layout)
+        loss_targets = loss_targets or self.loss_targets(layout)
         out = self.trunk(model, layout)
-        plain = self.loss(out.normed, goals["next_token"])
+        plain = self.cross_entropy(out.normed, loss_targets["next_token"])
         hidden, losses = out.hidden, []
         for k, depth in enumerate(self.depths, start=1):
             token = self.trunk.embedding(layout.ids.roll(-k, dims=1))  # what wraps around stands where no loss is
             joined = torch.cat([depth["hidden_norm"](hidden), depth["token_norm"](token)], dim=-1)
-            hidden = out.through(depth["layer"], depth["projection"](joined))
-            losses.append(self.loss(self.trunk.norm(hidden), goals[f"depth_{k}"]))
+            hidden = out.apply_layer(depth["layer"], depth["projection"](joined))
+            losses.append(self.cross_entropy(self.trunk.norm(hidden), loss_targets[f"depth_{k}"]))
         a = self.config.a
         parts = {f"depth_{k}": loss.detach() for k, loss in enumerate(losses, start=1)}
         return (1 - a) * plain + a * torch.stack(losses).mean(), {"next_token": plain.detach(), **parts}

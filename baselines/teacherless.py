@@ -14,7 +14,7 @@ from mutor.mtp.method import Context, Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mutor.mtp.layout import Layout, Rows
+    from mutor.mtp.layout import Layout, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Teacherless(Method):
 
     Config = TeacherlessConfig
 
-    def inputs(self, rows: Rows, context: Context) -> Layout:
+    def eval_layout(self, rows: TokenBatch, context: Context) -> Layout:
         """The plain rows with every answer token replaced by the dummy."""
         from dataclasses import replace
 
-        layout = super().inputs(rows, context)
-        return replace(layout, ids=layout.ids.masked_fill(rows.answer, context.pad_id))
+        layout = super().eval_layout(rows, context)
+        return replace(layout, ids=layout.ids.masked_fill(rows.is_target, context.pad_id))
 
     def generate(self, model: Any, prefix: Tensor, length: int, context: Context) -> Tensor:
         """int64 [B, length]: the argmax at the last prefix token and at length - 1 dummies after it."""

@@ -78,39 +78,49 @@ class Setup:
                 for example in batch:
                     one_sequence(method, self.model, example, len(batch))
             else:
-                layout, goals = self.inputs(case, method, batch)
-                method.losses(self.model, layout, goals)[0].backward()
+                layout, loss_targets = self.inputs(case, method, batch)
+                method.compute_loss(self.model, layout, loss_targets)[0].backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), RECIPE.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def inputs(self, case, method, batch):
         """What training feeds for a batch, on the device."""
-        layout, goals = method.feed(batch, Context(), None if case.padded else case.row_tokens)
+        layout, loss_targets = method.prepare_batch(batch, Context(), None if case.padded else case.row_tokens)
         if case.interleaved:
             layout = layout.take(
-                (2 * layout.order + layout.register).masked_fill(layout.document < 0, 2**30).argsort(1)
+                (2 * layout.causal_index + layout.register).masked_fill(layout.segment < 0, 2**30).argsort(1)
             )
-            goals = method.goals(layout)
-        moved = {k: replace(g, **{n: v.to(self.device) for n, v in vars(g).items()}) for k, g in goals.items()}
+            loss_targets = method.loss_targets(layout)
+        moved = {k: replace(g, **{n: v.to(self.device) for n, v in vars(g).items()}) for k, g in loss_targets.items()}
         return layout.to(self.device), moved
 
     def counts(self, case, batch):
         """(tokens that pass the trunk, FLOPs) of a step: what the method needs, however it is computed."""
         method = self.plain if case.method == "next_token" else self.method
-        layout, goals = self.inputs(case, method, batch)
-        trunk, tokens = method.trunk, int((layout.document >= 0).sum())
+        layout, loss_targets = self.inputs(case, method, batch)
+        trunk, tokens = method.trunk, int((layout.segment >= 0).sum())
         extra = getattr(self.model, "mtp", None) if method is self.method else None
         layers = [*trunk.layers, *getattr(method, "heads", ()), *(d["layer"] for d in getattr(method, "depths", ()))]
-        parts = [p for part in (trunk.layers, extra) if part is not None for n, p in part.named_parameters()
-                 if p.ndim == 2 and not n.startswith("registers")]  # fmt: skip
-        pairs = sum(int(dense_mask(row).sum()) for row in split(layout)) - int((layout.document < 0).sum())
+        parts = [
+            p
+            for part in (trunk.layers, extra)
+            if part is not None
+            for n, p in part.named_parameters()
+            if p.ndim == 2 and not n.startswith("registers")
+        ]
+        pairs = sum(int(dense_mask(row).sum()) for row in split(layout)) - int((layout.segment < 0).sum())
         heads, width = trunk.config.num_attention_heads, getattr(trunk.config, "head_dim", None)
         query = heads * (width or trunk.width // heads)
         flops = step_flops(
-            matrices=sum(p.numel() for p in parts), tokens=tokens, head=trunk.head.weight.numel(),
-            targets=sum(len(g.index) for g in goals.values()), query=query, layers=len(layers), pairs=pairs,
-        )  # fmt: skip
+            matrices=sum(p.numel() for p in parts),
+            tokens=tokens,
+            head=trunk.head.weight.numel(),
+            targets=sum(len(g.index) for g in loss_targets.values()),
+            query=query,
+            layers=len(layers),
+            pairs=pairs,
+        )
         return tokens, flops
 
 
@@ -144,7 +154,7 @@ def examples(case, vocabulary):
 def one_sequence(method, model, example, of):
     """The published recipe, written anew: registers between the tokens, a dense mask built in Python loops, logits of
     every position; the loss of one sequence of `of`, backward at once."""
-    ids, prefix, d = example.ids.tolist(), example.prefix, 1 + example.counter % method.config.d_max
+    ids, prefix, d = example.ids.tolist(), example.prefix, 1 + example.sample % method.config.d_max
     fed, position, target, register = [], [], [], []
     for t, token in enumerate(ids):
         fed.append(token)
@@ -161,10 +171,16 @@ def one_sequence(method, model, example, of):
         for k in range(q + 1):
             mask[q, k] = not register[k] or k == q
     device = model.device
-    logits = model(
-        input_ids=torch.tensor([fed], device=device), position_ids=torch.tensor([position], device=device),
-        attention_mask=mask[None, None].to(device), use_cache=False,
-    ).logits[0].float()  # fmt: skip
+    logits = (
+        model(
+            input_ids=torch.tensor([fed], device=device),
+            position_ids=torch.tensor([position], device=device),
+            attention_mask=mask[None, None].to(device),
+            use_cache=False,
+        )
+        .logits[0]
+        .float()
+    )
     wanted, is_register = torch.tensor(target, device=device), torch.tensor(register, device=device)
     losses = [
         F.cross_entropy(logits[where], wanted[where], ignore_index=IGNORE) for where in (~is_register, is_register)
@@ -198,7 +214,7 @@ def turn(setup, case, batch, steps):
     return (time.perf_counter() - began) / steps
 
 
-def measure(case, reference, model_config, device, by):
+def measure(case, reference, model_config, device, scaling):
     """What cost.metrics_of reads, of one case."""
     setup = Setup(case, reference, model_config, device)
     both = [(each, examples(each, setup.drawn)) for each in (case, reference)]
@@ -208,19 +224,26 @@ def measure(case, reference, model_config, device, by):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         one = turn(setup, each, batch, 1)
-        steps.append(max(1, round(by.seconds / one)))
+        steps.append(max(1, round(scaling.seconds / one)))
         if each is case and device == "cuda":
             memory = torch.cuda.max_memory_allocated()
     times = [
-        [turn(setup, each, batch, n) for (each, batch), n in zip(both, steps, strict=True)] for _ in range(by.rounds)
+        [turn(setup, each, batch, n) for (each, batch), n in zip(both, steps, strict=True)]
+        for _ in range(scaling.rounds)
     ]
     (tokens, flops), (reference_tokens, reference_flops) = (setup.counts(each, batch) for each, batch in both)
     return {
-        "seconds": [t[0] for t in times], "reference_seconds": [t[1] for t in times], "sequences": case.batch,
-        "tokens": tokens, "flops": flops, "reference_tokens": reference_tokens, "reference_flops": reference_flops,
+        "seconds": [t[0] for t in times],
+        "reference_seconds": [t[1] for t in times],
+        "sequences": case.batch,
+        "tokens": tokens,
+        "flops": flops,
+        "reference_tokens": reference_tokens,
+        "reference_flops": reference_flops,
         "peak_memory_bytes": memory if device == "cuda" else None,
-        "added_parameters": setup.method.added_parameters(setup.model), "steps": steps,
-    }  # fmt: skip
+        "added_parameters": setup.method.added_parameters(setup.model),
+        "steps": steps,
+    }
 
 
 def profile(case, reference, model_config, device, folder):
@@ -234,8 +257,8 @@ def profile(case, reference, model_config, device, folder):
     name = "".join(c if c.isalnum() else "_" for c in case.key)
     folder.mkdir(parents=True, exist_ok=True)
     seen.export_chrome_trace(str(folder / f"{name}.json.gz"))
-    by = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    table = seen.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)
+    scaling = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    table = seen.key_averages().table(sort_by=scaling, row_limit=15, max_name_column_width=50)
     text = f"{case.key}\n{device_name(device)}: {1e3 * seconds:.1f} ms a step under the profiler\n\n{table}\n"
     (folder / f"{name}.txt").write_text(text)
     print(text)
@@ -263,11 +286,13 @@ def main():
     torch.set_num_threads(args.threads)
     for name in args.tables:
         table = load_table(root, name)
-        by, cases = cases_of(table, scale)
+        scaling, cases = cases_of(table, scale)
         file = file_of(Path(args.runs), args.scale, name)
         content = measured(file)
         for number, case in enumerate(cases, start=1):
-            model_config = scale.models[by.models[case.model]] if case.model in by.models else table.models[case.model]
+            model_config = (
+                scale.models[scaling.models[case.model]] if case.model in scaling.models else table.models[case.model]
+            )
             reference = case.reference(cases)
             if args.profile:
                 if case.key == args.profile:
@@ -280,7 +305,7 @@ def main():
                 continue
             began = time.monotonic()
             try:
-                new = measure(case, reference, model_config, device, by)
+                new = measure(case, reference, model_config, device, scaling)
                 text = f"{metrics_of(new, '')['ratio'][0]:.3f} times {case.against}"
             except torch.cuda.OutOfMemoryError:
                 text = "does not fit into the memory of this device"

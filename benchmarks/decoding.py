@@ -23,17 +23,29 @@ from mutor.tasks.harness import evaluate
 from mutor.tasks.text import Text, TextConfig
 
 LAPTOP = {
-    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32,
-    "intermediate_size": 512, "max_position_embeddings": 512, "tie_word_embeddings": True,
-}  # fmt: skip
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 512,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 
 
 def batched(model, task, found, batch_size):
     """Answers as the suite's evaluation gives them."""
     return evaluate(
-        model, task.tokenizer, "gsm8k", found, task.score, new_tokens=task.config.new_tokens, batch_size=batch_size,
+        model,
+        task.tokenizer,
+        "gsm8k",
+        found,
+        task.score,
+        new_tokens=task.config.new_tokens,
+        batch_size=batch_size,
         prefix_lm=task.prefix_lm,
-    )[0]  # fmt: skip
+    )[0]
 
 
 @torch.no_grad()

@@ -33,9 +33,11 @@ def ratios(pairs):
     """Median and range of a / b over the rounds."""
     found = [a / b for a, b in pairs]
     return {
-        "ratio_median": round(statistics.median(found), 3), "ratio_min": round(min(found), 3),
-        "ratio_max": round(max(found), 3), "rounds": len(found),
-    }  # fmt: skip
+        "ratio_median": round(statistics.median(found), 3),
+        "ratio_min": round(min(found), 3),
+        "ratio_max": round(max(found), 3),
+        "rounds": len(found),
+    }
 
 
 def parts(spec, steps):
@@ -55,11 +57,13 @@ def bare(spec, steps):
     recipe = spec.recipe
     own = optimizer(model, recipe)
     rates = schedule(own, recipe)
-    loader = torch.utils.data.DataLoader(samples, recipe.batch_size, collate_fn=lambda e: method.feed(e, context))
-    for done, (layout, goals) in enumerate(loader):
+    loader = torch.utils.data.DataLoader(
+        samples, recipe.batch_size, collate_fn=lambda e: method.prepare_batch(e, context)
+    )
+    for done, (layout, loss_targets) in enumerate(loader):
         if done == steps // 10:
             began = time.perf_counter()
-        loss, _ = method.losses(model, layout, goals)
+        loss, _ = method.compute_loss(model, layout, loss_targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         own.step()
@@ -74,9 +78,19 @@ def suite(spec, steps):
     times = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = MethodTrainer(
-            model, method, spec.recipe, samples, context, Path(folder), seed=0, score=lambda m: {"solve_rate": 0.0},
-            goal="solve_rate", say=lambda line: None, device="cpu", autocast=False,
-        )  # fmt: skip
+            model,
+            method,
+            spec.recipe,
+            samples,
+            context,
+            Path(folder),
+            seed=0,
+            score=lambda m: {"solve_rate": 0.0},
+            selection_metric="solve_rate",
+            log=lambda line: None,
+            device="cpu",
+            autocast=False,
+        )
         step = trainer.training_step
         trainer.training_step = lambda *a, **k: (times.append(time.perf_counter()), step(*a, **k))[1]
         trainer.train()

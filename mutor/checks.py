@@ -23,12 +23,15 @@ def setting(
     high: float | None = None,
     open_ends: bool = False,
     choices: Iterable[Any] | None = None,
+    was: str = "",
 ) -> Any:
     """A field of a frozen config dataclass that carries its documentation and its range.
 
-    `low` and `high` are inclusive, exclusive with `open_ends`; `choices` lists the allowed values.
+    `low` and `high` are inclusive, exclusive with `open_ends`; `choices` lists the allowed values; `was` is
+    the key's name in an earlier version, which is refused with the new one named.
     """
-    metadata = {"doc": doc, "low": low, "high": high, "open": open_ends, "choices": choices and tuple(choices)}
+    allowed = choices and tuple(choices)
+    metadata = {"doc": doc, "low": low, "high": high, "open": open_ends, "choices": allowed, "was": was}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -53,7 +56,10 @@ def from_mapping(cls: type, values: Mapping[str, Any] | None, where: str) -> Any
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a mapping of settings, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    renamed = {f.metadata["was"]: name for name, f in fields.items() if f.metadata.get("was")}
     for key in values:
+        if key in renamed:
+            raise ValueError(f"{where}: {key!r} is now called {renamed[key]!r}; rename it")
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "--method", required=True, help="next_token, mutor, parallel_mtp, sequential_mtp, teacherless, ..."
     )
     one.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the method")
-    one.add_argument("--longer", type=float, default=1.0, help="times the recipe's steps or epochs")
+    one.add_argument("--budget-factor", type=float, default=1.0, help="times the recipe's steps or epochs")
     one.add_argument("--seeds", nargs="+", type=int, help="seeds (default: the scale's)")
     one.add_argument("--label", default="", help="printed in front of each line of progress")
     one.add_argument("--threads", type=int, help="CPU threads, shared by its processes (default: the scale's for each)")
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Train and evaluate one setting; start again under a launcher where its model takes several processes."""
     from mutor.training.devices import launch, leave, processes
-    from mutor.training.run import Workplace
+    from mutor.training.run import RunEnvironment
     from mutor.training.run import run as run_setting
 
     scale = load_scale(root, project.scale)
@@ -91,15 +91,19 @@ def run(args: argparse.Namespace, root: Path, project: Project) -> None:
             raise ValueError(f"--set {pair!r}: expected KEY=VALUE")
         settings[key] = yaml.safe_load(value)
     seeds = args.seeds and tuple(args.seeds)
-    spec = make_spec(scale, args.data, args.model, args.method, settings, seeds, args.longer)
+    spec = make_spec(scale, args.data, args.model, args.method, settings, seeds, args.budget_factor)
     threads = max(1, args.threads // spec.processes) if args.threads else scale.threads
     if spec.processes > 1 and processes() == 1:
         launch(args.arguments, spec.processes, scale.device, threads)
-    place = Workplace(
-        root=root, runs=root / project.runs, device=scale.device, threads=threads,
-        label=args.label, rerun_stale=args.rerun_stale or project.rerun_stale,
-    )  # fmt: skip
-    run_setting(spec, spec.seeds, place)
+    env = RunEnvironment(
+        root=root,
+        runs=root / project.runs,
+        device=scale.device,
+        threads=threads,
+        label=args.label,
+        rerun_stale=args.rerun_stale or project.rerun_stale,
+    )
+    run_setting(spec, spec.seeds, env)
     leave()
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mutor.mtp.layout import Example, Rows, collate
+from mutor.mtp.layout import Example, TokenBatch, collate
 
 VOCABULARY = 61
 FAMILIES = (
@@ -50,21 +50,21 @@ class Span:
     start: int
     ids: list[int]
     prefix: int
-    counter: int
+    sample: int
 
     def example(self) -> Example:
         """The sequence as the package takes it."""
-        return Example(np.array(self.ids), self.prefix, self.counter)
+        return Example(np.array(self.ids), self.prefix, self.sample)
 
 
 @dataclass
 class Batch:
     """Rows of the package, and the spans that they were laid from."""
 
-    rows: Rows
+    rows: TokenBatch
     spans: list[Span]
 
-    def alone(self) -> list[Rows]:
+    def alone(self) -> list[TokenBatch]:
         """Each sequence as a batch of one."""
         return [collate([span.example()], 0) for span in self.spans]
 

@@ -13,7 +13,7 @@ from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
 from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
 from baselines.teacherless import Teacherless, TeacherlessConfig
 from mutor.mtp.decode import greedy
-from mutor.mtp.layout import IGNORE, Example, ahead, collate, regular
+from mutor.mtp.layout import IGNORE, Example, collate, regular, targets_ahead
 from mutor.mtp.loss import one_at_a_time
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR, MuToRConfig
@@ -44,7 +44,7 @@ def test_next_token_is_a_plain_loop(tiny, tools, family, batch, prefix_lm):
     wanted = tools.gradients(model, theirs)
     method = NextToken(NextTokenConfig())
     method.attach(model)
-    total, parts = method.losses(model, method.layout(batch.rows, Context(prefix_lm=prefix_lm)))
+    total, parts = method.compute_loss(model, method.train_layout(batch.rows, Context(prefix_lm=prefix_lm)))
     tools.close(total, theirs)
     tools.close(parts["next_token"], theirs.detach())
     tools.same_gradients(tools.gradients(model, total), wanted)
@@ -55,10 +55,10 @@ def test_targets_further_on_by_hand():
     """Heads start at the last prefix token; nothing crosses into another document or into padding."""
     rows = collate([Example(np.array([10, 11, 12, 13, 14]), 2), Example(np.array([20, 21, 22]), 1)], 0, 10)
     layout, n = regular(rows), IGNORE
-    assert ahead(layout, 1).tolist() == layout.target.tolist() == [[n, 12, 13, 14, n, 21, 22, n, n, n]]
-    assert ahead(layout, 2).tolist() == [[n, 13, 14, n, n, 22, n, n, n, n]]
-    assert ahead(layout, 3).tolist() == [[n, 14, n, n, n, n, n, n, n, n]]
-    assert ahead(layout, 4).tolist() == ahead(layout, 99).tolist() == [[n] * 10]
+    assert targets_ahead(layout, 1).tolist() == layout.target.tolist() == [[n, 12, 13, 14, n, 21, 22, n, n, n]]
+    assert targets_ahead(layout, 2).tolist() == [[n, 13, 14, n, n, 22, n, n, n, n]]
+    assert targets_ahead(layout, 3).tolist() == [[n, 14, n, n, n, n, n, n, n, n]]
+    assert targets_ahead(layout, 4).tolist() == targets_ahead(layout, 99).tolist() == [[n] * 10]
 
 
 def test_teacherless_layout(tiny):
@@ -66,7 +66,7 @@ def test_teacherless_layout(tiny):
     method = Teacherless(TeacherlessConfig())
     method.attach(tiny())
     rows = collate([Example(np.array([10, 11, 12, 13, 14]), 2), Example(np.array([20, 21, 22]), 1)], 0)
-    got, n = method.layout(rows, Context(pad_id=9)), IGNORE
+    got, n = method.train_layout(rows, Context(pad_id=9)), IGNORE
     assert got.ids.tolist() == [[10, 11, 9, 9, 9], [20, 9, 9, 0, 0]]
     assert got.target.tolist() == [[n, 12, 13, 14, n], [21, 22, n, n, n]]
     assert got.position.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]
@@ -85,7 +85,7 @@ def test_teacherless_answers_in_one_pass(tiny, tools, family, prefix_lm):
         assert logits.argmax(-1).tolist() == answer
         losses += [cross_entropy(logits[j], answer[j]) for j in range(length)]
     rows = collate([Example(np.array(p + a), 4) for p, a in zip(prefix, got.tolist(), strict=True)], 6)
-    total, _ = method.losses(model, method.layout(rows, Context(pad_id=6, prefix_lm=prefix_lm)))
+    total, _ = method.compute_loss(model, method.train_layout(rows, Context(pad_id=6, prefix_lm=prefix_lm)))
     tools.close(total, torch.stack(losses).mean())
 
 
@@ -121,7 +121,7 @@ def test_parallel_heads_are_plain_loops(tiny, tools, family, batch, prefix_lm):
     """Head k at position i against x_(i+k), all on the trunk's hidden state: losses and gradients."""
     model, method = tiny(family), ParallelMTP(ParallelMTPConfig(d_max=4, a=0.3))
     tools.attach(method, model)
-    total, parts = method.losses(model, method.layout(batch.rows, Context(prefix_lm=prefix_lm)))
+    total, parts = method.compute_loss(model, method.train_layout(batch.rows, Context(prefix_lm=prefix_lm)))
     _, norm, head, run = tools.parts_of(model)
     losses = [[] for _ in range(4)]
     for span in batch.spans:
@@ -146,7 +146,7 @@ def test_sequential_modules_are_plain_loops(tiny, tools, family, batch, prefix_l
     """Equations 21 to 25 of DeepSeek-V3, each depth on the sequence cut to T - k: losses and gradients."""
     model, method = tiny(family), SequentialMTP(SequentialMTPConfig(d_max=3, a=0.3))
     tools.attach(method, model)
-    total, parts = method.losses(model, method.layout(batch.rows, Context(prefix_lm=prefix_lm)))
+    total, parts = method.compute_loss(model, method.train_layout(batch.rows, Context(prefix_lm=prefix_lm)))
     _, norm, head, run = tools.parts_of(model)
     embedding, losses = model.get_input_embeddings().weight, [[] for _ in range(3)]
     for span in batch.spans:
@@ -180,10 +180,10 @@ def test_no_depth_reads_what_it_predicts(tiny, tools, cls, family, prefix_lm):
     ids = torch.randint(3, 61, (length,), generator=torch.Generator().manual_seed(0))
 
     def normed(new):
-        layout, seen = method.layout(collate([Example(new.numpy(), prefix)], 0), Context(prefix_lm=prefix_lm)), []
+        layout, seen = method.train_layout(collate([Example(new.numpy(), prefix)], 0), Context(prefix_lm=prefix_lm)), []
         hook = method.trunk.norm.register_forward_hook(lambda module, args, output: seen.append(output[0]))
         with torch.no_grad():
-            method.losses(model, layout)
+            method.compute_loss(model, layout)
         hook.remove()
         return torch.stack([out.view(length, -1) for out in seen])
 
@@ -242,9 +242,9 @@ def test_only_one_head_is_alive_at_a_time(tiny, tools, batch):
     for d_max in (2, 6):
         model, method = tiny(), ParallelMTP(ParallelMTPConfig(d_max=d_max))
         tools.attach(method, model)
-        layout, live = method.layout(batch.rows, Context()), {"now": 0, "peak": 0}
+        layout, live = method.train_layout(batch.rows, Context()), {"now": 0, "peak": 0}
         with torch.autograd.graph.saved_tensors_hooks(lambda t, live=live: Held(t, live), lambda held: held.tensor):
-            total, _ = method.losses(model, layout)
+            total, _ = method.compute_loss(model, layout)
         peaks[d_max] = live["peak"]
         total.backward()
         del total
@@ -261,7 +261,7 @@ def test_no_target_that_far_is_no_loss(tiny, tools, cls, per_sequence):
     model, method = tiny(), cls(cls.Config(d_max=6, **extra), per_sequence=per_sequence)
     tools.attach(method, model)
     rows = collate([Example(np.array([5, 6, 7]), 1), Example(np.array([8, 9]), 1)], 0)
-    total, parts = method.losses(model, method.layout(rows, Context(prefix_lm=True)))
+    total, parts = method.compute_loss(model, method.train_layout(rows, Context(prefix_lm=True)))
     assert torch.isfinite(total) and float(parts["next_token"]) > 0
     assert float(parts[{ParallelMTP: "head_6", SequentialMTP: "depth_5", MuToR: "register"}[cls]]) == 0
     assert all(torch.isfinite(g).all() for g in tools.gradients(model, total).values())
@@ -330,11 +330,11 @@ def test_means_inside_each_sequence_first(tiny, tools, cls, config):
     for row_length in (None, 20):
         model, method = tiny(), cls(config, per_sequence=True)
         tools.attach(method, model)
-        together, _ = method.losses(model, method.layout(collate(examples, 0, row_length), Context()))
-        alone = [method.losses(model, method.layout(collate([e], 0), Context()))[0] for e in examples]
+        together, _ = method.compute_loss(model, method.train_layout(collate(examples, 0, row_length), Context()))
+        alone = [method.compute_loss(model, method.train_layout(collate([e], 0), Context()))[0] for e in examples]
         tools.close(together, torch.stack(alone).mean())
         method.per_sequence = False
-        tokens, _ = method.losses(model, method.layout(collate(examples, 0, row_length), Context()))
+        tokens, _ = method.compute_loss(model, method.train_layout(collate(examples, 0, row_length), Context()))
         assert abs(float(tokens.detach() - together.detach())) > 1e-4
 
 
@@ -343,6 +343,6 @@ def test_padding_plays_no_part(tiny, tools, batch, cls, config):
     """Other ids in the padding, the same loss."""
     model, method = tiny(), cls(config)
     tools.attach(method, model)
-    layout = method.layout(batch.rows, Context(prefix_lm=True))
-    other = replace(layout, ids=torch.where(layout.document < 0, 33, layout.ids))
-    tools.close(method.losses(model, other)[0], method.losses(model, layout)[0])
+    layout = method.train_layout(batch.rows, Context(prefix_lm=True))
+    other = replace(layout, ids=torch.where(layout.segment < 0, 33, layout.ids))
+    tools.close(method.compute_loss(model, other)[0], method.compute_loss(model, layout)[0])

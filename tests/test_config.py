@@ -110,7 +110,11 @@ def test_settings_that_are_the_same_are_one_run():
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(role="star_grap"), "did you mean 'star_graph'"),
         ("scales/smoke.yaml", lambda c: c["models"]["gpt2-2x32"].update(role="gpt2"), "role (one of a row"),
         ("scales/smoke.yaml", lambda c: c["recipes"].update(star_graph=[1]), "star_graph: [1] is not a mapping"),
-        ("scales/smoke.yaml", lambda c: c["datasets"]["digits"].update(instead={"registers": 5}), "not a mapping of"),
+        (
+            "scales/smoke.yaml",
+            lambda c: c["datasets"]["digits"].update(setting_substitutes={"registers": 5}),
+            "not a mapping of",
+        ),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(task="star_grahp"), "did you mean 'star_graph'"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(models=["gpt2-2x23"]), "did you mean 'gpt2-2x32'"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["options"].update(labels=4), "more than the 4 labels"),

@@ -52,8 +52,8 @@ def case(**changes):
 def test_the_published_cases_are_there():
     """What the rebuttal measured, at its sizes, and every model and reference named."""
     table = load_table(ROOT, "rebuttal_latency")
-    by, cases = cases_of(table, replace(load_scale(ROOT, "smoke"), cost={}))
-    assert by.tokens == by.batch == 1
+    scaling, cases = cases_of(table, replace(load_scale(ROOT, "smoke"), cost={}))
+    assert scaling.tokens == scaling.batch == 1
     found = {c.published: c for c in cases if c.published and c.model != "llama-3-8b"}
     assert len(found) == 4
     for c in found.values():
@@ -129,15 +129,15 @@ def test_the_layouts_that_are_timed_give_one_loss(bench, tools, interleaved):
     batch = bench.examples(one, setup.drawn)
     losses = []
     for each in (one, replace(one, padded=True), replace(one, interleaved=False)):
-        layout, goals = setup.inputs(each, setup.method, batch)
-        token_behind = ~layout.register[:, 1:] & (layout.document[:, 1:] >= 0)
+        layout, loss_targets = setup.inputs(each, setup.method, batch)
+        token_behind = ~layout.register[:, 1:] & (layout.segment[:, 1:] >= 0)
         assert bool((layout.register[:, :-1] & token_behind).any()) == each.interleaved
-        losses.append(setup.method.losses(setup.model, layout, goals)[0])
+        losses.append(setup.method.compute_loss(setup.model, layout, loss_targets)[0])
     tools.close(losses[1], losses[0])
     tools.close(losses[2], losses[0])
     setup.method.per_sequence = True
-    layout, goals = setup.inputs(one, setup.method, batch)
-    expected = tools.gradients(setup.model, setup.method.losses(setup.model, layout, goals)[0])
+    layout, loss_targets = setup.inputs(one, setup.method, batch)
+    expected = tools.gradients(setup.model, setup.method.compute_loss(setup.model, layout, loss_targets)[0])
     setup.model.zero_grad()
     for example in batch:
         bench.one_sequence(setup.method, setup.model, example, len(batch))
@@ -154,8 +154,8 @@ def test_the_published_recipe_places_registers_as_the_suite_does(bench, tools):
     bench.one_sequence(setup.method, setup.model, example, 1)
     theirs = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in setup.model.named_parameters()}
     ours.trunk = setup.method.trunk
-    layout = ours.layout(collate([example], 0), Context())
-    tools.same_gradients(theirs, tools.gradients(setup.model, ours.losses(setup.model, layout)[0]))
+    layout = ours.train_layout(collate([example], 0), Context())
+    tools.same_gradients(theirs, tools.gradients(setup.model, ours.compute_loss(setup.model, layout)[0]))
 
 
 def test_measurements_are_kept_and_drawn(bench, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from mutor.config.load import load_scale
 from mutor.config.runs import make_spec
 from mutor.results import records
 from mutor.training.devices import claim, leave
-from mutor.training.run import Workplace, run
+from mutor.training.run import RunEnvironment, run
 
 ROOT = Path(__file__).parent.parent
 TWO = [
@@ -35,7 +35,7 @@ RUNS = {
     "parallel_mtp": ("parallel_mtp", {"accumulate": 2}, {}),
     "sequential_mtp": ("sequential_mtp", {}, {}),
     "tied": ("sequential_mtp", {"gradient_checkpointing": True}, {"tie_word_embeddings": True}),
-    "images": ("mutor_2d", {"keep": (3,)}, {"dropout": 0.0, "class_dropout": 0.0}),
+    "images": ("mutor_2d", {"keep_steps": (3,)}, {"dropout": 0.0, "class_dropout": 0.0}),
 }
 
 
@@ -51,7 +51,7 @@ def train(folder, name, sharded=False):
         spec = test_run.text_spec(method, **recipe)
     model = replace(spec.model_config, config=spec.model_config.config | changes)
     spec = replace(spec, model_config=model, sharded=sharded)
-    run(spec, spec.seeds, Workplace(root=ROOT, runs=folder / name))
+    run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=folder / name))
 
 
 def read(folder, name="*"):
@@ -177,7 +177,7 @@ def test_killed_command_of_two_processes_goes_on_to_the_result_of_one(project):
     assert done.stdout.count("step 40/40  solve_rate") == 1  # one process speaks
     scale = load_scale(project, "smoke")
     spec = make_spec(scale, "g2x3", "gpt2-2x32", "parallel_mtp", {"d_max": 3, "a": 0.5}, (7,))
-    run(spec, spec.seeds, Workplace(root=ROOT, runs=project / "alone"))
+    run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=project / "alone"))
     (ours, weights, _), (theirs, expected, _) = read(project, "runs/smoke/g2x3"), read(project, "alone/smoke/g2x3")
     assert (ours["processes"], theirs["processes"], ours["resumed"]) == (2, 1, True)
     same(ours, theirs, ["loss", "next_token", "head_2", "head_3", "grad_norm", "tokens"])

@@ -70,7 +70,7 @@ def test_halves_of_the_same_digits_are_near_and_noise_is_far():
     pictures = Pictures(digits.target, lambda index: images[index]).part(np.arange(900))
     torch.manual_seed(0)
     model = Classifier(10, 1, 16)
-    train_classifier(model, pictures, steps=150, batch_size=64, rate=3e-3, seed=0, say=print)
+    train_classifier(model, pictures, steps=150, batch_size=64, rate=3e-3, seed=0, log=print)
     features, logits = model.judge(images)
     assert (logits[900:].argmax(1) == labels[900:]).float().mean() > 0.9
     noise = model.judge(torch.rand(900, 1, 16, 16) * 2 - 1)[0]

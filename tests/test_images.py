@@ -28,17 +28,17 @@ def attached(name, **settings):
     return method, model
 
 
-def image(counter=0):
+def image(sample=0):
     """Class 1, then a code that names its cell."""
-    return Example(np.array([SMALL["codes"] + 1, *range(CELLS)]), 1, counter)
+    return Example(np.array([SMALL["codes"] + 1, *range(CELLS)]), 1, sample)
 
 
 def looked_at(method, anchor, samples=600):
     """Cells (row, column) that registers behind sequence index `anchor` were ever asked for; None: left out."""
     found = set()
-    for counter in range(samples):
-        layout = method.layout(collate([image(counter)], 0), Context(seed=1))
-        at = (layout.order[0] == anchor) & layout.register[0]
+    for sample in range(samples):
+        layout = method.train_layout(collate([image(sample)], 0), Context(seed=1))
+        at = (layout.causal_index[0] == anchor) & layout.register[0]
         assert int(at.sum()) <= 1
         target = int(layout.target[0][at][0]) if at.any() else IGNORE
         found.add(None if target == IGNORE else divmod(target, SMALL["columns"]))
@@ -76,8 +76,8 @@ def test_behind_the_class_token_offsets_are_plain_too():
 
 
 def test_pairs_are_uniform():
-    counters = torch.arange(60_000).view(-1, 1)
-    offset, number = registers.grid_offsets(counters, seed=3, d_max=4, columns=16)
+    samples = torch.arange(60_000).view(-1, 1)
+    offset, number = registers.grid_offsets(samples, seed=3, d_max=4, columns=16)
     share = torch.bincount(number.flatten(), minlength=15) / 60_000
     assert number.min() == 0 and number.max() == 14 and float((share - 1 / 15).abs().max()) < 0.005
     expected = {(h - 1) * 16 + w - 1 for h in range(1, 5) for w in range(1, 5)} - {0}
@@ -92,28 +92,28 @@ def test_first_row_alone_is_one_dimension(monkeypatch):
     # the pair's number in {1 .. 15}, kept in the first row: 1 .. 3, drawn as one dimension draws its offsets
     plain = registers.offsets
     monkeypatch.setattr(
-        registers, "offsets", lambda counters, *, seed, d_min, d_max, mixed=False: plain(
-            counters, seed=seed, d_min=1, d_max=3, mixed=mixed
+        registers, "offsets", lambda samples, *, seed, d_min, d_max, mixed=False: plain(
+            samples, seed=seed, d_min=1, d_max=3, mixed=mixed
         ),
     )  # fmt: skip
     rows = collate([image(c) for c in (4, 9)], 0)
-    one, two = (m.layout(rows, Context(seed=2)) for m in (flat, grid))
+    one, two = (m.train_layout(rows, Context(seed=2)) for m in (flat, grid))
     for name in ("ids", "position", "target", "register", "order"):
         assert torch.equal(getattr(one, name), getattr(two, name))
-    assert torch.equal(flat.losses(model, one)[0], grid.losses(twin, two)[0])
+    assert torch.equal(flat.compute_loss(model, one)[0], grid.compute_loss(twin, two)[0])
 
 
 def test_number_of_registers():
     """All but the last of the 1 + 30 tokens, or so many random ones, anew for each sample; ignored ones left out."""
     method, _ = attached("mutor_1d", d_max=1)
-    layout = method.layout(collate([image()], 0), Context())
+    layout = method.train_layout(collate([image()], 0), Context())
     assert int(layout.register.sum()) == CELLS
     method, _ = attached("mutor_1d", d_max=1, placement="random", registers=8)
     places = []
-    for counter in range(4):
-        layout = method.layout(collate([image(counter)], 0), Context())
+    for sample in range(4):
+        layout = method.train_layout(collate([image(sample)], 0), Context())
         assert int(layout.register.sum()) == 8
-        places.append(tuple(sorted(layout.order[layout.register].tolist())))
+        places.append(tuple(sorted(layout.causal_index[layout.register].tolist())))
     assert len(set(places)) == 4
 
 
@@ -121,8 +121,8 @@ def test_one_embedding_a_pair():
     method, model = attached("mutor_2d", d_max=3, register_embedding="per_offset")
     assert model.mtp["registers"].weight.shape == (8, 16)
     seen = set()
-    for counter in range(200):
-        layout = method.layout(collate([image(counter)], 0), Context())
+    for sample in range(200):
+        layout = method.train_layout(collate([image(sample)], 0), Context())
         ids = set((layout.ids[layout.register] - method.trunk.vocabulary).tolist())
         assert len(ids) == 1
         seen |= ids
@@ -188,7 +188,7 @@ def test_versions_keep_their_class():
     train, _ = pictures(config)
     torch.manual_seed(0)
     judge = Classifier(10, 1, 16)
-    train_classifier(judge, train, steps=250, batch_size=64, rate=3e-3, seed=0, say=lambda line: None)
+    train_classifier(judge, train, steps=250, batch_size=64, rate=3e-3, seed=0, log=lambda line: None)
     plain, versions = train.batch(np.arange(len(train))), Versions(train, config)
     assert len(versions) == 3 * len(train) and torch.equal(versions.batch(np.arange(5)), plain[:5])
     for number in (1, 2):

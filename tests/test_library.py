@@ -82,7 +82,7 @@ def test_the_collated_loss_equals_the_methods_own(tiny, tools, family, implement
     labels = inputs.pop("labels")
     ours = mutor.loss_from_outputs(model(**inputs), labels)
     rows = collate([Example(e["input_ids"], e["prefix_length"], e["index"]) for e in data], 0)
-    theirs, _ = mutor.losses(model, mutor.layout(rows, Context(seed=5, prefix_lm=prefix_lm)))
+    theirs, _ = mutor.compute_loss(model, mutor.train_layout(rows, Context(seed=5, prefix_lm=prefix_lm)))
     tools.close(ours, theirs)
     tools.same_gradients(tools.gradients(model, ours), tools.gradients(model, theirs))
 

@@ -219,7 +219,7 @@ def test_holds_registers(model, tools):
     method.attach(model)
     with torch.no_grad():
         nn.init.normal_(model.mtp["registers"].weight)
-    layout = method.layout(collate([Example(np.array(ids), 1, 5)], 0), Context(seed=2))
+    layout = method.train_layout(collate([Example(np.array(ids), 1, 5)], 0), Context(seed=2))
     out = method.trunk(model, layout)
     logits = method.trunk.logits(out.normed)
     tools.close(logits[0, :13], alone[0], rtol=1e-3, atol=1e-4)

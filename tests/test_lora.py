@@ -23,7 +23,7 @@ def test_adapters_and_register_are_trained_and_nothing_else(tiny, family, batch,
     plain = {n: p.clone() for n, p in model.named_parameters()}
     method = made(name, rank=4)
     method.attach(model)
-    loss, _ = method.losses(model, method.layout(batch.rows, Context()))
+    loss, _ = method.compute_loss(model, method.train_layout(batch.rows, Context()))
     loss.backward()
     trained = [n for n, p in model.named_parameters() if p.grad is not None]
     wanted = [n for n, _ in model.named_parameters() if ".lora_" in n or n.startswith("mtp.")]
@@ -41,7 +41,7 @@ def test_untrained_adapters_change_nothing(tiny, batch):
     losses = []
     for model, method in ((one, plain), (two, lora)):
         method.attach(model)
-        loss, _ = method.losses(model, method.layout(batch.rows, Context()))
+        loss, _ = method.compute_loss(model, method.train_layout(batch.rows, Context()))
         loss.backward()
         losses.append(loss.detach())
     assert torch.allclose(*losses)

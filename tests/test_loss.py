@@ -10,7 +10,7 @@ from torch import nn
 
 from mutor.checks import from_mapping
 from mutor.mtp.layout import Example, collate
-from mutor.mtp.loss import Goal, head_loss
+from mutor.mtp.loss import LossTargets, head_loss
 from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
 
@@ -28,22 +28,22 @@ def made(name, per_sequence=False, **settings):
 def test_goal_by_hand():
     """Two rows, the first of two documents; what each target counts for, per token and per sequence."""
     target = torch.tensor([[-100, 5, 6, -100, 7], [8, -100, -100, -100, -100]])
-    document = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, -1]])
-    goal = Goal.of(target, document)
-    assert goal.index.tolist() == [1, 2, 4, 5] and goal.target.tolist() == [5, 6, 7, 8]
-    assert goal.share.tolist() == [1, 1, 1, 1] and goal.count == 4
-    goal = Goal.of(target, document, per_sequence=True)
-    assert goal.share.tolist() == [0.5, 0.5, 1, 1] and goal.count == 3
+    segment = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, -1]])
+    targets = LossTargets.of(target, segment)
+    assert targets.index.tolist() == [1, 2, 4, 5] and targets.target.tolist() == [5, 6, 7, 8]
+    assert targets.share.tolist() == [1, 1, 1, 1] and targets.count == 4
+    targets = LossTargets.of(target, segment, per_sequence=True)
+    assert targets.share.tolist() == [0.5, 0.5, 1, 1] and targets.count == 3
 
 
 def test_loss_by_hand(tools):
     """Sequences of one and two tokens; nothing at all is zero with a gradient."""
     hidden = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.5, 0.5]]], requires_grad=True)
     each = nn.functional.cross_entropy(hidden[0], torch.tensor([1, 1, 0]), reduction="none")
-    target, document = torch.tensor([[1, 1, 0]]), torch.tensor([[0, 1, 1]])
+    target, segment = torch.tensor([[1, 1, 0]]), torch.tensor([[0, 1, 1]])
 
     def loss(target, per_sequence=False):
-        return head_loss(lambda x: x, hidden, Goal.of(target, document, per_sequence), 2)
+        return head_loss(lambda x: x, hidden, LossTargets.of(target, segment, per_sequence), 2)
 
     tools.close(loss(target), each.mean())
     tools.close(loss(target, True), (each[0] + (each[1] + each[2]) / 2) / 2)
@@ -56,7 +56,7 @@ def test_parts_equal_the_whole_and_are_small(tools, per_sequence):
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 37, 8, generator=g, requires_grad=True)
     weight = nn.Parameter(torch.randn(50, 8, generator=g))
-    goal = Goal.of(torch.randint(50, (1, 37), generator=g), torch.arange(37)[None] // 5, per_sequence)
+    targets = LossTargets.of(torch.randint(50, (1, 37), generator=g), torch.arange(37)[None] // 5, per_sequence)
     sizes = []
 
     def head(x):
@@ -64,8 +64,8 @@ def test_parts_equal_the_whole_and_are_small(tools, per_sequence):
         return x @ weight.T
 
     found = []
-    for most in (10**6, 50 * 7, 1):
-        loss = head_loss(head, hidden, goal, 50, most=most)
+    for max_logits in (10**6, 50 * 7, 1):
+        loss = head_loss(head, hidden, targets, 50, max_logits=max_logits)
         found.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
     for other in found[1:]:
         for ours, theirs in zip(other, found[0], strict=True):
@@ -79,11 +79,11 @@ def test_methods_lose_nothing(name, per_sequence, tiny, batch, tools, monkeypatc
     """Losses and gradients of whole methods with ten logits' worth of memory."""
     method = made(name, per_sequence)
     model = tools.attach(method, tiny("gemma2"))
-    layout = method.layout(batch.rows, Context(seed=1))
-    whole, _ = method.losses(model, layout)
+    layout = method.train_layout(batch.rows, Context(seed=1))
+    whole, _ = method.compute_loss(model, layout)
     expected = tools.gradients(model, whole)
-    monkeypatch.setattr("mutor.mtp.loss.head_loss", partial(head_loss, most=10))
-    parts, _ = method.losses(model, layout)
+    monkeypatch.setattr("mutor.mtp.loss.head_loss", partial(head_loss, max_logits=10))
+    parts, _ = method.compute_loss(model, layout)
     tools.close(parts, whole)
     tools.same_gradients(tools.gradients(model, parts), expected)
 
@@ -101,19 +101,21 @@ def test_a_batch_in_parts_equals_the_batch(name, per_sequence, row_length, tiny,
     model = tools.attach(method, tiny("llama"))
 
     def laid(some, row_length=None):
-        layout = method.layout(collate(some, 0, row_length, method.tokens), Context(seed=2, prefix_lm=True)).compact()
-        return layout, method.goals(layout)
+        layout = method.train_layout(
+            collate(some, 0, row_length, method.tokens), Context(seed=2, prefix_lm=True)
+        ).compact()
+        return layout, method.loss_targets(layout)
 
-    whole, parts = method.losses(model, *laid(examples))
+    whole, parts = method.compute_loss(model, *laid(examples))
     expected = tools.gradients(model, whole)
     split = [laid(some, row_length) for some in (examples[:1], examples[1:5], examples[5:])]
-    counts = {key: sum(int(goals[key].count) for _, goals in split) for key in split[0][1]}
+    counts = {key: sum(int(loss_targets[key].count) for _, loss_targets in split) for key in split[0][1]}
     total, sums, naive = 0, dict.fromkeys(parts, 0), 0
-    for layout, goals in split:
-        shared = {key: replace(goal, count=torch.tensor(counts[key])) for key, goal in goals.items()}
-        loss, of_part = method.losses(model, layout, shared)
+    for layout, loss_targets in split:
+        shared = {key: replace(targets, count=torch.tensor(counts[key])) for key, targets in loss_targets.items()}
+        loss, of_part = method.compute_loss(model, layout, shared)
         total, sums = total + loss, {key: sums[key] + of_part[key] for key in sums}
-        naive += method.losses(model, layout)[0].detach() / len(split)
+        naive += method.compute_loss(model, layout)[0].detach() / len(split)
     tools.close(total, whole)
     for key, value in parts.items():
         tools.close(sums[key], value)
@@ -131,9 +133,9 @@ def test_packed_rows_hold_little_padding_and_change_nothing(name, tiny, tools):
     model = tools.attach(method, tiny("llama"))
     found = []
     for row_length in (None, 400):
-        layout = method.layout(collate(examples, 0, row_length, method.tokens), Context(seed=2)).compact()
-        padding = float((layout.document < 0).float().mean())
-        loss, _ = method.losses(model, layout)
+        layout = method.train_layout(collate(examples, 0, row_length, method.tokens), Context(seed=2)).compact()
+        padding = float((layout.segment < 0).float().mean())
+        loss, _ = method.compute_loss(model, layout)
         found.append((padding, loss.detach(), tools.gradients(model, loss)))
     (loose, plain, expected), (tight, packed, gradients) = found
     assert loose > 0.3 and tight < 0.05

@@ -18,7 +18,7 @@ from mutor.results import records
 from mutor.tasks import standins
 from mutor.tasks.pictures import ImagesConfig
 from mutor.tasks.text import TextConfig
-from mutor.training.run import Workplace, run
+from mutor.training.run import RunEnvironment, run
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -126,7 +126,7 @@ def small(spec, folder):
             pixels=8, test_size=20, copies=2, flip=spec.task_config.flip, codes=16, code_width=4, tokenizer_steps=3,
             classifier_steps=3, valid_samples=10, test_samples=10,
         )  # fmt: skip
-        batch |= {"accumulate": 2, "keep": ()}
+        batch |= {"accumulate": 2, "keep_steps": ()}
     else:
         task = replace(spec.task_config, train_size=spec.task_config.train_size and 32, **size)
     base = spec.base and small(spec.base, folder)
@@ -145,7 +145,7 @@ def test_every_recipe_runs_two_steps_on_tiny_models(scale, tiny_pretrained, tmp_
             continue
         seen |= {kind}
         spec = small(spec, tiny_pretrained)
-        run(spec, (1,), Workplace(root=ROOT, runs=tmp_path))
+        run(spec, (1,), RunEnvironment(root=ROOT, runs=tmp_path))
         record = records.read(records.seed_folder(tmp_path, spec, 1) / "metrics.json")
         metrics = records.checkpoint_metrics(record, "last")
         assert record["steps"] == 2 and np.isfinite(metrics["loss"])

@@ -47,7 +47,7 @@ def test_regular_logits_do_not_change(tiny, tools, family, batch, prefix_lm):
     model = tiny(family)
     alone = [tools.plain_logits(model, span.ids, span.prefix, prefix_lm) for span in batch.spans]
     method = ready(tools, model)
-    layout = method.layout(batch.rows, Context(prefix_lm=prefix_lm))
+    layout = method.train_layout(batch.rows, Context(prefix_lm=prefix_lm))
     length = batch.rows.ids.shape[1]
     with_registers, without = (
         forward(model, layout)[:, :length],
@@ -75,15 +75,15 @@ def test_a_register_equals_a_literal_forward(tiny, tools, family, batch, prefix_
     """Tokens up to the anchor, then one vector at position t + d - 1: target and logits."""
     model = tiny(family)
     method = ready(tools, model, d_max=4)
-    layout = method.layout(batch.rows, Context(seed=2, prefix_lm=prefix_lm))
+    layout = method.train_layout(batch.rows, Context(seed=2, prefix_lm=prefix_lm))
     logits, checked = forward(model, layout), []
     for span in batch.spans:
-        d = int(r.offsets(torch.tensor([[span.counter]]), seed=2, d_min=1, d_max=4))
-        number = int(batch.rows.document[span.row, span.start])
-        mine = layout.register[span.row] & (layout.document[span.row] == number)
+        d = int(r.offsets(torch.tensor([[span.sample]]), seed=2, d_min=1, d_max=4))
+        number = int(batch.rows.segment[span.row, span.start])
+        mine = layout.register[span.row] & (layout.segment[span.row] == number)
         wanted = [p for p in range(span.prefix - 1, len(span.ids) - 1) if p + d < len(span.ids)]
         columns = torch.nonzero(mine).flatten().tolist()
-        assert [int(layout.order[span.row, c]) - span.start for c in columns] == wanted
+        assert [int(layout.causal_index[span.row, c]) - span.start for c in columns] == wanted
         for column, anchor in list(zip(columns, wanted, strict=True))[:: max(1, len(wanted) - 1)]:
             assert int(layout.target[span.row, column]) == span.ids[anchor + d]
             theirs = literal_register(model, tools, span.ids, anchor, anchor + d - 1, span.prefix, prefix_lm)
@@ -98,7 +98,7 @@ def test_a_register_is_scaled_as_asked(tiny, tools, batch, family, scaled):
     """Gemma and Granite multiply their embeddings; register_scaled false leaves the register alone."""
     model = tiny(family)
     method = ready(tools, model, register_scaled=scaled, d_min=2, d_max=2)
-    layout = method.layout(batch.rows, Context())
+    layout = method.train_layout(batch.rows, Context())
     span = batch.spans[0]
     column = int(torch.nonzero(layout.register[0])[0])
     ours = forward(model, layout)[0, column]
@@ -113,7 +113,7 @@ def interleaved(model, batch, seed, settings, prefix_lm):
     for row in range(batch.rows.ids.shape[0]):
         line = []
         for span in (s for s in batch.spans if s.row == row):
-            d = int(r.offsets(torch.tensor([[span.counter]]), seed=seed, d_min=1, d_max=settings["d_max"]))
+            d = int(r.offsets(torch.tensor([[span.sample]]), seed=seed, d_min=1, d_max=settings["d_max"]))
             last = len(span.ids) - 1
             for i, token in enumerate(span.ids):
                 answers = span.prefix - 1 <= i < last
@@ -148,7 +148,7 @@ def test_registers_behind_equal_the_interleaved_picture(tiny, tools, family, bat
     """Losses and all gradients, the register's own included."""
     model, settings = tiny(family), {"d_max": 3, "a": 0.3}
     method = ready(tools, model, **settings)
-    total, parts = method.losses(model, method.layout(batch.rows, Context(seed=4, prefix_lm=prefix_lm)))
+    total, parts = method.compute_loss(model, method.train_layout(batch.rows, Context(seed=4, prefix_lm=prefix_lm)))
     theirs, plain, extra = interleaved(model, batch, 4, settings, prefix_lm)
     tools.close(total, theirs)
     tools.close(parts["next_token"], plain.detach())
@@ -164,11 +164,11 @@ def test_registers_behind_equal_the_interleaved_picture(tiny, tools, family, bat
 def test_order_in_the_row_is_free(tiny, tools, batch, prefix_lm):
     """A layout with its columns shuffled gives the same logits, shuffled."""
     model = tiny()
-    layout = ready(tools, model).layout(batch.rows, Context(prefix_lm=prefix_lm))
+    layout = ready(tools, model).train_layout(batch.rows, Context(prefix_lm=prefix_lm))
     index = torch.stack([torch.randperm(layout.ids.shape[1], generator=torch.Generator().manual_seed(s))
                          for s in range(layout.ids.shape[0])])  # fmt: skip
     ours, shuffled = forward(model, layout), forward(model, layout.take(index))
-    used = (layout.document >= 0).gather(1, index)
+    used = (layout.segment >= 0).gather(1, index)
     tools.close(shuffled[used], ours.gather(1, index[..., None].expand(-1, -1, ours.shape[-1]))[used])
 
 
@@ -177,11 +177,11 @@ def test_registers_do_not_see_each_other(tiny, tools, batch, family):
     """Leaving registers out, or changing the vector of some, changes no other."""
     model = tiny(family)
     method = ready(tools, model, offsets="mixed", register_embedding="per_offset")
-    layout = method.layout(batch.rows, Context())
+    layout = method.train_layout(batch.rows, Context())
     before = forward(model, layout)
     length = batch.rows.ids.shape[1]
     fewer = torch.tensor([*range(length), *range(length + 1, layout.ids.shape[1], 2)])
-    used = layout.document[:, fewer] >= 0
+    used = layout.segment[:, fewer] >= 0
     tools.close(forward(model, layout.take(fewer))[used], before[:, fewer][used])
     with torch.no_grad():
         model.mtp["registers"].weight[1].neg_()
@@ -221,7 +221,7 @@ def test_export_is_the_plain_model(tiny, tools, family, batch, tmp_path, tied):
     start = {name: value.clone() for name, value in model.state_dict().items()}
     for seed in range(3):
         optimiser.zero_grad()
-        method.losses(model, method.layout(batch.rows, Context(seed=seed)))[0].backward()
+        method.compute_loss(model, method.train_layout(batch.rows, Context(seed=seed)))[0].backward()
         optimiser.step()
     assert not torch.equal(start["mtp.registers.weight"], model.mtp["registers"].weight)
     method.export(model, tmp_path / "ours")
@@ -250,8 +250,8 @@ def test_eager_equals_sdpa(tiny, tools, family, batch):
         model = tiny(family, attn_implementation=implementation)
         assert model.config._attn_implementation == implementation
         method = ready(tools, model)
-        layout = method.layout(batch.rows, Context(prefix_lm=True))
-        seen.append(forward(model, layout)[layout.document >= 0])
+        layout = method.train_layout(batch.rows, Context(prefix_lm=True))
+        seen.append(forward(model, layout)[layout.segment >= 0])
     tools.close(*seen)
 
 
@@ -260,7 +260,7 @@ def test_the_block_mask_rule_equals_the_dense_mask(tiny, tools, batch, prefix_lm
     """FlexAttention's mask_mod, evaluated densely."""
     from torch.nn.attention.flex_attention import create_mask
 
-    layout = ready(tools, tiny()).layout(batch.rows, Context(prefix_lm=prefix_lm))
+    layout = ready(tools, tiny()).train_layout(batch.rows, Context(prefix_lm=prefix_lm))
     batch_size, length = layout.ids.shape
     theirs = create_mask(mask_mod(layout), batch_size, None, length, length, device="cpu")
     assert torch.equal(theirs, dense_mask(layout))
@@ -276,11 +276,11 @@ def test_both_backends_give_the_same_losses_and_gradients(tiny, tools, batch, fl
     cls = load(METHODS, name, "method")
     method, model = cls(cls.Config(d_max=3, a=0.3)), tiny(family)
     tools.attach(method, model)
-    layout = method.layout(batch.rows, Context(seed=1, prefix_lm=True)).compact()
+    layout = method.train_layout(batch.rows, Context(seed=1, prefix_lm=True)).compact()
     found = []
     for implementation in (model.config._attn_implementation, "flex_attention"):
         model.set_attn_implementation(implementation)
-        loss, _ = method.losses(model, layout)
+        loss, _ = method.compute_loss(model, layout)
         found.append((loss.detach(), tools.gradients(model, loss)))
     tools.close(found[1][0], found[0][0])
     tools.same_gradients(found[1][1], found[0][1])
@@ -330,7 +330,7 @@ def test_gradient_checkpointing(tiny, tools, batch, family, name):
         if when == "after":
             model.gradient_checkpointing_enable()
         model.train()
-        total, _ = method.losses(model, method.layout(batch.rows, Context()))
+        total, _ = method.compute_loss(model, method.train_layout(batch.rows, Context()))
         seen.append((total.detach(), tools.gradients(model, total)))
     for total, gradients in seen[1:]:
         tools.close(total, seen[0][0])
@@ -342,10 +342,10 @@ def test_loss_weights_and_missing_registers(tiny, tools, batch):
     for a in (0.2, 0.9):
         model = tiny()
         method = ready(tools, model, a=a)
-        total, parts = method.losses(model, method.layout(batch.rows, Context()))
+        total, parts = method.compute_loss(model, method.train_layout(batch.rows, Context()))
         tools.close(total.detach(), (1 - a) * parts["next_token"] + a * parts["register"])
     method = ready(tools, model := tiny(), d_min=30, d_max=30)
-    total, parts = method.losses(model, method.layout(batch.rows, Context()))
+    total, parts = method.compute_loss(model, method.train_layout(batch.rows, Context()))
     assert torch.isfinite(total) and float(parts["register"]) == 0
     assert all(torch.isfinite(g).all() for g in tools.gradients(model, total).values())
 
@@ -359,4 +359,4 @@ def test_lengths_beyond_the_model_are_refused(tiny, tools, batch):
         model = tiny(family, **own)
         method = ready(tools, model)
         with pytest.raises(ValueError, match=words):
-            method.losses(model, method.layout(batch.rows, Context()))
+            method.compute_loss(model, method.train_layout(batch.rows, Context()))

@@ -23,8 +23,8 @@ def lay(tiny):
     def make(examples, row_length=None, prefix_lm=False, seed=0, **settings):
         method = MuToR.of(**settings)
         method.attach(tiny())
-        rows = collate([Example(np.array(ids), prefix, counter) for ids, prefix, counter in examples], 0, row_length)
-        return method.layout(rows, Context(seed=seed, prefix_lm=prefix_lm))
+        rows = collate([Example(np.array(ids), prefix, sample) for ids, prefix, sample in examples], 0, row_length)
+        return method.train_layout(rows, Context(seed=seed, prefix_lm=prefix_lm))
 
     return make
 
@@ -35,9 +35,9 @@ def test_prefix_and_answer_of_different_lengths(lay, tools):
     assert got.ids.tolist() == [[10, 11, 12, 13, 14, 15, 61, 61, 61], [20, 21, 22, 23, 0, 0, 61, 61, 0]]
     assert got.position.tolist() == [[0, 1, 2, 3, 4, 5, 2, 3, 4], [0, 1, 2, 3, 0, 0, 1, 2, 0]]
     assert got.target.tolist() == [[N, 12, 13, 14, 15, N, 13, 14, 15], [21, 22, 23, N, N, N, 22, 23, N]]
-    assert got.order[:, :8].tolist() == [[0, 1, 2, 3, 4, 5, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]]
+    assert got.causal_index[:, :8].tolist() == [[0, 1, 2, 3, 4, 5, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]]
     assert got.register.int().tolist() == [[0] * 6 + [1] * 3, [0] * 6 + [1, 1, 0]]
-    assert got.document.tolist() == [[0] * 9, [0, 0, 0, 0, -1, -1, 0, 0, -1]]
+    assert got.segment.tolist() == [[0] * 9, [0, 0, 0, 0, -1, -1, 0, 0, -1]]
     sees = dense_mask(got)
     assert sees.shape == (2, 1, 9, 9)
     assert tools.picture(sees[0, 0]) == [
@@ -59,29 +59,29 @@ def test_one_class_token_and_a_raster(lay, d, target, position):
     got = lay([([5, 6, 7, 8, 9], 1, 0)], d_min=d, d_max=d)
     assert got.target[0, 5:].tolist() == target
     assert got.position[0, 5:].tolist() == position
-    assert got.order[0, 5:].tolist() == list(range(len(target)))
+    assert got.causal_index[0, 5:].tolist() == list(range(len(target)))
 
 
 def test_sparse_registers(lay):
     """Every second answer position of each document, its first included."""
     got = lay([(LONG, 2, 0), (SHORT, 1, 1)], d_min=1, d_max=1, placement="every", registers=2)
-    assert got.order[:, 6:].tolist() == [[1, 3], [0, 2]]
+    assert got.causal_index[:, 6:].tolist() == [[1, 3], [0, 2]]
     assert got.target[:, 6:].tolist() == [[12, 14], [21, 23]]
     packed = lay([(LONG, 2, 0), (SHORT, 1, 1)], 10, d_min=1, d_max=1, placement="every", registers=2)
-    assert packed.order[0, 10:].tolist() == [1, 3, 6, 8]
+    assert packed.causal_index[0, 10:].tolist() == [1, 3, 6, 8]
 
 
 def test_random_registers(lay):
     """So many of each document, drawn anew for each sample, never twice the same place."""
-    many = [(list(range(10, 30)), 3, counter) for counter in range(40)]
+    many = [(list(range(10, 30)), 3, sample) for sample in range(40)]
     got = lay(many, d_min=1, d_max=1, placement="random", registers=5)
-    places = [tuple(line) for line in got.order[:, 20:].tolist()]
+    places = [tuple(line) for line in got.causal_index[:, 20:].tolist()]
     assert all(len(set(place)) == 5 and min(place) >= 2 and max(place) <= 18 for place in places)
     assert len(set(places)) > 35
-    counts = torch.bincount(got.order[:, 20:].flatten(), minlength=20)[2:19]
+    counts = torch.bincount(got.causal_index[:, 20:].flatten(), minlength=20)[2:19]
     assert counts.min() > 2 and counts.max() < 25
     few = lay([(SHORT, 2, 0)], d_min=1, d_max=1, placement="random", registers=5)
-    assert sorted(few.order[0, 4:].tolist()) == [1, 2]
+    assert sorted(few.causal_index[0, 4:].tolist()) == [1, 2]
 
 
 def test_packed_documents_stay_apart(lay, tools):
@@ -90,8 +90,8 @@ def test_packed_documents_stay_apart(lay, tools):
     assert got.ids.shape == (2, 15)
     assert got.position[0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 2, 3, 4, 1, 2]
     assert got.target[0].tolist() == [N, 12, 13, 14, 15, N, 21, 22, 23, N, 13, 14, 15, 22, 23]
-    assert got.document[0].tolist() == [0] * 6 + [1] * 4 + [0] * 3 + [1] * 2
-    assert got.order[0].tolist() == [*range(10), 1, 2, 3, 6, 7]
+    assert got.segment[0].tolist() == [0] * 6 + [1] * 4 + [0] * 3 + [1] * 2
+    assert got.causal_index[0].tolist() == [*range(10), 1, 2, 3, 6, 7]
     assert got.target[1].tolist() == [N, 22, 23, 24, 25, 26, 27, N, N, N, 23, 24, 25, 26, 27]
     assert tools.picture(dense_mask(got)[0, 0]) == [
         "1..............", "11.............", "111............", "1111...........", "11111..........",
@@ -115,31 +115,31 @@ def test_mixed_offsets_by_hand():
     """An offset for each register."""
     rows = collate([Example(np.array(LONG), 2)], 0)
     offset = torch.tensor([[9, 3, 1, 3, 1, 9]])
-    target, exists = r.targets(rows.ids, rows.document, rows.answer, offset)
-    keep = r.anchors(rows.document, rows.answer) & exists
-    assert keep.int().tolist() == [[0, 1, 1, 0, 1, 0]]
-    got = with_registers(regular(rows), keep, offset, target, offset + 100)
+    target, exists = r.targets(rows.ids, rows.segment, rows.is_target, offset)
+    has_register = r.anchors(rows.segment, rows.is_target) & exists
+    assert has_register.int().tolist() == [[0, 1, 1, 0, 1, 0]]
+    got = with_registers(regular(rows), has_register, offset, target, offset + 100)
     assert got.target[0, 6:].tolist() == [14, 13, 15]
     assert got.position[0, 6:].tolist() == [3, 2, 4]
-    assert got.order[0, 6:].tolist() == [1, 2, 4]
+    assert got.causal_index[0, 6:].tolist() == [1, 2, 4]
     assert got.ids[0, 6:].tolist() == [103, 101, 101]
 
 
 def test_a_target_inside_the_prefix_does_not_exist():
     """Only answer tokens of the same document are targets."""
     rows = collate([Example(np.array(SHORT), 3), Example(np.array(LONG), 1)], 0, 12)
-    target, exists = r.targets(rows.ids, rows.document, rows.answer, torch.full_like(rows.ids, 2))
+    target, exists = r.targets(rows.ids, rows.segment, rows.is_target, torch.full_like(rows.ids, 2))
     assert exists.int().tolist() == [[0, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]]
     assert target[exists].tolist() == [23, 12, 13, 14, 15]
-    assert r.anchors(rows.document, rows.answer).int().tolist() == [[0, 0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0]]
+    assert r.anchors(rows.segment, rows.is_target).int().tolist() == [[0, 0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("settings", [{"offsets": "sequence"}, {"offsets": "mixed"}])
 def test_per_offset_embeddings(lay, settings):
     """Number 0 is d_min; shared registers all have number 0."""
-    many = [(LONG, 1, counter) for counter in range(30)]
+    many = [(LONG, 1, sample) for sample in range(30)]
     got = lay(many, d_min=2, d_max=4, register_embedding="per_offset", **settings)
-    offset = got.position[got.register] - got.order[got.register] + 1
+    offset = got.position[got.register] - got.causal_index[got.register] + 1
     assert set(offset.tolist()) == {2, 3, 4}
     assert torch.equal(got.ids[got.register], 61 + offset - 2)
     shared = lay(many, d_min=2, d_max=4, **settings)
@@ -151,8 +151,8 @@ def test_per_offset_embeddings(lay, settings):
 @pytest.mark.parametrize(("d_min", "d_max"), [(1, 4), (2, 6), (3, 3)])
 def test_offsets_are_uniform(mixed, d_min, d_max):
     """Chi-square of the values and of neighbouring pairs, across block borders."""
-    counters = torch.arange(9000).view(-1, 1) if not mixed else torch.arange(300).view(-1, 1).expand(-1, 30)
-    drawn = r.offsets(counters, seed=3, d_min=d_min, d_max=d_max, mixed=mixed).flatten() - d_min
+    samples = torch.arange(9000).view(-1, 1) if not mixed else torch.arange(300).view(-1, 1).expand(-1, 30)
+    drawn = r.offsets(samples, seed=3, d_min=d_min, d_max=d_max, mixed=mixed).flatten() - d_min
     k = d_max - d_min + 1
     for values, cells in [(drawn, k), (drawn[:-1] * k + drawn[1:], k * k)]:
         assert set(values.tolist()) == set(range(cells))
@@ -163,10 +163,10 @@ def test_offsets_are_uniform(mixed, d_min, d_max):
 
 def test_one_draw_a_sequence_and_other_seeds_draw_otherwise():
     """The same offset at each token of a sample; mixed differs inside it."""
-    counters = torch.tensor([3, 9000, 123456789]).view(-1, 1).expand(-1, 12)
-    drawn = r.offsets(counters, seed=0, d_min=1, d_max=9)
+    samples = torch.tensor([3, 9000, 123456789]).view(-1, 1).expand(-1, 12)
+    drawn = r.offsets(samples, seed=0, d_min=1, d_max=9)
     assert (drawn == drawn[:, :1]).all()
-    mixed = r.offsets(counters, seed=0, d_min=1, d_max=9, mixed=True)
+    mixed = r.offsets(samples, seed=0, d_min=1, d_max=9, mixed=True)
     assert all(len(set(line)) > 2 for line in mixed.tolist())
     assert not torch.equal(mixed[0], mixed[1])
     many = torch.arange(100)[:, None]
@@ -182,22 +182,22 @@ def test_one_draw_a_sequence_and_other_seeds_draw_otherwise():
 def test_draws_depend_on_seed_and_counter_alone(lay, settings):
     """Not on batching, order, padding or packing."""
     rng = np.random.default_rng(0)
-    counters = [0, 5, 4096, 4095, 70000, 1]
-    samples = [(rng.integers(3, 60, n).tolist(), 2, c) for n, c in zip([9, 14, 6, 12, 8, 11], counters, strict=True)]
+    samples = [0, 5, 4096, 4095, 70000, 1]
+    samples = [(rng.integers(3, 60, n).tolist(), 2, c) for n, c in zip([9, 14, 6, 12, 8, 11], samples, strict=True)]
     samples = [([name, *ids[1:]], prefix, c) for name, (ids, prefix, c) in enumerate(samples)]
 
     def registers(batches):
         found = {}
         for examples, row_length in batches:
             got = lay(examples, row_length, seed=8, d_max=4, **settings)
-            named = {ids[0]: counter for ids, _, counter in examples}
+            named = {ids[0]: sample for ids, _, sample in examples}
             for row in range(got.ids.shape[0]):
-                for number in range(int(got.document[row].max()) + 1):
-                    mine = (got.document[row] == number) & got.register[row]
-                    start = int(torch.nonzero(got.document[row] == number)[0])
-                    counter = named[int(got.ids[row, start])]
-                    table = torch.stack([got.order[row] - start, got.position[row], got.target[row]])[:, mine]
-                    found[counter] = sorted(zip(*table.tolist(), strict=True))
+                for number in range(int(got.segment[row].max()) + 1):
+                    mine = (got.segment[row] == number) & got.register[row]
+                    start = int(torch.nonzero(got.segment[row] == number)[0])
+                    sample = named[int(got.ids[row, start])]
+                    table = torch.stack([got.causal_index[row] - start, got.position[row], got.target[row]])[:, mine]
+                    found[sample] = sorted(zip(*table.tolist(), strict=True))
         return found
 
     whole = registers([(samples, None)])
@@ -221,7 +221,7 @@ def test_the_global_generators_are_left_alone(tiny):
         method.attach(tiny())
         torch.manual_seed(0), np.random.seed(0), random.seed(0)
         before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-        method.layout(rows, Context(seed=1))
+        method.train_layout(rows, Context(seed=1))
         assert torch.equal(before[0], torch.get_rng_state())
         assert (before[1], before[2]) == (np.random.get_state()[1].tolist(), random.getstate())
 
@@ -248,8 +248,8 @@ def test_sequences_that_cannot_be_laid_are_refused(ids, prefix, row_length):
 
 def test_no_anchor_across_a_border():
     """The last token of a document predicts nothing, whatever follows it."""
-    document, answer = torch.tensor([[0, 0, 0, 1, 1, -1]]), torch.tensor([[0, 1, 1, 1, 1, 1]]).bool()
-    assert r.anchors(document, answer).int().tolist() == [[1, 1, 0, 1, 0, 0]]
+    segment, is_target = torch.tensor([[0, 0, 0, 1, 1, -1]]), torch.tensor([[0, 1, 1, 1, 1, 1]]).bool()
+    assert r.anchors(segment, is_target).int().tolist() == [[1, 1, 0, 1, 0, 0]]
 
 
 def test_what_training_needs_of_a_layout(lay):
@@ -259,7 +259,7 @@ def test_what_training_needs_of_a_layout(lay):
         [N, 12, 13, 14, 15, 21, 22, 23, 13, 14, 15, 22, 23],
         [N, 22, 23, 24, 25, 26, 27, 23, 24, 25, 26, 27, N],
     ]
-    assert got.document.tolist() == [[0] * 5 + [1] * 3 + [0] * 3 + [1] * 2, [0] * 12 + [-1]]
+    assert got.segment.tolist() == [[0] * 5 + [1] * 3 + [0] * 3 + [1] * 2, [0] * 12 + [-1]]
     assert got.position[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 2, 3, 4, 1, 2]
-    assert got.order[0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 1, 2, 3, 6, 7]
+    assert got.causal_index[0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 1, 2, 3, 6, 7]
     assert got.register[0].tolist() == [False] * 8 + [True] * 5

@@ -19,7 +19,7 @@ from mutor.config.load import load_scale
 from mutor.config.runs import make_spec
 from mutor.results import provenance, records
 from mutor.training.devices import claim
-from mutor.training.run import Workplace, run, write_index
+from mutor.training.run import RunEnvironment, run, write_index
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "started", "finished", "memory", "resumed", "git")
@@ -44,7 +44,7 @@ def finished(tmp_path_factory):
     """A finished run of MuToR, its spec and folder."""
     runs = tmp_path_factory.mktemp("runs")
     spec = smoke_spec()
-    run(spec, spec.seeds, Workplace(root=ROOT, runs=runs))
+    run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=runs))
     return spec, runs, records.seed_folder(runs, spec, 7)
 
 
@@ -88,7 +88,7 @@ def test_finished_seeds_are_left_alone_and_stale_ones_run_again(finished):
     spec, runs, folder = finished
     file = folder / "metrics.json"
     before = file.stat().st_mtime_ns
-    run(spec, spec.seeds, Workplace(root=ROOT, runs=runs, rerun_stale=True))
+    run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=runs, rerun_stale=True))
     assert file.stat().st_mtime_ns == before
     record = json.loads(file.read_text())
     assert provenance.changed_code(record, ROOT) == []
@@ -98,7 +98,7 @@ def test_finished_seeds_are_left_alone_and_stale_ones_run_again(finished):
 
 def test_other_configuration_is_another_run(tmp_path):
     spec = smoke_spec("next_token", steps=5, eval_every=5, save_every=5)
-    place = Workplace(root=ROOT, runs=tmp_path)
+    place = RunEnvironment(root=ROOT, runs=tmp_path)
     run(spec, spec.seeds, place)
     changed = smoke_spec("next_token", steps=5, eval_every=5, save_every=5, learning_rate=1e-3)
     assert changed.path == spec.path and not records.finished(tmp_path, changed, 7)
@@ -175,7 +175,7 @@ def test_half_written_checkpoint_is_not_used(tmp_path):
 
 def test_solved_run_stops_early(tmp_path):
     spec = smoke_spec("next_token", stop_at=0.0)
-    run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path))
+    run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path))
     record = records.read(records.seed_folder(tmp_path, spec, 7) / "metrics.json")
     assert record["steps"] == 10
 
@@ -183,7 +183,7 @@ def test_solved_run_stops_early(tmp_path):
 def test_loss_that_is_not_finite_ends_the_run(tmp_path):
     spec = smoke_spec("next_token", learning_rate=1e30, muon_rate=1e30, warmup=0)
     with pytest.raises(FloatingPointError, match="loss is"):
-        run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path))
+        run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path))
     assert not records.finished(tmp_path, spec, 7)
 
 
@@ -203,7 +203,7 @@ def test_batches_in_parts_or_packed_train_like_one_padded_batch(tmp_path, loss_m
     losses = []
     for number, changes in enumerate(({}, {"accumulate": 4}, {"row_tokens": 600}, {"accumulate": 3, "row_tokens": 1})):
         spec = text_spec(loss_mean=loss_mean, **changes)
-        run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path / str(number)))
+        run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path / str(number)))
         record = records.read(records.seed_folder(tmp_path / str(number), spec, 7) / "metrics.json")
         names = ("loss", "next_token", "register", "grad_norm", "tokens")
         losses.append([[e[name] for name in names] for e in record["curve"] if "next_token" in e])
@@ -220,7 +220,7 @@ def test_block_masks_train_like_dense_ones(tmp_path, flex_with_gradients):
     for attention in ("sdpa", "flex_attention"):
         spec = text_spec(steps=4, eval_every=2, save_every=2)
         spec = replace(spec, model_config=replace(spec.model_config, attention=attention))
-        run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path / attention))
+        run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path / attention))
         record = records.read(records.seed_folder(tmp_path / attention, spec, 7) / "metrics.json")
         losses = [e["loss"] for e in record["curve"] if "loss" in e]
         found.append([*losses, records.checkpoint_metrics(record, "last")["loss"]])
@@ -291,7 +291,7 @@ def test_index_lists_seeds(finished):
 
 def test_run_starts_from_its_own_seed_of_the_base_model(tmp_path):
     spec = smoke_spec("next_token", steps=5, eval_every=5, save_every=5)
-    place = Workplace(root=ROOT, runs=tmp_path)
+    place = RunEnvironment(root=ROOT, runs=tmp_path)
     run(spec, (7, 8), place)
     from mutor.models.build import build
 

@@ -82,8 +82,8 @@ def test_training_is_a_function_of_seed_and_counter():
     whole = Samples(task.train(5), 10_000, 5)
     again = Samples(task.train(5), 10_000, 5)
     order = [9000, 3, 4097, 4095, 4]
-    for counter, example in zip(order, again.__getitems__(order), strict=True):
-        assert example.counter == counter and (example.ids == whole[counter].ids).all()
+    for sample, example in zip(order, again.__getitems__(order), strict=True):
+        assert example.sample == sample and (example.ids == whole[sample].ids).all()
     assert any((Samples(task.train(6), 10, 6)[i].ids != whole[i].ids).any() for i in range(10))
 
 
@@ -111,7 +111,7 @@ def test_published_line_encodes_to_27_and_5_tokens():
 @pytest.mark.skipif(not DATA, reason="MUTOR_TEST_DATA names no folder of published files")
 def test_published_file_reads_encodes_and_writes_back(tmp_path):
     file = Path(DATA) / "star_graph/deg_2_path_5_nodes_50_test_2000.txt"
-    graphs = read_file(file, StarGraphConfig(2, 5, 50))
+    graphs = read_file(file, (8, 5), 50)
     assert len(graphs) == 2000
     write_file(tmp_path / "again.txt", graphs)
     assert (tmp_path / "again.txt").read_bytes() == file.read_bytes()
@@ -156,7 +156,7 @@ def test_malformed_line_names_file_and_line(tmp_path, line, says):
     file = tmp_path / "graphs.txt"
     file.write_text("1,2|2,3|1,4|4,5/1,3=1,2,3\n" + line + "\n")
     with pytest.raises(ValueError, match=r"graphs\.txt:2: ") as error:
-        read_file(file, StarGraphConfig(2, 3, 8, test_size=20, valid_size=20))
+        read_file(file, (4, 3), 8)
     assert says in str(error.value)
 
 

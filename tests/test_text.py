@@ -18,7 +18,7 @@ from mutor.registry import METHODS, load
 from mutor.results import records
 from mutor.tasks.formats import Problem
 from mutor.tasks.text import Text, TextConfig
-from mutor.training.run import Workplace, run
+from mutor.training.run import RunEnvironment, run
 
 ROOT = Path(__file__).parent.parent
 STANDIN = {"source": "generated", "tokens": "standin"}
@@ -47,7 +47,9 @@ def test_prompt_and_answer_meet_where_they_should(gsm8k):
     tokenizer, found = gsm8k.tokenizer, gsm8k.problems["test"]
     for (ids, prefix), problem in zip(gsm8k.encode(found), found, strict=True):
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(ids[1:prefix]) == problem.prompt and tokenizer.decode(ids[prefix:-1]) == problem.answer
+        assert (
+            tokenizer.decode(ids[1:prefix]) == problem.prompt and tokenizer.decode(ids[prefix:-1]) == problem.is_target
+        )
         assert list(ids[:prefix]) == tokenizer(problem.prompt)["input_ids"]  # as at inference
     assert all(prefix == 1 for _, prefix in gsm8k.encode(found, whole=True))
 
@@ -61,14 +63,14 @@ def test_no_loss_on_the_prompt_and_registers_in_the_answer_only(gsm8k, tiny):
     rows = collate(Samples(source, 100, 0).__getitems__(range(6)), gsm8k.pad_id)
     mutor = MuToR.of(d_max=4)
     mutor.attach(tiny("llama", vocab_size=len(gsm8k.tokenizer), max_position_embeddings=512))
-    layout = mutor.layout(rows, Context(pad_id=gsm8k.pad_id, prefix_lm=True))
+    layout = mutor.train_layout(rows, Context(pad_id=gsm8k.pad_id, prefix_lm=True))
     plain = ~layout.register
     for row in range(6):
-        prefix = int((~rows.answer[row] & (rows.document[row] >= 0)).sum())
-        length = int((rows.document[row] >= 0).sum())
+        prefix = int((~rows.is_target[row] & (rows.segment[row] >= 0)).sum())
+        length = int((rows.segment[row] >= 0).sum())
         predicted = (layout.target[row] != IGNORE) & plain[row]
         assert predicted.nonzero().flatten().tolist() == list(range(prefix - 1, length - 1))
-        anchors = layout.order[row][layout.register[row] & (layout.target[row] != IGNORE)]
+        anchors = layout.causal_index[row][layout.register[row] & (layout.target[row] != IGNORE)]
         assert int(anchors.min()) == prefix - 1 and int(anchors.max()) <= length - 2
         assert int(layout.prefix[row].sum()) == prefix
 
@@ -172,15 +174,15 @@ def test_killed_evaluation_goes_on_where_it_was(tiny, words, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answers(cache=tmp_path / "answers", say=stop)
+        answers(cache=tmp_path / "answers", log=stop)
     again: list[str] = []
-    assert answers(cache=tmp_path / "answers", say=again.append) == whole
+    assert answers(cache=tmp_path / "answers", log=again.append) == whole
     assert again == ["3/9 answers", "6/9 answers", "9/9 answers"]  # the first batch was kept
 
 
 def test_gold_answers_score_full_marks(gsm8k):
     for problem in gsm8k.problems["test"]:
-        assert gsm8k.score(problem.answer, problem.gold) == {"accuracy": 1.0}
+        assert gsm8k.score(problem.is_target, problem.gold) == {"accuracy": 1.0}
         assert gsm8k.score(f"#### {int(problem.gold) + 1}", problem.gold) == {"accuracy": 0.0}
     task = Text(TextConfig(corpus="samsum", valid_size=5, test_size=50, train_size=50, **STANDIN))
     golds = [p.gold for p in task.problems["test"]]
@@ -269,7 +271,7 @@ def test_a_whole_run_from_a_shared_base(tmp_path):
 
     scale = load_scale(ROOT, "smoke")
     spec = make_spec(scale, "gsm8k", "llama-2x32", "mutor", {"d_max": 4, "a": 0.3}, (7, 8))
-    run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path))
+    run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path))
     assert len(list((tmp_path / spec.base.path).glob("seed*/metrics.json"))) == 1
     for seed in (7, 8):
         folder = records.seed_folder(tmp_path, spec, seed)
@@ -312,7 +314,7 @@ def test_a_users_own_model_and_data_through_every_method(tmp_path, tiny, monkeyp
     specs = specs_of(cells_of(table, scale))
     assert {s.method for s in specs} == METHODS.keys() - {"teacherless", "mutor_1d", "mutor_2d"}
     for spec in specs:
-        run(spec, spec.seeds, Workplace(root=ROOT, runs=tmp_path / "runs", device="cpu"))
+        run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path / "runs", device="cpu"))
     csv, *_ = collect_artifact(
         table, scale, Records(tmp_path / "runs"), read_reported(ROOT / "config/reported.csv"), tmp_path
     )

@@ -188,7 +188,7 @@ def test_a_small_one_learns_its_images():
     for _ in range(2):
         torch.manual_seed(0)
         small = vq.build(codes=16, width=4, channels=[8, 16], latent=8, layers=1, groups=4, colours=1)
-        errors.append(vq.train(small, Stripes(), steps=120, batch_size=32, rate=4e-3, seed=0, say=lambda line: None))
+        errors.append(vq.train(small, Stripes(), steps=120, batch_size=32, rate=4e-3, seed=0, log=lambda line: None))
         books.append(small.quantize.embedding.weight.detach())
     assert errors[0] < 0.25 * float(stripes.var()) and errors[0] == errors[1] and torch.equal(*books)
     codes = vq.encode(small, stripes)

@@ -26,11 +26,14 @@ class Case:
     interleaved: bool = setting(False, doc="registers behind their tokens, not behind all tokens")
     one_at_a_time: bool = setting(False, doc="the published fine-tuning recipe: a dense mask, one sequence a pass")
     attention: str = setting(
-        "auto", doc="auto: block masks on a GPU, dense ones elsewhere; causal: no mask at all",
+        "auto",
+        doc="auto: block masks on a GPU, dense ones elsewhere; causal: no mask at all",
         choices=("auto", "dense", "causal"),
-    )  # fmt: skip
+    )
     against: str = setting(doc="label of the case whose time is 1")
-    over: str | None = setting(None, doc="what it is measured over", choices=("d_max", "registers", "tokens", None))
+    sweep_over: str | None = setting(
+        None, was="over", doc="what it is measured over", choices=("d_max", "registers", "tokens", None)
+    )
     values: tuple = setting((), doc="values of that", low=1)
     value: int | None = setting(None, doc="the one of this case", low=1)
     published: str = setting("", doc="variant of config/reported.csv that measured the same")
@@ -47,12 +50,12 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smaller:
+class CostScaling:
     """How a scale shrinks the cases for its machine."""
 
     tokens: float = setting(1.0, doc="factor of all lengths and numbers of registers", low=0, open_ends=True)
     batch: float = setting(1.0, doc="factor of all batches", low=0, open_ends=True)
-    most: int | None = setting(None, doc="longest sequence that is measured", low=1)
+    max_tokens: int | None = setting(None, was="most", doc="longest sequence that is measured", low=1)
     row_tokens: int | None = setting(None, doc="rows that sequences are packed into", low=1)
     models: dict = setting({}, doc="role -> model of the scale in its place")
     rounds: int = setting(5, doc="times each case takes turns with its reference", low=1)
@@ -71,7 +74,7 @@ def load_cases(sections: tuple[Any, ...], where: str) -> tuple[Case, ...]:
         for given in cases:
             case = from_mapping(Case, {**common, **given}, f"{where}: {section.get('section')}")
             method = load(METHODS, case.method, f"{where}: {case.label}: method")
-            each = [replace(case, value=v) for v in case.values] if case.over else [case]
+            each = [replace(case, value=v) for v in case.values] if case.sweep_over else [case]
             for one in each:
                 from_mapping(method.Config, settings_of(one), f"{where}: {one.key}: settings")
             found += each
@@ -84,29 +87,31 @@ def load_cases(sections: tuple[Any, ...], where: str) -> tuple[Case, ...]:
 
 def settings_of(case: Case) -> dict[str, Any]:
     """Settings of a case's method, with the value it is measured at."""
-    own = {} if case.over in (None, "tokens") else {case.over: case.value}
+    own = {} if case.sweep_over in (None, "tokens") else {case.sweep_over: case.value}
     return {**case.settings, **own}
 
 
-def cases_of(table: Any, scale: Any) -> tuple[Smaller, list[Case]]:
+def cases_of(table: Any, scale: Any) -> tuple[CostScaling, list[Case]]:
     """How a scale shrinks a table's cases, and the cases as it measures them, those beyond its longest sequence left
     out."""
-    by = from_mapping(Smaller, scale.cost, f"config/scales/{scale.name}.yaml: cost")
+    scaling = from_mapping(CostScaling, scale.cost, f"config/scales/{scale.name}.yaml: cost")
 
     def length(tokens: int) -> int:
-        return max(8, round(tokens * by.tokens))
+        return max(8, round(tokens * scaling.tokens))
 
     out = []
     for case in load_cases(table.sections, f"config/tables/{table.name}.yaml"):
         settings, value = dict(case.settings), case.value
-        if case.over in ("tokens", "registers") and value is not None:
+        if case.sweep_over in ("tokens", "registers") and value is not None:
             value = length(value)
         if settings.get("placement") == "random" and "registers" in settings:
             settings["registers"] = length(settings["registers"])
-        tokens = value if case.over == "tokens" and value is not None else length(case.tokens)
-        if tokens <= (by.most or tokens):
-            lengths = tuple((max(2, round(p * by.tokens)), max(4, round(a * by.tokens))) for p, a in case.lengths)
-            smaller = {"batch": max(2, round(case.batch * by.batch)), "tokens": tokens, "lengths": lengths}
-            rows = case.row_tokens and (by.row_tokens or case.row_tokens)
+        tokens = value if case.sweep_over == "tokens" and value is not None else length(case.tokens)
+        if tokens <= (scaling.max_tokens or tokens):
+            lengths = tuple(
+                (max(2, round(p * scaling.tokens)), max(4, round(a * scaling.tokens))) for p, a in case.lengths
+            )
+            smaller = {"batch": max(2, round(case.batch * scaling.batch)), "tokens": tokens, "lengths": lengths}
+            rows = case.row_tokens and (scaling.row_tokens or case.row_tokens)
             out.append(replace(case, **smaller, settings=settings, value=value, row_tokens=rows))
-    return by, out
+    return scaling, out

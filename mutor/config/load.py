@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mutor.checks import choose, from_mapping
-from mutor.config.cost_cases import Smaller, load_cases
+from mutor.config.cost_cases import CostScaling, load_cases
 from mutor.config.runs import _method_config, _recipe, _task_config
 from mutor.config.schema import Dataset, ModelConfig, Project, Row, Scale, Shape, Table
 from mutor.registry import METHODS
@@ -89,7 +89,7 @@ def load_scale(root: Path, name: str) -> Scale:
             raise ValueError(f"{where}: sharded: {key!r} has 1 process; allowed: models with 2 or more in `processes`")
     for key, value in scale.models.items():
         scale.models[key] = from_mapping(ModelConfig, value, f"{where}: models: {key}")
-    for key in from_mapping(Smaller, scale.cost, f"{where}: cost").models.values():
+    for key in from_mapping(CostScaling, scale.cost, f"{where}: cost").models.values():
         choose(key, scale.models, f"{where}: cost: models")
     for key, value in scale.datasets.items():
         dataset = from_mapping(Dataset, value, f"{where}: datasets: {key}")
@@ -111,10 +111,11 @@ def load_scale(root: Path, name: str) -> Scale:
                 )
         _task_config(where, dataset_name, dataset)
         _recipe(where, scale, dataset_name)
-        for asked, here in dataset.instead.items():
+        for asked, here in dataset.setting_substitutes.items():
             if not isinstance(here, dict):
                 raise ValueError(
-                    f"{where}: datasets: {dataset_name}: instead: {asked}: {here!r} is not a mapping of values"
+                    f"{where}: datasets: {dataset_name}: setting_substitutes: {asked}: {here!r} is not a mapping of "
+                    "values"
                 )
         for method, variants in dataset.settings.items():
             for variant in variants if isinstance(variants, list) else [variants]:

@@ -33,7 +33,9 @@ class Recipe:
     log_every: int = setting(50, doc="steps between log lines", low=1)
     eval_every: int | None = setting(500, doc="steps between scores on the validation set; none: an epoch", low=1)
     save_every: int = setting(500, doc="steps between checkpoints, a multiple of log_every", low=1)
-    keep: tuple = setting((), doc="steps whose models are kept and scored at the end, as well as best and last", low=1)
+    keep_steps: tuple = setting(
+        (), was="keep", doc="steps whose models are kept and scored at the end, as well as best and last", low=1
+    )
     eval_batch_size: int = setting(500, doc="sequences scored at once", low=1)
     stop_at: float | None = setting(None, doc="end a run when the validation score reaches this, in percent")
 
@@ -56,8 +58,8 @@ class Recipe:
             raise ValueError(f"accumulate: {self.accumulate} does not divide batch_size {self.batch_size}")
         if self.save_every % self.log_every:
             raise ValueError(f"save_every: {self.save_every} is not a multiple of log_every {self.log_every}")
-        for step in self.keep:
+        for step in self.keep_steps:
             if step % (self.eval_every or step):
-                raise ValueError(f"keep: step {step} is not a multiple of eval_every {self.eval_every}")
+                raise ValueError(f"keep_steps: step {step} is not a multiple of eval_every {self.eval_every}")
         if len(self.betas) != 2:
             raise ValueError(f"betas: {self.betas} are not two numbers")

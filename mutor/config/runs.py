@@ -14,9 +14,15 @@ from mutor.config.schema import NOT_IN_MODEL, Dataset, ModelConfig, Row, Scale, 
 from mutor.registry import METHODS, TASKS, load
 
 UNITS = {
-    "loss": "nats", "log_likelihood": "nats", "precision": "fraction", "recall": "fraction", "fid": "score",
-    "inception_score": "score", "classifier_fid": "score", "classifier_score": "score",
-}  # fmt: skip
+    "loss": "nats",
+    "log_likelihood": "nats",
+    "precision": "fraction",
+    "recall": "fraction",
+    "fid": "score",
+    "inception_score": "score",
+    "classifier_fid": "score",
+    "classifier_score": "score",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +40,7 @@ class Spec:
     task_config: Any
     method_config: Any
     seeds: tuple[int, ...] = field(compare=False)
-    longer: float = 1.0  # how many times longer than the dataset's recipe, which `recipe` has in it
+    budget_factor: float = 1.0  # how many times longer than the dataset's recipe, which `recipe` has in it
     base: Spec | None = None  # what its model is trained by first, seed by seed or with `dataset.base_seed`
     processes: int = field(default=1, compare=False)  # how it is computed, which does not decide what comes out
     sharded: bool = field(default=False, compare=False)
@@ -47,8 +53,8 @@ class Spec:
     @property
     def name(self) -> str:
         """The settings as a name: sorted key=value of what is not default, or `default`."""
-        longer = {} if self.longer == 1 else {"longer": self.longer}
-        return settings_name({**self.settings, **longer})
+        budget_factor = {} if self.budget_factor == 1 else {"budget_factor": self.budget_factor}
+        return settings_name({**self.settings, **budget_factor})
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that decides the numbers, as plain values."""
@@ -75,10 +81,15 @@ class Spec:
         """
         model = {k: v for k, v in not_default(self.model_config).items() if k not in NOT_IN_MODEL}
         decides = [
-            self.dataset.task, not_default(self.task_config), model, self.method, self.settings,
-            not_default(self.recipe), self.base and self.base.config_hash,
+            self.dataset.task,
+            not_default(self.task_config),
+            model,
+            self.method,
+            self.settings,
+            not_default(self.recipe),
+            self.base and self.base.config_hash,
             *([] if self.dataset.base_seed is None else [self.dataset.base_seed]),
-        ]  # fmt: skip
+        ]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -123,7 +134,7 @@ def _task_config(where: str, name: str, dataset: Dataset) -> Any:
     return from_mapping(task.Config, dataset.options, f"{where}: datasets: {name}: options")
 
 
-def _recipe(where: str, scale: Scale, name: str, model: str | None = None, longer: float = 1.0) -> Recipe:
+def _recipe(where: str, scale: Scale, name: str, model: str | None = None, budget_factor: float = 1.0) -> Recipe:
     dataset = scale.datasets[name]
     own = scale.models[model].recipe_changes if model else {}
     given = scale.recipes[dataset.recipe] or {}
@@ -132,8 +143,8 @@ def _recipe(where: str, scale: Scale, name: str, model: str | None = None, longe
     values = {**given, **dataset.recipe_changes, **own}
     recipe = from_mapping(Recipe, values, f"{where}: recipes: {dataset.recipe} (for {name})")
     if recipe.epochs is not None:
-        return replace(recipe, epochs=round(recipe.epochs * longer, 3))
-    return replace(recipe, steps=round((recipe.steps or 0) * longer))
+        return replace(recipe, epochs=round(recipe.epochs * budget_factor, 3))
+    return replace(recipe, steps=round((recipe.steps or 0) * budget_factor))
 
 
 def _method_config(where: str, method: str, settings: Mapping[str, Any]) -> Any:
@@ -141,9 +152,14 @@ def _method_config(where: str, method: str, settings: Mapping[str, Any]) -> Any:
 
 
 def make_spec(
-    scale: Scale, data: str, model: str, method: str, settings: Mapping[str, Any],
-    seeds: tuple[int, ...] | None = None, longer: float = 1.0,
-) -> Spec:  # fmt: skip
+    scale: Scale,
+    data: str,
+    model: str,
+    method: str,
+    settings: Mapping[str, Any],
+    seeds: tuple[int, ...] | None = None,
+    budget_factor: float = 1.0,
+) -> Spec:
     """One setting of a scale, by the names of its dataset and model, checked."""
     where = f"config/scales/{scale.name}.yaml"
     dataset = scale.datasets[choose(data, scale.datasets, f"{where}: dataset")]
@@ -156,7 +172,7 @@ def make_spec(
         raise ValueError(
             f"{where}: {data}: seeds: {list(chosen)} is not allowed; allowed: one or more, different, from 0"
         )
-    recipe = _recipe(where, scale, data, model, longer)
+    recipe = _recipe(where, scale, data, model, budget_factor)
     _check_processes(where, scale, model, recipe, method)
     base = None
     if dataset.base is not None:
@@ -165,10 +181,22 @@ def make_spec(
         base_seeds = chosen if dataset.base_seed is None else (dataset.base_seed,)
         base = make_spec(scale, dataset.base, model, "next_token", {}, base_seeds)
     return Spec(
-        scale=scale.name, data=data, model=model, method=method, settings=not_default(config), dataset=dataset,
-        model_config=model_config, recipe=recipe, task_config=task_config, method_config=config, seeds=chosen,
-        longer=float(longer), base=base, processes=scale.processes.get(model, 1), sharded=model in scale.sharded,
-    )  # fmt: skip
+        scale=scale.name,
+        data=data,
+        model=model,
+        method=method,
+        settings=not_default(config),
+        dataset=dataset,
+        model_config=model_config,
+        recipe=recipe,
+        task_config=task_config,
+        method_config=config,
+        seeds=chosen,
+        budget_factor=float(budget_factor),
+        base=base,
+        processes=scale.processes.get(model, 1),
+        sharded=model in scale.sharded,
+    )
 
 
 def _check_processes(where: str, scale: Scale, model: str, recipe: Recipe, method: str) -> None:
@@ -208,9 +236,9 @@ def cells_of(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -
                 variants = dataset.settings.get(row.method) or {}
                 for variant in variants if isinstance(variants, list) else [variants]:
                     settings = {**variant, **row.settings}
-                    for key in settings.keys() & dataset.instead.keys():
-                        settings[key] = dataset.instead[key].get(settings[key], settings[key])
-                    spec = make_spec(scale, data, model, row.method, settings, seeds, row.longer)
+                    for key in settings.keys() & dataset.setting_substitutes.keys():
+                        settings[key] = dataset.setting_substitutes[key].get(settings[key], settings[key])
+                    spec = make_spec(scale, data, model, row.method, settings, seeds, row.budget_factor)
                     spec = replace(spec, seeds=spec.seeds[: row.max_seeds])
                     checkpoint = _checkpoint(f"{table.name}, {data}", table, row, spec)
                     out += [Cell(row, spec, metric, checkpoint) for metric in table.metrics]
@@ -223,12 +251,12 @@ def _checkpoint(where: str, table: Table, row: Row, spec: Spec) -> str:
         return table.checkpoint
     if spec.dataset.iterations is None or spec.recipe.steps is None:
         raise ValueError(f"{where}: iterations: {row.iterations} needs the dataset's iterations and a recipe in steps")
-    share = row.iterations / (spec.dataset.iterations * row.longer)
+    share = row.iterations / (spec.dataset.iterations * row.budget_factor)
     step = round(share * spec.recipe.steps)
     if abs(share - 1) < 0.01:
         return "last"
-    if step not in spec.recipe.keep:
-        raise ValueError(f"{where}: iterations: {row.iterations} are {step} steps here; kept: {spec.recipe.keep}")
+    if step not in spec.recipe.keep_steps:
+        raise ValueError(f"{where}: iterations: {row.iterations} are {step} steps here; kept: {spec.recipe.keep_steps}")
     return f"step{step}"
 
 

@@ -48,7 +48,9 @@ class Dataset:
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
     plan: dict = setting({}, doc="for `plan` before anything ran: examples, about, and tokens of one, at most")
     metrics: dict = setting({}, doc="a table's metric -> what is measured in its place")
-    instead: dict = setting({}, doc="a setting's name -> a table's value of it -> the value here")
+    setting_substitutes: dict = setting(
+        {}, was="instead", doc="a setting's name -> a table's value of it -> the value here"
+    )
     iterations: int | None = setting(None, doc="published steps that the recipe's stand for", low=1)
 
 
@@ -87,7 +89,9 @@ class Row:
     settings: dict = setting({}, doc="settings on top of the dataset's own for this method")
     label: str = setting("", doc="name in figures, by default the method's")
     control: bool = setting(False, doc="a control, run only on datasets with `controls`")
-    longer: float = setting(1.0, doc="trained so many times longer than the dataset's recipe says", low=0)
+    budget_factor: float = setting(
+        1.0, was="longer", doc="trained so many times longer than the dataset's recipe says", low=0
+    )
     iterations: int | None = setting(None, doc="scored after so many of the published steps", low=1)
     max_seeds: int | None = setting(None, doc="only so many of the seeds, where the source has no more", low=1)
 
@@ -106,8 +110,10 @@ class Table:
     reported: tuple[str, ...] = setting((), doc="artifacts of config/reported.csv whose values stand beside")
     notes: tuple[str, ...] = setting((), doc="notes printed below")
     rows: tuple = setting(doc="the rows")
-    over: str | None = setting(None, doc="with draw sweep: the setting on its axis", choices=("d_max", "a", None))
-    without: float = setting(0.0, doc="with draw sweep: where methods without that setting stand")
+    sweep_over: str | None = setting(
+        None, was="over", doc="with draw sweep: the setting on its axis", choices=("d_max", "a", None)
+    )
+    x_if_absent: float = setting(0.0, was="without", doc="with draw sweep: where methods without that setting stand")
     shapes: dict = setting({}, doc="with draw flops: role of a model -> widths of its layers")
     lengths: tuple[int, ...] = setting((), doc="with draw flops: sequence lengths", low=1)
     models: dict = setting({}, doc="with draw cost: role -> model of the published size, with random weights")

@@ -36,17 +36,28 @@ class LlamaGenConfig(LlamaConfig):
     model_type = "llamagen"
 
     def __init__(
-        self, codes: int = 16384, classes: int = 1000, rows: int = 16, columns: int = 16, class_dropout: float = 0.1,
-        dropout: float = 0.1, **kwargs: Any,
-    ):  # fmt: skip
+        self,
+        codes: int = 16384,
+        classes: int = 1000,
+        rows: int = 16,
+        columns: int = 16,
+        class_dropout: float = 0.1,
+        dropout: float = 0.1,
+        **kwargs: Any,
+    ):
         self.codes, self.classes, self.rows, self.columns = codes, classes, rows, columns
         self.class_dropout, self.dropout = class_dropout, dropout
         heads = kwargs.get("num_attention_heads", SIZES["B"]["num_attention_heads"])
         derived: dict[str, Any] = {
-            "vocab_size": codes + classes + 1, "max_position_embeddings": 1 + rows * columns,
-            "num_key_value_heads": heads, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-            "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-        }  # fmt: skip
+            "vocab_size": codes + classes + 1,
+            "max_position_embeddings": 1 + rows * columns,
+            "num_key_value_heads": heads,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
         super().__init__(**{**derived, **SIZES["B"], **kwargs})
         if self.vocab_size != codes + classes + 1:
             raise ValueError(f"vocab_size: {self.vocab_size}, expected {codes} codes + {classes} classes + 1")
@@ -177,13 +188,15 @@ def convert(published: Mapping[str, Tensor], config: LlamaGenConfig) -> LlamaGen
         "model.embed_tokens.weight": torch.cat(
             [take("tok_embeddings.weight"), take("cls_embedding.embedding_table.weight")]
         ),
-        "model.norm.weight": take("norm.weight"), "lm_head.weight": take("output.weight"),
-    }  # fmt: skip
+        "model.norm.weight": take("norm.weight"),
+        "lm_head.weight": take("output.weight"),
+    }
     for number in range(config.num_hidden_layers):
         theirs, ours = f"layers.{number}", f"model.layers.{number}"
         query, key, value = take(f"{theirs}.attention.wqkv.weight").split(heads * width)
         state |= {
-            f"{ours}.self_attn.q_proj.weight": halves(query), f"{ours}.self_attn.k_proj.weight": halves(key),
+            f"{ours}.self_attn.q_proj.weight": halves(query),
+            f"{ours}.self_attn.k_proj.weight": halves(key),
             f"{ours}.self_attn.v_proj.weight": value,
             f"{ours}.self_attn.o_proj.weight": take(f"{theirs}.attention.wo.weight"),
             f"{ours}.mlp.gate_proj.weight": take(f"{theirs}.feed_forward.w1.weight"),
@@ -191,7 +204,7 @@ def convert(published: Mapping[str, Tensor], config: LlamaGenConfig) -> LlamaGen
             f"{ours}.mlp.down_proj.weight": take(f"{theirs}.feed_forward.w2.weight"),
             f"{ours}.input_layernorm.weight": take(f"{theirs}.attention_norm.weight"),
             f"{ours}.post_attention_layernorm.weight": take(f"{theirs}.ffn_norm.weight"),
-        }  # fmt: skip
+        }
     if left:
         raise ValueError(f"checkpoint: weight {sorted(left)[0]!r} is not one of this model's")
     model = LlamaGenForCausalLM(config)
@@ -207,9 +220,15 @@ def convert(published: Mapping[str, Tensor], config: LlamaGenConfig) -> LlamaGen
 
 @torch.no_grad()
 def sample(
-    model: LlamaGenForCausalLM, classes: Tensor, *, seed: int, guidance: float = 2.0, temperature: float = 1.0,
-    top_k: int = 0, compiled: bool = False,
-) -> Tensor:  # fmt: skip
+    model: LlamaGenForCausalLM,
+    classes: Tensor,
+    *,
+    seed: int,
+    guidance: float = 2.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    compiled: bool = False,
+) -> Tensor:
     """int64 [B, rows * columns]: codes of images of `classes` (int64 [B]), drawn with cache.
 
     compiled: with torch.compile and a cache of fixed size, the same codes; it compiles for the better part of a minute.

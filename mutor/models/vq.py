@@ -17,9 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 VQ16: dict[str, Any] = {
-    "codes": 16384, "width": 8, "channels": [128, 128, 256, 256, 512], "latent": 256, "layers": 2, "groups": 32,
+    "codes": 16384,
+    "width": 8,
+    "channels": [128, 128, 256, 256, 512],
+    "latent": 256,
+    "layers": 2,
+    "groups": 32,
     "colours": 3,
-}  # fmt: skip
+}
 
 
 def build(
@@ -33,11 +38,17 @@ def build(
 
     plain = len(channels) - 1
     return VQModel(
-        in_channels=colours, out_channels=colours, latent_channels=latent, num_vq_embeddings=codes,
-        vq_embed_dim=width, block_out_channels=tuple(channels), layers_per_block=layers, norm_num_groups=groups,
+        in_channels=colours,
+        out_channels=colours,
+        latent_channels=latent,
+        num_vq_embeddings=codes,
+        vq_embed_dim=width,
+        block_out_channels=tuple(channels),
+        layers_per_block=layers,
+        norm_num_groups=groups,
         down_block_types=("DownEncoderBlock2D",) * plain + ("AttnDownEncoderBlock2D",),
         up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * plain,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -88,14 +99,19 @@ def convert(published: Mapping[str, Tensor], **settings: Any) -> Any:
 _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^encoder\.conv_blocks\.(\d+)\.", r"encoder.down_blocks.\1."),
     (r"^decoder\.conv_blocks\.(\d+)\.", r"decoder.up_blocks.\1."),
-    (r"\.res\.", ".resnets."), (r"\.attn\.", ".attentions."),
-    (r"\.downsample\.", ".downsamplers.0."), (r"\.upsample\.", ".upsamplers.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."), (r"\.norm_out\.", ".conv_norm_out."),
-    (r"\.mid\.0\.", ".mid_block.resnets.0."), (r"\.mid\.2\.", ".mid_block.resnets.1."),
+    (r"\.res\.", ".resnets."),
+    (r"\.attn\.", ".attentions."),
+    (r"\.downsample\.", ".downsamplers.0."),
+    (r"\.upsample\.", ".upsamplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.mid\.0\.", ".mid_block.resnets.0."),
+    (r"\.mid\.2\.", ".mid_block.resnets.1."),
     (r"\.mid\.1\.", ".mid_block.attentions.0."),
-    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."), (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
-]  # fmt: skip
+]
 
 
 def _renamed(name: str) -> str:
@@ -105,8 +121,8 @@ def _renamed(name: str) -> str:
 
 
 def train(
-    vq: Any, pictures: Any, *, steps: int, batch_size: int, rate: float, seed: int, say: Callable[[str], None]
-) -> float:  # fmt: skip
+    vq: Any, pictures: Any, *, steps: int, batch_size: int, rate: float, seed: int, log: Callable[[str], None]
+) -> float:
     """Fit a small tokenizer to pictures (a length, and batches by index); returns its squared error at the end.
 
     Codes that no image used for a while move to where an image is, so that the codebook does not collapse.
@@ -134,7 +150,7 @@ def train(
             vq.quantize.embedding.weight.data[unused] = found[chosen.to(found.device)]
         error = loss.item() if step == 0 else 0.95 * error + 0.05 * loss.item()
         if step % 50 == 49:
-            say(
+            log(
                 f"tokenizer: step {step + 1}/{steps}  squared error {error:.4f}  codes in use {int((used > 0.5).sum())}"
             )
     vq.eval()

@@ -19,19 +19,19 @@ from mutor.mtp.layout import Layout
 def dense_mask(layout: Layout) -> Tensor:
     """bool [B, 1, L, L], True where the query (third axis) sees the key (fourth axis). Padding sees itself only."""
     q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
-    sees = (layout.order[k] <= layout.order[q]) | (layout.prefix[k] & layout.prefix[q])
-    sees &= (layout.document[k] == layout.document[q]) & ~layout.register[k] & (layout.document[k] >= 0)
+    sees = (layout.causal_index[k] <= layout.causal_index[q]) | (layout.prefix[k] & layout.prefix[q])
+    sees &= (layout.segment[k] == layout.segment[q]) & ~layout.register[k] & (layout.segment[k] >= 0)
     sees |= torch.eye(layout.ids.shape[1], dtype=torch.bool, device=layout.ids.device)
     return sees[:, None]
 
 
 def mask_mod(layout: Layout) -> Any:
     """The same rule as a FlexAttention `mask_mod(batch, head, query, key)`."""
-    document, order, prefix, register = layout.document, layout.order, layout.prefix, layout.register
+    segment, causal_index, prefix, register = layout.segment, layout.causal_index, layout.prefix, layout.register
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        earlier = (order[b, k] <= order[b, q]) | (prefix[b, k] & prefix[b, q])
-        same = (document[b, k] == document[b, q]) & (document[b, k] >= 0)
+        earlier = (causal_index[b, k] <= causal_index[b, q]) | (prefix[b, k] & prefix[b, q])
+        same = (segment[b, k] == segment[b, q]) & (segment[b, k] >= 0)
         return (same & ~register[b, k] & earlier) | (q == k)
 
     return rule

@@ -24,15 +24,15 @@ EXTRA = "mtp"  # the one submodule that holds whatever a method adds to a model
 
 
 @dataclass
-class TrunkOutput:
+class BackboneOutput:
     """hidden: [B, L, d] before the final norm; normed: [B, L, d] after it; through: apply one more layer."""
 
     hidden: Tensor
     normed: Tensor
-    through: Callable[[nn.Module, Tensor], Tensor]
+    apply_layer: Callable[[nn.Module, Tensor], Tensor]
 
 
-class Trunk:
+class Backbone:
     """Adapter to a causal LM: its layers, final norm, embedding and output layer.
 
     initialise: how new layers get their weights (a function of a module); None: as the model initialises its own.
@@ -97,7 +97,7 @@ class Trunk:
         self.model.add_module(EXTRA, module.to(device=weight.device, dtype=weight.dtype))
         return module
 
-    def __call__(self, model: Any, layout: Layout) -> TrunkOutput:
+    def __call__(self, model: Any, layout: Layout) -> BackboneOutput:
         """One forward of `model` (the model itself, or what a distributed wrapper made of it)."""
         if layout.ids.device.type == "cpu":  # on a GPU a look at the positions would make the step wait
             self.check_lengths(layout)
@@ -123,10 +123,10 @@ class Trunk:
         finally:
             for hook in hooks:
                 hook.remove()
-        return TrunkOutput(
+        return BackboneOutput(
             hidden=seen["hidden"],
             normed=seen["normed"].view(seen["hidden"].shape),
-            through=lambda layer, x: _first(layer(x, *seen["args"], **seen["kwargs"])),
+            apply_layer=lambda layer, x: _first(layer(x, *seen["args"], **seen["kwargs"])),
         )
 
     def check_lengths(self, layout: Layout) -> None:
@@ -146,7 +146,7 @@ class Trunk:
             )
 
     @torch.no_grad()
-    def try_out(self, layout: Layout) -> Tensor:
+    def probe(self, layout: Layout) -> Tensor:
         """[B, L, d] normed hidden states in evaluation mode, without gradients; how a model is tested for fitness.
 
         Raises ValueError, naming the model, where it does not take an explicit mask and positions.
@@ -164,7 +164,7 @@ class Trunk:
     def _check_logits(self) -> None:
         ids = torch.arange(4)[None] % self.vocabulary
         zero, index = torch.zeros_like(ids), torch.arange(4)[None]
-        ours = self.logits(self.try_out(Layout(ids, index, zero, index, zero.bool(), zero.bool(), zero)))
+        ours = self.logits(self.probe(Layout(ids, index, zero, index, zero.bool(), zero.bool(), zero)))
         with evaluating(self.model):
             theirs = self.model(input_ids=ids.to(ours.device), use_cache=False).logits.float()
         if not torch.allclose(ours, theirs, atol=1e-2 * float(theirs.abs().max()) + 1e-6):

@@ -52,9 +52,14 @@ def greedy_until(
     extra = {"is_causal": False} if prefix_lm else {}
     for step in range(length):
         state = model(
-            input_ids=feed, attention_mask=attended, position_ids=position, past_key_values=cache, use_cache=True,
-            logits_to_keep=1, **extra,
-        )  # fmt: skip
+            input_ids=feed,
+            attention_mask=attended,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **extra,
+        )
         best, cache, extra = state.logits[:, -1].argmax(-1), state.past_key_values, {}
         out[rows[going], step] = best[going]
         going &= best != end_id
@@ -86,7 +91,7 @@ def in_one_pass(model: Any, prefix: Tensor, length: int, dummy_id: int, *, prefi
 
 
 @torch.no_grad()
-def score_forced(
+def teacher_forced_scores(
     model: Any, method: Method, context: Context, examples: Sequence[tuple[np.ndarray, int]], batch_size: int
 ) -> tuple[np.ndarray, float]:
     """Teacher-forced argmax accuracy and mean loss on the inputs the method feeds, registers left out.
@@ -100,7 +105,7 @@ def score_forced(
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         rows = collate([Example(ids, prefix) for ids, prefix in part], context.pad_id)
-        layout = method.inputs(rows, context).to(model.device)
+        layout = method.eval_layout(rows, context).to(model.device)
         mask = attention_mask(layout, model.config._attn_implementation, model.dtype)
         logits = model(
             input_ids=layout.ids, position_ids=layout.position, attention_mask=mask, use_cache=False

@@ -29,11 +29,11 @@ class Example:
 
     ids: np.ndarray
     prefix: int
-    counter: int = 0
+    sample: int = 0
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenBatch:
     """Sequences laid into rows of equal length, padded or packed. All tensors [B, T].
 
     ids: token ids; document: number of the sequence inside its row, -1 for padding; position: index inside the
@@ -41,10 +41,10 @@ class Rows:
     """
 
     ids: Tensor
-    document: Tensor
+    segment: Tensor
     position: Tensor
-    answer: Tensor
-    counter: Tensor
+    is_target: Tensor
+    sample: Tensor
 
 
 def collate(
@@ -52,7 +52,7 @@ def collate(
     pad_id: int,
     row_length: int | None = None,
     tokens: Callable[[Example], int] = lambda example: len(example.ids),
-) -> Rows:
+) -> TokenBatch:
     """Lay sequences into rows: one a row, padded on the right; or packed into rows of `row_length` tokens.
 
     Packed rows are about equally full. tokens: how many a sequence takes of a row, with what a method adds to it.
@@ -61,29 +61,29 @@ def collate(
     for example in examples:
         if not 0 < example.prefix < len(example.ids):
             raise ValueError(
-                f"sequence {example.counter}: prefix of {example.prefix} tokens in {len(example.ids)}: "
+                f"sequence {example.sample}: prefix of {example.prefix} tokens in {len(example.ids)}: "
                 "a sequence needs at least one prefix and one answer token"
             )
         if row_length is not None and tokens(example) > row_length:
-            raise ValueError(f"sequence {example.counter}: {tokens(example)} tokens, rows hold {row_length}")
+            raise ValueError(f"sequence {example.sample}: {tokens(example)} tokens, rows hold {row_length}")
     rows = [[example] for example in examples] if row_length is None else _packed(examples, row_length, tokens)
     shape = (len(rows), row_length or max(len(example.ids) for example in examples))
     ids = np.full(shape, pad_id, dtype=np.int64)
-    document = np.full(shape, -1, dtype=np.int64)
+    segment = np.full(shape, -1, dtype=np.int64)
     position = np.zeros(shape, dtype=np.int64)
-    answer = np.zeros(shape, dtype=bool)
-    counter = np.zeros(shape, dtype=np.int64)
+    is_target = np.zeros(shape, dtype=bool)
+    sample = np.zeros(shape, dtype=np.int64)
     for r, row in enumerate(rows):
         start = 0
         for number, example in enumerate(row):
             span = slice(start, start + len(example.ids))
             ids[r, span] = example.ids
-            document[r, span] = number
+            segment[r, span] = number
             position[r, span] = np.arange(len(example.ids))
-            answer[r, start + example.prefix : span.stop] = True
-            counter[r, span] = example.counter
+            is_target[r, start + example.prefix : span.stop] = True
+            sample[r, span] = example.sample
             start = span.stop
-    return Rows(*(torch.from_numpy(a) for a in (ids, document, position, answer, counter)))
+    return TokenBatch(*(torch.from_numpy(a) for a in (ids, segment, position, is_target, sample)))
 
 
 def _packed(examples: Sequence[Example], row_length: int, tokens: Callable[[Example], int]) -> list[list[Example]]:
@@ -113,8 +113,8 @@ class Layout:
 
     ids: Tensor
     position: Tensor
-    document: Tensor
-    order: Tensor
+    segment: Tensor
+    causal_index: Tensor
     prefix: Tensor
     register: Tensor
     target: Tensor
@@ -128,11 +128,11 @@ class Layout:
 
         That one predicts nothing, and is seen by no token that does. Padding that stays is behind a row's tokens.
         """
-        regular = (self.document >= 0) & ~self.register
+        regular = (self.segment >= 0) & ~self.register
         last = regular.clone()
-        last[:, :-1] &= ~regular[:, 1:] | (self.document[:, 1:] != self.document[:, :-1])
-        kept = replace(self, document=self.document.masked_fill(last, -1))
-        absent = kept.document < 0
+        last[:, :-1] &= ~regular[:, 1:] | (self.segment[:, 1:] != self.segment[:, :-1])
+        kept = replace(self, segment=self.segment.masked_fill(last, -1))
+        absent = kept.segment < 0
         return kept.take(absent.to(torch.int8).argsort(dim=1, stable=True)[:, : int((~absent).sum(1).max())])
 
     def take(self, index: Tensor) -> "Layout":
@@ -141,24 +141,24 @@ class Layout:
         return replace(self, **{f.name: getattr(self, f.name).gather(1, index) for f in fields(self)})
 
 
-def regular(rows: Rows, *, prefix_lm: bool = False) -> Layout:
+def regular(rows: TokenBatch, *, prefix_lm: bool = False) -> Layout:
     """Plain next-token prediction of the answers; with `prefix_lm` prefix tokens see each other both ways."""
     batch, length = rows.ids.shape
-    predicts = anchors(rows.document, rows.answer)
+    predicts = anchors(rows.segment, rows.is_target)
     target = torch.full_like(rows.ids, IGNORE)
     target[:, :-1] = torch.where(predicts[:, :-1], rows.ids[:, 1:], target[:, :-1])
     return Layout(
         ids=rows.ids,
         position=rows.position,
-        document=rows.document,
-        order=torch.arange(length).expand(batch, -1),
-        prefix=~rows.answer & (rows.document >= 0) & prefix_lm,
-        register=torch.zeros_like(rows.answer),
+        segment=rows.segment,
+        causal_index=torch.arange(length).expand(batch, -1),
+        prefix=~rows.is_target & (rows.segment >= 0) & prefix_lm,
+        register=torch.zeros_like(rows.is_target),
         target=target,
     )
 
 
-def ahead(layout: Layout, distance: int) -> Tensor:
+def targets_ahead(layout: Layout, distance: int) -> Tensor:
     """int64 [B, L]: the target `distance` tokens on, for heads and modules; -100 where there is none.
 
     Kept at the positions that predict an answer token next, so the last prefix token is the first; never across
@@ -170,22 +170,22 @@ def ahead(layout: Layout, distance: int) -> Tensor:
     if shift >= here.shape[1]:
         return out
     stop = here.shape[1] - shift
-    same = layout.document[:, :stop] == layout.document[:, shift:]
+    same = layout.segment[:, :stop] == layout.segment[:, shift:]
     out[:, :stop] = torch.where(same & (here[:, :stop] != IGNORE), here[:, shift:], IGNORE)
     return out
 
 
-def with_registers(base: Layout, keep: Tensor, offset: Tensor, target: Tensor, number: Tensor) -> Layout:
+def with_registers(base: Layout, has_register: Tensor, offset: Tensor, target: Tensor, number: Tensor) -> Layout:
     """Put the chosen registers behind all regular tokens.
 
     base: layout of T regular tokens; keep: bool [B, T] which tokens a register follows; offset, target, number:
     int64 [B, T] each such register's offset, target id and embedding id. Rows with fewer registers are padded.
     """
-    count = int(keep.sum(1).max())
+    count = int(has_register.sum(1).max())
     if count == 0:
         return base
-    index = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
-    present = keep.gather(1, index)
+    index = (~has_register).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    present = has_register.gather(1, index)
 
     def pick(values: Tensor, padding: int) -> Tensor:
         return torch.where(present, values.gather(1, index), padding)
@@ -193,8 +193,8 @@ def with_registers(base: Layout, keep: Tensor, offset: Tensor, target: Tensor, n
     behind = Layout(
         ids=pick(number, 0),
         position=pick(base.position + offset - 1, 0),
-        document=pick(base.document, -1),
-        order=index,
+        segment=pick(base.segment, -1),
+        causal_index=index,
         prefix=torch.zeros_like(present),
         register=present,
         target=pick(target, IGNORE),

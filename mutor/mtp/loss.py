@@ -13,7 +13,7 @@ from mutor.mtp.layout import IGNORE
 
 
 @dataclass(frozen=True)
-class Goal:
+class LossTargets:
     """What one loss predicts: sum over its N targets of share x cross entropy, divided by count.
 
     index: int64 [N] where, in the flattened [B x L]; target: int64 [N] token ids; share: float32 [N] what each counts
@@ -27,7 +27,7 @@ class Goal:
     count: Tensor
 
     @classmethod
-    def of(cls, target: Tensor, document: Tensor, per_sequence: bool = False) -> "Goal":
+    def of(cls, target: Tensor, segment: Tensor, per_sequence: bool = False) -> "LossTargets":
         """The goal of targets int64 [B, L] (-100 for none); document: [B, L] number of the sequence inside its row.
 
         per_sequence: a mean over tokens inside each sequence first, as in the published recipe.
@@ -36,31 +36,38 @@ class Goal:
         share, count = torch.ones(len(index), device=target.device), index.new_tensor(len(index))
         if per_sequence:
             row = torch.arange(target.shape[0], device=target.device)[:, None]
-            sequence = (row * target.shape[1] + document).flatten()[index]
+            sequence = (row * target.shape[1] + segment).flatten()[index]
             _, member, size = sequence.unique(return_inverse=True, return_counts=True)
             share, count = 1 / size[member].float(), index.new_tensor(len(size))
         return cls(index, target.flatten()[index], share, count)
 
 
 def head_loss(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, goal: Goal, vocabulary: int, *, most: int | None = None
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: LossTargets,
+    vocabulary: int,
+    *,
+    max_logits: int | None = None,
 ) -> Tensor:
     """A goal's loss, in float32, without ever holding all logits of a large vocabulary.
 
     head: [n, d] -> [n, V]; hidden: [B, L, d]. Beyond `most` logits they are computed in parts, and again in the
     backward pass: the same values in the memory of one part. Zero without targets, still part of the graph.
     """
-    if most is None:  # a GPU reads the whole output layer for each part, so that they are larger there: 1 GB in float32
-        most = 2**28 if hidden.is_cuda else 2**25
-    hidden = hidden.flatten(0, 1).index_select(0, goal.index)
-    rows = max(1, most // vocabulary)
+    if (
+        max_logits is None
+    ):  # a GPU reads the whole output layer for each part, so that they are larger there: 1 GB in float32
+        max_logits = 2**28 if hidden.is_cuda else 2**25
+    hidden = hidden.flatten(0, 1).index_select(0, targets.index)
+    rows = max(1, max_logits // vocabulary)
 
     def part(some: Tensor, wanted: Tensor, share: Tensor) -> Tensor:
         return (F.cross_entropy(head(some).float(), wanted, reduction="none") * share).sum()
 
-    pieces = list(zip(*(values.split(rows) for values in (hidden, goal.target, goal.share)), strict=True))
+    pieces = list(zip(*(values.split(rows) for values in (hidden, targets.target, targets.share)), strict=True))
     losses = [part(*p) if len(pieces) == 1 else checkpoint(part, *p, use_reentrant=False) for p in pieces]
-    return torch.stack(losses).sum() / goal.count.clamp(min=1)
+    return torch.stack(losses).sum() / targets.count.clamp(min=1)
 
 
 class _OneAtATime(torch.autograd.Function):

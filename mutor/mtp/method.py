@@ -4,8 +4,8 @@ The training loop, the evaluation and the workflow know this interface and no me
 
     method = load(METHODS, "mutor")(from_mapping(Config, {"d_max": 4}, "mutor"))
     method.attach(model)                          # adds parameters under model.mtp
-    layout, goals = method.feed(examples, context)       # on the CPU, in the data loader
-    total, parts = method.losses(model, layout, goals)   # on the device
+    layout, goals = method.prepare_batch(examples, context)       # on the CPU, in the data loader
+    total, parts = method.compute_loss(model, layout, goals)   # on the device
     method.export(model, folder)                  # a plain checkpoint of the base architecture
 
 This module and the methods' files import torch inside functions only, so that plans are made without it.
@@ -23,9 +23,9 @@ from mutor.checks import setting
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mutor.mtp.backbone import Trunk
-    from mutor.mtp.layout import Example, Layout, Rows
-    from mutor.mtp.loss import Goal
+    from mutor.mtp.backbone import Backbone
+    from mutor.mtp.layout import Example, Layout, TokenBatch
+    from mutor.mtp.loss import LossTargets
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Method:
 
     Config: ClassVar[type]
     shardable: ClassVar[bool] = True  # whether it trains and exports a model whose weights are spread over processes
-    trunk: Trunk
+    trunk: Backbone
 
     def __init__(self, config: Any, *, per_sequence: bool = False):
         """config: an instance of `Config`; per_sequence: losses are means inside each sequence first."""
@@ -58,24 +58,24 @@ class Method:
 
     def attach(self, model: Any, initialise: Callable[[nn.Module], None] | None = None) -> Any:
         """Add the method's parameters to `model` and return it. Raises ValueError for a model it can't train."""
-        from mutor.mtp.backbone import Trunk
+        from mutor.mtp.backbone import Backbone
 
-        self.trunk = Trunk(model, initialise)
+        self.trunk = Backbone(model, initialise)
         self.add_parameters()
         return model
 
     def add_parameters(self) -> None:
         """Build what the method adds, through `self.trunk.add`."""
 
-    def inputs(self, rows: Rows, context: Context) -> Layout:
+    def eval_layout(self, rows: TokenBatch, context: Context) -> Layout:
         """What the trained model is fed for these rows, auxiliary tokens left out: the plain rows."""
         from mutor.mtp.layout import regular
 
         return regular(rows, prefix_lm=context.prefix_lm)
 
-    def layout(self, rows: Rows, context: Context) -> Layout:
+    def train_layout(self, rows: TokenBatch, context: Context) -> Layout:
         """What the model is fed in training."""
-        return self.inputs(rows, context)
+        return self.eval_layout(rows, context)
 
     def tokens(self, example: Example) -> int:
         """How many tokens of a row a sequence takes in training, at most."""
@@ -87,15 +87,15 @@ class Method:
 
         return {"next_token": layout.target.masked_fill(layout.register, IGNORE)}
 
-    def goals(self, layout: Layout) -> dict[str, Goal]:
+    def loss_targets(self, layout: Layout) -> dict[str, LossTargets]:
         """The targets of each loss as a list, with what each counts for: equally, or by sequence first."""
-        from mutor.mtp.loss import Goal
+        from mutor.mtp.loss import LossTargets
 
-        return {name: Goal.of(t, layout.document, self.per_sequence) for name, t in self.targets(layout).items()}
+        return {name: LossTargets.of(t, layout.segment, self.per_sequence) for name, t in self.targets(layout).items()}
 
-    def feed(
+    def prepare_batch(
         self, examples: Sequence[Example], context: Context, row_tokens: int | None = None
-    ) -> tuple[Layout, dict[str, Goal]]:
+    ) -> tuple[Layout, dict[str, LossTargets]]:
         """What a training step is fed for a batch, or a part of one, and what it is to predict; on the CPU.
 
         row_tokens: sequences are packed into rows of so many tokens, at least the longest's; none: one a row.
@@ -104,26 +104,26 @@ class Method:
 
         if row_tokens is not None:
             row_tokens = max(row_tokens, *map(self.tokens, examples))
-        layout = self.layout(collate(examples, context.pad_id, row_tokens, self.tokens), context).compact()
-        return layout, self.goals(layout)
+        layout = self.train_layout(collate(examples, context.pad_id, row_tokens, self.tokens), context).compact()
+        return layout, self.loss_targets(layout)
 
-    def losses(
-        self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
+    def compute_loss(
+        self, model: Any, layout: Layout, loss_targets: dict[str, LossTargets] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise (a scalar) and its parts, detached scalars by name, for the log.
 
         goals: by default those of `layout` alone. For a part of a larger batch, those whose `count` is the whole
         batch's: then the parts' losses add up to the batch's loss.
         """
-        goals = goals or self.goals(layout)
-        loss = self.loss(self.trunk(model, layout).normed, goals["next_token"])
+        loss_targets = loss_targets or self.loss_targets(layout)
+        loss = self.cross_entropy(self.trunk(model, layout).normed, loss_targets["next_token"])
         return loss, {"next_token": loss.detach()}
 
-    def loss(self, normed: Tensor, goal: Goal) -> Tensor:
+    def cross_entropy(self, normed: Tensor, targets: LossTargets) -> Tensor:
         """Cross entropy of the output layer on hidden states [B, L, d] that passed the final norm."""
         from mutor.mtp.loss import head_loss
 
-        return head_loss(self.trunk.logits, normed, goal, self.trunk.vocabulary)
+        return head_loss(self.trunk.logits, normed, targets, self.trunk.vocabulary)
 
     def added_parameters(self, model: nn.Module) -> int:
         """Number of parameters that the method added."""

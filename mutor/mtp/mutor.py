@@ -20,8 +20,8 @@ from mutor.mtp.method import AuxiliarySettings, Context, Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mutor.mtp.layout import Example, Layout, Rows
-    from mutor.mtp.loss import Goal
+    from mutor.mtp.layout import Example, Layout, TokenBatch
+    from mutor.mtp.loss import LossTargets
 
 
 @dataclass(frozen=True)
@@ -110,31 +110,37 @@ class MuToR(Method):
         """How many different offsets are drawn."""
         return self.config.d_max - self.config.d_min + 1
 
-    def offsets(self, counters: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def offsets(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Each token's offset and that offset's number from 0, int64 [B, T]. counters: [B, T] of the samples."""
         from mutor.mtp.registers import offsets
 
         config = self.config
-        found = offsets(counters, seed=seed, d_min=config.d_min, d_max=config.d_max, mixed=config.offsets == "mixed")
+        found = offsets(samples, seed=seed, d_min=config.d_min, d_max=config.d_max, mixed=config.offsets == "mixed")
         return found, found - config.d_min
 
-    def layout(self, rows: Rows, context: Context) -> Layout:
+    def train_layout(self, rows: TokenBatch, context: Context) -> Layout:
         """Regular tokens first, registers behind; offsets from the sample counters and `context.seed`."""
         from mutor.mtp import registers as r
         from mutor.mtp.layout import with_registers
 
         config, seed = self.config, context.seed
-        offset, number = self.offsets(rows.counter, seed)
-        keep = r.placed(
-            r.anchors(rows.document, rows.answer), rows.document, rows.counter,
-            placement=config.placement, registers=config.registers, seed=seed,
-        )  # fmt: skip
-        target, exists = r.targets(rows.ids, rows.document, rows.answer, offset)
-        keep = keep & exists
+        offset, number = self.offsets(rows.sample, seed)
+        has_register = r.placed(
+            r.anchors(rows.segment, rows.is_target),
+            rows.segment,
+            rows.sample,
+            placement=config.placement,
+            registers=config.registers,
+            seed=seed,
+        )
+        target, exists = r.targets(rows.ids, rows.segment, rows.is_target, offset)
+        has_register = has_register & exists
         if config.register_targets == "shuffled":
-            target = _shuffled(target, keep, seed, int(rows.counter.max()))
+            target = _shuffled(target, has_register, seed, int(rows.sample.max()))
         number = number if config.register_embedding == "per_offset" else offset * 0
-        return with_registers(self.inputs(rows, context), keep, offset, target, number + self.trunk.vocabulary)
+        return with_registers(
+            self.eval_layout(rows, context), has_register, offset, target, number + self.trunk.vocabulary
+        )
 
     def tokens(self, example: Example) -> int:
         """Its own tokens, and its registers."""
@@ -148,13 +154,16 @@ class MuToR(Method):
 
         return super().targets(layout) | {"register": layout.target.masked_fill(~layout.register, IGNORE)}
 
-    def losses(
-        self, model: Any, layout: Layout, goals: dict[str, Goal] | None = None
+    def compute_loss(
+        self, model: Any, layout: Layout, loss_targets: dict[str, LossTargets] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(1 - a) L_next_token + a L_register (paper, eq. 5), each a mean over its own tokens."""
-        goals = goals or self.goals(layout)
+        loss_targets = loss_targets or self.loss_targets(layout)
         normed = self.trunk(model, layout).normed
-        plain, extra = self.loss(normed, goals["next_token"]), self.loss(normed, goals["register"])
+        plain, extra = (
+            self.cross_entropy(normed, loss_targets["next_token"]),
+            self.cross_entropy(normed, loss_targets["register"]),
+        )
         a = self.config.a
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), "register": extra.detach()}
 
@@ -185,7 +194,7 @@ class MuToR(Method):
                 ],
                 pad_id,
             )
-            layout = self.layout(rows, context)
+            layout = self.train_layout(rows, context)
             shift = torch.where(layout.register & (layout.target != IGNORE), self.trunk.vocabulary, 0)
             implementation = self.trunk.config._attn_implementation
             return {
@@ -225,13 +234,13 @@ class MuToR(Method):
         ids = (torch.arange(length) * 7 + 3) % trunk.vocabulary
         rows = collate([Example(ids.numpy(), 3)], 0)
         base = regular(rows)
-        keep = torch.arange(length)[None] % 2 == 1
+        has_register = torch.arange(length)[None] % 2 == 1
         fed = with_registers(
-            base, keep, torch.ones_like(rows.ids), rows.ids, torch.full_like(rows.ids, trunk.vocabulary)
+            base, has_register, torch.ones_like(rows.ids), rows.ids, torch.full_like(rows.ids, trunk.vocabulary)
         )
         backwards = torch.arange(fed.ids.shape[1]).flip(0)
-        alone, beside = trunk.try_out(base), trunk.try_out(fed)
-        turned = trunk.try_out(fed.take(backwards)).flip(1)  # a mixer that minds the order sees registers as neighbours
+        alone, beside = trunk.probe(base), trunk.probe(fed)
+        turned = trunk.probe(fed.take(backwards)).flip(1)  # a mixer that minds the order sees registers as neighbours
         change = max(float((alone - beside[:, :length]).abs().max()), float((beside - turned).abs().max()))
         tolerance = (1e-3 if alone.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
         if not change <= tolerance:
@@ -242,14 +251,14 @@ class MuToR(Method):
             )
 
 
-def _shuffled(target: Tensor, keep: Tensor, seed: int, counter: int) -> Tensor:
+def _shuffled(target: Tensor, has_register: Tensor, seed: int, sample: int) -> Tensor:
     """Targets permuted among all registers of the batch: same marginals, no meaning."""
     import numpy as np
     import torch
 
     from mutor.mtp.registers import STREAMS
 
-    order = np.random.default_rng([STREAMS["shuffle"], seed, counter]).permutation(int(keep.sum()))
+    order = np.random.default_rng([STREAMS["shuffle"], seed, sample]).permutation(int(has_register.sum()))
     out = target.clone()
-    out[keep] = target[keep][torch.from_numpy(order)]
+    out[has_register] = target[has_register][torch.from_numpy(order)]
     return out

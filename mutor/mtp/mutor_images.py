@@ -60,9 +60,9 @@ class MuToR2D(MuToR):
         """d_max^2 - 1 pairs."""
         return self.config.d_max**2 - 1
 
-    def offsets(self, counters: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def offsets(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Each token's offset d = (d_h - 1) columns + d_w - 1, and the number of its pair."""
         from mutor.mtp.registers import grid_offsets
 
         config, columns = self.config, int(self.trunk.config.columns)
-        return grid_offsets(counters, seed=seed, d_max=config.d_max, columns=columns, mixed=config.offsets == "mixed")
+        return grid_offsets(samples, seed=seed, d_max=config.d_max, columns=columns, mixed=config.offsets == "mixed")

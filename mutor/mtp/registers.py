@@ -27,49 +27,47 @@ def _block(seed: int, stream: int, block: int) -> np.ndarray:
     return np.random.default_rng([stream, block, seed]).random(_BLOCK)
 
 
-def uniform(seed: int, stream: str, counters: Tensor) -> Tensor:
+def uniform(seed: int, stream: str, samples: Tensor) -> Tensor:
     """Numbers in [0, 1), one for each sample counter: a function of (seed, stream, counter) alone.
 
     counters: int64 tensor of any shape, counting every sample ever drawn. Returns float64, same shape, on CPU.
     Never touches a global generator, so a resumed or re-batched run draws the same numbers.
     """
-    flat = counters.reshape(-1).cpu().numpy()
+    flat = samples.reshape(-1).cpu().numpy()
     out = np.empty(flat.shape)
     for block in np.unique(flat // _BLOCK):
         rows = flat // _BLOCK == block
         out[rows] = _block(seed, STREAMS[stream], int(block))[flat[rows] % _BLOCK]
-    return torch.from_numpy(out).view(counters.shape)
+    return torch.from_numpy(out).view(samples.shape)
 
 
-def offsets(counters: Tensor, *, seed: int, d_min: int, d_max: int, mixed: bool = False) -> Tensor:
+def offsets(samples: Tensor, *, seed: int, d_min: int, d_max: int, mixed: bool = False) -> Tensor:
     """Offsets drawn uniformly from {d_min .. d_max}.
 
     counters: [B, T] the counter of the sample that each token belongs to. Returns int64 [B, T]: one draw per
     sample, or one per token of a sample with `mixed` (paper, section 3: allowed, not used there).
     """
     if mixed:
-        u = _per_token(counters, seed, "offset")
+        u = _per_token(samples, seed, "offset")
     else:
-        u = uniform(seed, "offset", counters)
+        u = uniform(seed, "offset", samples)
     return d_min + (u * (d_max - d_min + 1)).long()
 
 
-def grid_offsets(
-    counters: Tensor, *, seed: int, d_max: int, columns: int, mixed: bool = False
-) -> tuple[Tensor, Tensor]:
+def grid_offsets(samples: Tensor, *, seed: int, d_max: int, columns: int, mixed: bool = False) -> tuple[Tensor, Tensor]:
     """Two-dimensional offsets: a pair (d_h, d_w) drawn uniformly from {1 .. d_max}^2 without (1, 1).
 
     On a grid of `columns` columns, read row by row, a pair is the plain offset d = (d_h - 1) columns + d_w - 1: near
     the right border it runs on into the next row, as published. Returns (d, number of the pair from 0), int64 [B, T].
     """
-    number = offsets(counters, seed=seed, d_min=1, d_max=d_max**2 - 1, mixed=mixed)
+    number = offsets(samples, seed=seed, d_min=1, d_max=d_max**2 - 1, mixed=mixed)
     return number // d_max * columns + number % d_max, number - 1
 
 
-def _per_token(counters: Tensor, seed: int, stream: str) -> Tensor:
+def _per_token(samples: Tensor, seed: int, stream: str) -> Tensor:
     """float64 [B, T]: the k-th token of sample c gets the k-th number of a generator of its own."""
-    out = torch.empty(counters.shape, dtype=torch.float64)
-    for row, line in enumerate(counters.tolist()):
+    out = torch.empty(samples.shape, dtype=torch.float64)
+    for row, line in enumerate(samples.tolist()):
         for c in sorted(set(line)):
             at = [i for i, value in enumerate(line) if value == c]
             numbers = np.random.default_rng([STREAMS[stream], 2**32 - 1, seed, c]).random(len(at))
@@ -77,17 +75,17 @@ def _per_token(counters: Tensor, seed: int, stream: str) -> Tensor:
     return out
 
 
-def anchors(document: Tensor, answer: Tensor) -> Tensor:
+def anchors(segment: Tensor, is_target: Tensor) -> Tensor:
     """bool [B, T]: behind which tokens a register may stand, which is where an answer token is predicted next.
 
     document: [B, T] number of the document a token belongs to, -1 for padding. answer: bool [B, T].
     """
-    out = torch.zeros_like(answer)
-    out[:, :-1] = answer[:, 1:] & (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
+    out = torch.zeros_like(is_target)
+    out[:, :-1] = is_target[:, 1:] & (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] >= 0)
     return out
 
 
-def placed(anchor: Tensor, document: Tensor, counters: Tensor, *, placement: str, registers: int, seed: int) -> Tensor:
+def placed(anchor: Tensor, segment: Tensor, samples: Tensor, *, placement: str, registers: int, seed: int) -> Tensor:
     """bool [B, T]: the anchors that keep their register.
 
     placement "all": every one. "every": every `registers`-th of a document, its first included (the rebuttal's
@@ -96,10 +94,10 @@ def placed(anchor: Tensor, document: Tensor, counters: Tensor, *, placement: str
     if placement == "all":
         return anchor
     out = torch.zeros_like(anchor)
-    score = _per_token(counters, seed, "placement") if placement == "random" else None
+    score = _per_token(samples, seed, "placement") if placement == "random" else None
     for row in range(anchor.shape[0]):
-        for number in document[row][anchor[row]].unique():
-            at = torch.nonzero(anchor[row] & (document[row] == number)).squeeze(1)
+        for number in segment[row][anchor[row]].unique():
+            at = torch.nonzero(anchor[row] & (segment[row] == number)).squeeze(1)
             if score is None:
                 out[row, at[::registers]] = True
             else:
@@ -107,7 +105,7 @@ def placed(anchor: Tensor, document: Tensor, counters: Tensor, *, placement: str
     return out
 
 
-def targets(ids: Tensor, document: Tensor, answer: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+def targets(ids: Tensor, segment: Tensor, is_target: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """What a register behind each token would predict.
 
     offset: int64 [B, T]. Returns (target ids [B, T], bool [B, T] whether that target exists): it does where the
@@ -117,5 +115,5 @@ def targets(ids: Tensor, document: Tensor, answer: Tensor, offset: Tensor) -> tu
     index = torch.arange(length) + offset
     inside = index < length
     index = index.clamp(max=length - 1)
-    exists = inside & (document.gather(1, index) == document) & answer.gather(1, index) & (document >= 0)
+    exists = inside & (segment.gather(1, index) == segment) & is_target.gather(1, index) & (segment >= 0)
     return ids.gather(1, index), exists

@@ -21,10 +21,32 @@ from mutor.results.stats import summarise
 from mutor.tasks.corpora import CORPORA
 
 COLUMNS = [
-    "artifact", "scale", "role", "model", "method", "train_data", "benchmark", "metric", "unit", "d_max", "a",
-    "registers", "placement", "iterations", "epochs", "register_embedding", "added_params", "n_seeds", "mean", "std",
-    "ci_low", "ci_high", "reported", "reported_difference", "stands_in_for",
-]  # fmt: skip
+    "artifact",
+    "scale",
+    "role",
+    "model",
+    "method",
+    "train_data",
+    "benchmark",
+    "metric",
+    "unit",
+    "d_max",
+    "a",
+    "registers",
+    "placement",
+    "iterations",
+    "epochs",
+    "register_embedding",
+    "added_params",
+    "n_seeds",
+    "mean",
+    "std",
+    "ci_low",
+    "ci_high",
+    "reported",
+    "reported_difference",
+    "stands_in_for",
+]
 PUBLISHED_SETTINGS = ("d_max", "a", "registers", "placement", "register_embedding")
 
 
@@ -68,11 +90,17 @@ def _cell_row(table: Table, cell: Cell, runs: records.Records, reported: pd.Data
     stands_in = spec.stands_in_for
     difference = None if published is None or summary.mean is None or stands_in else summary.mean - published
     return row | {
-        "added_params": found[0]["added_parameters"] if found else "", "n_seeds": summary.n_seeds,
-        "mean": summary.mean, "std": summary.std, "ci_low": summary.ci_low, "ci_high": summary.ci_high,
-        "reported": published, "reported_difference": difference, "values": values,
+        "added_params": found[0]["added_parameters"] if found else "",
+        "n_seeds": summary.n_seeds,
+        "mean": summary.mean,
+        "std": summary.std,
+        "ci_low": summary.ci_low,
+        "ci_high": summary.ci_high,
+        "reported": published,
+        "reported_difference": difference,
+        "values": values,
         "chance": task.chance(spec.task_config) if hasattr(task, "chance") else None,
-    }  # fmt: skip
+    }
 
 
 def _described(table: Table, cell: Cell) -> dict[str, Any]:
@@ -83,13 +111,23 @@ def _described(table: Table, cell: Cell) -> dict[str, Any]:
     if settings["placement"] == "all":
         settings["registers"] = ""
     return {
-        "artifact": table.name, "scale": spec.scale, "role": spec.model_config.role, "model": spec.model,
+        "artifact": table.name,
+        "scale": spec.scale,
+        "role": spec.model_config.role,
+        "model": spec.model,
         "method": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""),
-        "train_data": task.describe(spec.task_config), "benchmark": task.scored_on(spec.task_config),
-        "metric": cell.measured, "unit": cell.unit, **settings,
-        "iterations": cell.iterations, "epochs": spec.recipe.epochs, "stands_in_for": spec.stands_in_for,
-        "label": cell.row.label or _label(spec), "data": spec.data, "path": spec.path,
-    }  # fmt: skip
+        "train_data": task.describe(spec.task_config),
+        "benchmark": task.scored_on(spec.task_config),
+        "metric": cell.measured,
+        "unit": cell.unit,
+        **settings,
+        "iterations": cell.iterations,
+        "epochs": spec.recipe.epochs,
+        "stands_in_for": spec.stands_in_for,
+        "label": cell.row.label or _label(spec),
+        "data": spec.data,
+        "path": spec.path,
+    }
 
 
 def _settings_row(table: Table, cell: Cell) -> dict[str, Any]:
@@ -115,15 +153,27 @@ def _flops_rows(table: Table, scale: Scale, reported: pd.DataFrame) -> Iterator[
             found.append(("tipping points", rule.__name__, rule(shape), "tokens"))
         for label, metric, value, unit in found:
             same = reported[
-                reported["artifact"].isin(table.reported) & (reported["model"] == role) & (reported["metric"] == metric)
+                reported["artifact"].isin(table.reported)
+                & (reported["model"] == role)
+                & (reported["metric"] == metric)
                 & (reported["variant"] == f"sequence_length={label.removesuffix(' tokens')}")
-            ]  # fmt: skip
+            ]
             published = float(same["value"].iloc[0]) if len(same) else None
             yield dict.fromkeys(COLUMNS, "") | {
-                "artifact": table.name, "scale": scale.name, "role": role, "model": role, "benchmark": label,
-                "metric": metric, "unit": unit, "mean": value, "reported": published, "label": label,
-                "reported_difference": None if published is None else value - published, "data": "", "path": "",
-            }  # fmt: skip
+                "artifact": table.name,
+                "scale": scale.name,
+                "role": role,
+                "model": role,
+                "benchmark": label,
+                "metric": metric,
+                "unit": unit,
+                "mean": value,
+                "reported": published,
+                "label": label,
+                "reported_difference": None if published is None else value - published,
+                "data": "",
+                "path": "",
+            }
 
 
 def _extra(spec: Any) -> str:

@@ -26,9 +26,28 @@ from mutor.results.render import grid
 from mutor.results.stats import Interval, interval, needed, over_seeds, paired
 
 COLUMNS = [
-    "claim", "source", "scale", "table", "model", "train_data", "metric", "ours", "theirs", "direction", "margin",
-    "published", "measured", "ci_low", "ci_high", "covers", "p", "n_seeds", "verdict", "to_decide", "stands_in_for",
-]  # fmt: skip
+    "claim",
+    "source",
+    "scale",
+    "table",
+    "model",
+    "train_data",
+    "metric",
+    "ours",
+    "theirs",
+    "direction",
+    "margin",
+    "published",
+    "measured",
+    "ci_low",
+    "ci_high",
+    "covers",
+    "p",
+    "n_seeds",
+    "verdict",
+    "to_decide",
+    "stands_in_for",
+]
 RULE = """\
 The verdict follows the 95% interval of the difference ours - theirs. `above` (`below`): reproduced if the whole
 interval lies above (below) zero, contradicted if it lies on the other side, else inconclusive; with a margin m, -m (m)
@@ -38,8 +57,10 @@ reproduced if it is against all of them and contradicted if it is against any; t
 anything stands in for the published model or data, the words are: same direction, opposite direction, undecided.
 "To decide" assumes that the measured difference is the true one and that more seeds spread as these do."""
 WORDS = {
-    "reproduced": "same direction", "contradicted": "opposite direction", "inconclusive": "undecided",
-}  # fmt: skip
+    "reproduced": "same direction",
+    "contradicted": "opposite direction",
+    "inconclusive": "undecided",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +69,7 @@ class Side:
 
     method: str = setting(doc="a registered method")
     settings: dict = setting({}, doc="settings that the cells have")
-    longer: float = setting(1.0, doc="how many times longer than usual they were trained", low=0)
+    budget_factor: float = setting(1.0, was="longer", doc="how many times longer than usual they were trained", low=0)
     train_data: str | None = setting(None, doc="role of the training data, if not the claim's")
     control: bool = setting(False, doc="whether the row is a control")
     iterations: int | None = setting(None, doc="after how many of the published steps they are scored")
@@ -132,11 +153,20 @@ def claim_frame(root: Path, scale: Scale, runs: records.Records, reported: pd.Da
 
 def _rows(claim: Claim, scale: Scale, found: list[tuple[Cell, Any]], runs: records.Records) -> list[dict[str, Any]]:
     head = {
-        "claim": claim.claim, "source": claim.source, "scale": scale.name, "table": claim.table, "model": claim.model,
-        "train_data": claim.train_data, "metric": claim.metric, "ours": _named(claim.ours),
-        "theirs": _named(claim.theirs), "direction": claim.direction, "margin": claim.margin or None, "n_seeds": 0,
+        "claim": claim.claim,
+        "source": claim.source,
+        "scale": scale.name,
+        "table": claim.table,
+        "model": claim.model,
+        "train_data": claim.train_data,
+        "metric": claim.metric,
+        "ours": _named(claim.ours),
+        "theirs": _named(claim.theirs),
+        "direction": claim.direction,
+        "margin": claim.margin or None,
+        "n_seeds": 0,
         "stands_in_for": "",
-    }  # fmt: skip
+    }
     ours = [pair for pair in found if _fits(pair[0], claim.ours, claim)]
     if not ours:
         return [head | {"verdict": "not at this scale", "to_decide": "a scale with this model and data"}]
@@ -151,10 +181,13 @@ def _rows(claim: Claim, scale: Scale, found: list[tuple[Cell, Any]], runs: recor
         if isinstance(claim.theirs, Side):
             other = claim.theirs
             against = [
-                pair for pair in found if _fits(pair[0], other, claim) and pair[0].spec.model == cell.spec.model
+                pair
+                for pair in found
+                if _fits(pair[0], other, claim)
+                and pair[0].spec.model == cell.spec.model
                 and (other.train_data or pair[0].spec.data == cell.spec.data)
                 and not (other.others and pair[0] == cell)
-            ]  # fmt: skip
+            ]
             compared = [_compare(claim, (cell, row), pair, runs) for pair in against]
         else:
             compared = [_compare(claim, (cell, row), None, runs)]
@@ -168,18 +201,22 @@ def _rows(claim: Claim, scale: Scale, found: list[tuple[Cell, Any]], runs: recor
 def _fits(cell: Cell, side: Any, claim: Claim) -> bool:
     row, config = cell.row, cell.spec.method_config
     return (
-        cell.metric == claim.metric and row.model == claim.model and row.method == side.method
-        and row.train_data == (side.train_data or claim.train_data) and row.control == side.control
-        and abs(row.longer - side.longer) < 0.01 and row.iterations == side.iterations
+        cell.metric == claim.metric
+        and row.model == claim.model
+        and row.method == side.method
+        and row.train_data == (side.train_data or claim.train_data)
+        and row.control == side.control
+        and abs(row.budget_factor - side.budget_factor) < 0.01
+        and row.iterations == side.iterations
         and all(getattr(config, key, None) == value for key, value in side.settings.items())
-    )  # fmt: skip
+    )
 
 
 def _named(side: Any) -> str:
     if not isinstance(side, Side):
         return f"{side:g}" if isinstance(side, float) else str(side)
     more = [f"{k} {v}" for k, v in side.settings.items()]
-    more += [f"{side.longer:g} times as long"] * (side.longer != 1) + ["all others"] * side.others
+    more += [f"{side.budget_factor:g} times as long"] * (side.budget_factor != 1) + ["all others"] * side.others
     more += [f"after {side.iterations // 1000}K steps"] if side.iterations else []
     return ", ".join([side.method, *more, *([f"on {side.train_data}"] if side.train_data else [])])
 
@@ -201,9 +238,11 @@ def _compare(
     found = _difference(_scores(cell, runs), theirs, percent=cell.unit == "percent")
     verdict = judge(claim, found.difference) if found else "not run"
     return {
-        "published": published, "found": found, "verdict": verdict,
+        "published": published,
+        "found": found,
+        "verdict": verdict,
         "to_decide": _to_decide(claim, found, verdict, cell.spec.scale),
-    }  # fmt: skip
+    }
 
 
 def _scores(cell: Cell, runs: records.Records) -> dict[int, _Scored]:
@@ -215,7 +254,7 @@ def _scores(cell: Cell, runs: records.Records) -> dict[int, _Scored]:
             r.get("data_hash"),
         )
         for r in cell_records(cell, runs)
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True)
@@ -286,14 +325,19 @@ def _least(claim: Claim, compared: Sequence[dict[str, Any]], stands_in: bool) ->
     published = [one["published"] for one in compared]
     row: dict[str, Any] = {
         "published": None if any(map(_none, published)) else min(published, key=favour),
-        "verdict": WORDS.get(verdict, verdict) if stands_in else verdict, "to_decide": shown["to_decide"],
-    }  # fmt: skip
+        "verdict": WORDS.get(verdict, verdict) if stands_in else verdict,
+        "to_decide": shown["to_decide"],
+    }
     if shown["found"] is not None:
         d = shown["found"].difference
         row |= {
-            "measured": d.estimate, "ci_low": d.low, "ci_high": d.high, "covers": d.covers, "p": shown["found"].p,
+            "measured": d.estimate,
+            "ci_low": d.low,
+            "ci_high": d.high,
+            "covers": d.covers,
+            "p": shown["found"].p,
             "n_seeds": shown["found"].seeds,
-        }  # fmt: skip
+        }
     return row
 
 
@@ -325,11 +369,16 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame:
             than += f" (margin {row['margin']:g})"
         rows.append(
             {
-                "claim": row["claim"], "verdict": row["verdict"], "measured": measured,
-                "published": "" if _none(row["published"]) else f"{row['published']:+.2f}", "compared": than,
-                "on": f"{row['train_data']}, {row['metric']}", "to decide": row["to_decide"], "source": row["source"],
+                "claim": row["claim"],
+                "verdict": row["verdict"],
+                "measured": measured,
+                "published": "" if _none(row["published"]) else f"{row['published']:+.2f}",
+                "compared": than,
+                "on": f"{row['train_data']}, {row['metric']}",
+                "to decide": row["to_decide"],
+                "source": row["source"],
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows)
 
 
@@ -337,8 +386,14 @@ def markdown(frame: pd.DataFrame, scale: Scale) -> str:
     """The claims that this scale has runs for, then the others by name, and the rule."""
     here = frame[frame["verdict"] != "not at this scale"]
     elsewhere = frame[frame["verdict"] == "not at this scale"]
-    parts = ["# What the sources claim, and what came out", "", f"Scale: {scale.name} ({scale.description}).", "",
-             "Differences ours - theirs, with 95% intervals (n = seeds).", ""]  # fmt: skip
+    parts = [
+        "# What the sources claim, and what came out",
+        "",
+        f"Scale: {scale.name} ({scale.description}).",
+        "",
+        "Differences ours - theirs, with 95% intervals (n = seeds).",
+        "",
+    ]
     parts += [grid(shown(here).set_index("claim")) if len(here) else "Nothing that is claimed is part of this scale."]
     parts += ["", *(f"- Stands in for {text}." for text in sorted(set(filter(None, here["stands_in_for"]))))]
     parts += ["", "How verdicts come about:", "", *RULE.splitlines()]

@@ -16,9 +16,15 @@ from mutor.config.cost_cases import Case, cases_of, settings_of
 from mutor.results.flops import PEAKS
 
 UNITS = {
-    "ratio": "times", "token_ratio": "times", "flop_ratio": "times", "seconds_per_step": "s",
-    "sequences_per_second": "1/s", "tokens_per_second": "1/s", "utilisation": "percent", "peak_memory": "GB",
-}  # fmt: skip
+    "ratio": "times",
+    "token_ratio": "times",
+    "flop_ratio": "times",
+    "seconds_per_step": "s",
+    "sequences_per_second": "1/s",
+    "tokens_per_second": "1/s",
+    "utilisation": "percent",
+    "peak_memory": "GB",
+}
 
 
 def file_of(runs: Path, scale: str, table: str) -> Path:
@@ -65,46 +71,67 @@ def metrics_of(found: Mapping[str, Any], device: str) -> dict[str, tuple[float, 
 def rows(table: Any, scale: Any, runs: Path, reported: Any) -> Iterator[dict[str, Any]]:
     """Cells of a cost table, one a case and metric; n_seeds counts rounds, 0 where nothing was measured."""
     content = measured(file_of(runs, scale.name, table.name))
-    by, wanted = cases_of(table, scale)
+    scaling, wanted = cases_of(table, scale)
     for case in wanted:
         found = content["cases"].get(case.key)
         # left by an older configuration
         found = found if found and found["case"] == as_dict(case) and "seconds" in found else None
         values = metrics_of(found, content["device"]) if found else {}
-        model = by.models.get(case.model, case.model)
+        model = scaling.models.get(case.model, case.model)
         stands_in = "" if model == case.model else f"{case.model} (here {model}, random weights)"
         settings = settings_of(case)
         for metric in table.metrics:
             mean, std = values.get(metric, (None, None))
             same = reported[
-                reported["artifact"].isin(table.reported) & (reported["variant"] == case.published)
-                & (reported["model"] == case.model) & (reported["metric"] == metric)
-            ]  # fmt: skip
+                reported["artifact"].isin(table.reported)
+                & (reported["variant"] == case.published)
+                & (reported["model"] == case.model)
+                & (reported["metric"] == metric)
+            ]
             published = float(same["value"].iloc[0]) if case.published and len(same) and not stands_in else None
             yield {
-                "artifact": table.name, "scale": scale.name, "role": case.model, "model": model, "method": case.method,
-                "train_data": case.label if case.value is None else f"{case.label}, {case.over} {case.value}",
-                "benchmark": case.section, "metric": metric, "unit": UNITS[metric], "d_max": settings.get("d_max", ""),
-                "a": settings.get("a", ""), "registers": settings.get("registers", ""),
-                "placement": settings.get("placement", "all") if case.method == "mutor" else "", "iterations": "",
-                "epochs": "", "register_embedding": "", "added_params": found["added_parameters"] if found else "",
-                "n_seeds": len(found["seconds"]) if found else 0, "mean": mean, "std": std, "ci_low": None,
-                "ci_high": None, "reported": published,
+                "artifact": table.name,
+                "scale": scale.name,
+                "role": case.model,
+                "model": model,
+                "method": case.method,
+                "train_data": case.label if case.value is None else f"{case.label}, {case.sweep_over} {case.value}",
+                "benchmark": case.section,
+                "metric": metric,
+                "unit": UNITS[metric],
+                "d_max": settings.get("d_max", ""),
+                "a": settings.get("a", ""),
+                "registers": settings.get("registers", ""),
+                "placement": settings.get("placement", "all") if case.method == "mutor" else "",
+                "iterations": "",
+                "epochs": "",
+                "register_embedding": "",
+                "added_params": found["added_parameters"] if found else "",
+                "n_seeds": len(found["seconds"]) if found else 0,
+                "mean": mean,
+                "std": std,
+                "ci_low": None,
+                "ci_high": None,
+                "reported": published,
                 "reported_difference": None if published is None or mean is None else mean - published,
-                "stands_in_for": stands_in, "label": case.label, "values": found["seconds"] if found else [],
-                "chance": None, "data": case.over or "", "path": "" if case.value is None else case.value,
-            }  # fmt: skip
+                "stands_in_for": stands_in,
+                "label": case.label,
+                "values": found["seconds"] if found else [],
+                "chance": None,
+                "data": case.sweep_over or "",
+                "path": "" if case.value is None else case.value,
+            }
 
 
 def circumstances(table: Any, scale: Any, runs: Path) -> list[str]:
     """Sentences on the device, the number of rounds, and how the scale shrinks the cases."""
-    by, wanted = cases_of(table, scale)
+    scaling, wanted = cases_of(table, scale)
     device = measured(file_of(runs, scale.name, table.name))["device"]
     where = f"Measured on {device}" if device else "Not measured yet"
     out = [f"{where}; medians ± standard deviation of n rounds."]
-    if (by.tokens, by.batch) != (1, 1):
-        out.append(f"Here lengths are {by.tokens:g} times and batches {by.batch:g} times those named.")
-    roles = {case.model: by.models[case.model] for case in wanted if case.model in by.models}
+    if (scaling.tokens, scaling.batch) != (1, 1):
+        out.append(f"Here lengths are {scaling.tokens:g} times and batches {scaling.batch:g} times those named.")
+    roles = {case.model: scaling.models[case.model] for case in wanted if case.model in scaling.models}
     return out + [f"In the place of {role}: {model}." for role, model in roles.items()]
 
 

@@ -17,10 +17,15 @@ from mutor.registry import TASKS, load
 from mutor.results import records
 
 STYLE: Any = {
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "mutor",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "mutor",
     "svg.fonttype": "none",
-    "figure.dpi": 110, "savefig.dpi": 160, "legend.frameon": False,
-}  # fmt: skip
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "legend.frameon": False,
+}
 # Okabe and Ito's palette, told apart by colour-blind readers
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000"]
 
@@ -45,9 +50,12 @@ def solve_rates(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -
     with plt.rc_context(STYLE):
         longest = max((len(_panel(frame, g)) for g in groups), default=1)
         figure, axes = plt.subplots(
-            1, max(len(groups), 1), figsize=(1.2 + 4.1 * max(len(groups), 1), 1.3 + 0.38 * longest),
-            squeeze=False, layout="constrained",
-        )  # fmt: skip
+            1,
+            max(len(groups), 1),
+            figsize=(1.2 + 4.1 * max(len(groups), 1), 1.3 + 0.38 * longest),
+            squeeze=False,
+            layout="constrained",
+        )
         for axis, group in zip(axes[0], groups, strict=False):
             rows = _panel(frame, group)
             for y, row in enumerate(rows):
@@ -93,7 +101,7 @@ def sweep(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list
     unit = "%" if frame["unit"].iloc[0] == "percent" else frame["unit"].iloc[0]
     frame = frame[frame["metric"] == metric].copy()
     frame.loc[frame["stands_in_for"] != "", "reported"] = None
-    over, frame["line"] = table.over, frame["method"]
+    over, frame["line"] = table.sweep_over, frame["method"]
     if table.draw == "images":
         over, frame["line"] = "iterations", frame["label"].str.replace(r", \d+K$", "", regex=True)
     groups, lines = (list(dict.fromkeys(frame[key])) for key in ("train_data", "line"))
@@ -104,7 +112,7 @@ def sweep(table: Table, scale: Scale, frame: pd.DataFrame, folder: Path) -> list
         for axis, group in zip(axes[0], groups, strict=False):
             for line, own in zip(lines, COLOURS, strict=False):
                 rows = frame[(frame["train_data"] == group) & (frame["line"] == line)]
-                x = pd.to_numeric(rows[over], errors="coerce").fillna(table.without).tolist()
+                x = pd.to_numeric(rows[over], errors="coerce").fillna(table.x_if_absent).tolist()
                 if len(x) == 1 and over != "iterations":
                     for column, style in (("mean", "-"), ("reported", ":")):
                         for value in rows[column].dropna():

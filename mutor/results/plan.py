@@ -26,8 +26,9 @@ def lines(chosen: list[Table], scale: Scale, runs: Path, reference: Path) -> lis
     measured = here.of_scale(scale.name) or Records(reference / scale.name / "runs").of_scale(scale.name)
     wanted = specs_of([cell for table in chosen for cell in run_cells(table, scale)])
     out = [
-        f"scale {scale.name}: {scale.description}", f"{'done':>5} {'to do':>5} {'minutes':>8} {'FLOPs':>9}  setting",
-    ]  # fmt: skip
+        f"scale {scale.name}: {scale.description}",
+        f"{'done':>5} {'to do':>5} {'minutes':>8} {'FLOPs':>9}  setting",
+    ]
     total, flops, bounded, unknown, todo_all, disk = 0.0, 0.0, False, 0, 0, 0.0
     for spec in wanted:
         done = {record["seed"] for record in here.of(spec)}

@@ -14,8 +14,15 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
 # code that decides which runs there are and how they are shown, not what comes out of one
 NOT_IN_RESULTS = (
-    "mutor", "mutor.__main__", "mutor.cli", "mutor.config", "mutor.registry", "mutor.checks", "mutor.results", "mutor.files",
-)  # fmt: skip
+    "mutor",
+    "mutor.__main__",
+    "mutor.cli",
+    "mutor.config",
+    "mutor.registry",
+    "mutor.checks",
+    "mutor.results",
+    "mutor.files",
+)
 
 
 def meaning(file: Path) -> str:

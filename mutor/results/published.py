@@ -33,7 +33,7 @@ def _published(reported: pd.DataFrame, table: Table, cell: Cell, name: str) -> f
         rows = rows[rows["model"] == spec.model_config.role]
     if len(rows) and rows["epochs"].ne("").all():
         epochs = rows["epochs"].astype(float)
-        rows = rows[(epochs / epochs.min() - spec.longer).abs() < 0.1]
+        rows = rows[(epochs / epochs.min() - spec.budget_factor).abs() < 0.1]
     for setting in ("d_max", "a", "register_embedding", "placement"):
         ours = getattr(spec.method_config, setting, "")
         words = {"all": "every_token", "every": "every_second_token"} if setting == "placement" else {}

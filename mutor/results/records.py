@@ -18,9 +18,18 @@ from mutor.config.runs import Spec
 
 VERSION = 1
 REQUIRED = (
-    "version", "scale", "train_data", "model", "method", "settings", "seed", "config", "config_hash", "checkpoints",
+    "version",
+    "scale",
+    "train_data",
+    "model",
+    "method",
+    "settings",
+    "seed",
+    "config",
+    "config_hash",
+    "checkpoints",
     "versions",
-)  # fmt: skip
+)
 
 
 def seed_folder(runs: Path, spec: Spec, seed: int) -> Path:

@@ -102,10 +102,17 @@ def latex(table: Table, scale: Scale, shown: pd.DataFrame) -> str:
     escaped.index, escaped.columns = [_escape(i) for i in shown.index], [_escape(c) for c in shown.columns]
     body = [" & ".join(["", *escaped.columns]) + r" \\", r"\midrule"]
     body += [" & ".join([str(i), *row]) + r" \\" for i, row in zip(escaped.index, escaped.to_numpy(), strict=True)]
-    lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * len(shown.columns)}}}", r"\toprule", *body,
-             r"\bottomrule", r"\end{tabular}",
-             rf"\caption{{{_escape(table.title)}. Scale: {_escape(scale.name)}. {_escape(table.caption)}}}",
-             r"\end{table}"]  # fmt: skip
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\begin{{tabular}}{{l{'r' * len(shown.columns)}}}",
+        r"\toprule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{_escape(table.title)}. Scale: {_escape(scale.name)}. {_escape(table.caption)}}}",
+        r"\end{table}",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -40,14 +40,20 @@ def collect_report(
     page = _environment().from_string((importlib.resources.files("mutor.results") / "report.html").read_text())
     bundle = importlib.resources.files("itables") / "html"
     html = page.render(
-        scale=scale, runs=found, artifacts=[_artifact(t, scale, runs, reported, folder) for t in tables],
+        scale=scale,
+        runs=found,
+        artifacts=[_artifact(t, scale, runs, reported, folder) for t in tables],
         stands_in=sorted({s.stands_in_for for s in specs if s.stands_in_for}),
-        claims=_grid(claims.shown(frame[here]), mark="verdict"), rule=claims.RULE,
+        claims=_grid(claims.shown(frame[here]), mark="verdict"),
+        rule=claims.RULE,
         elsewhere=list(dict.fromkeys(zip(frame[~here]["claim"], frame[~here]["source"], strict=True))),
-        missing=_grid(missing(tables, scale, runs)), problems=runs.problems, cost=_cost(found),
-        run_grid=_grid(_run_frame(found)), tables_css=Markup((bundle / "dt_bundle.css").read_text()),
+        missing=_grid(missing(tables, scale, runs)),
+        problems=runs.problems,
+        cost=_cost(found),
+        run_grid=_grid(_run_frame(found)),
+        tables_css=Markup((bundle / "dt_bundle.css").read_text()),
         tables_js=base64.b64encode((bundle / "dt_bundle.js").read_bytes()).decode(),
-    )  # fmt: skip
+    )
     file = folder / "report.html"
     folder.mkdir(parents=True, exist_ok=True)
     write(file, lambda f: f.write_text(html, encoding="utf-8"))
@@ -101,11 +107,17 @@ def _artifact(
     own = {text for text in frame["stands_in_for"] if text}
     notes = [*(circumstances(table, scale, runs.runs) if table.draw == "cost" else ()), *table.notes]
     return {
-        "name": table.name, "title": table.title, "caption": table.caption, "notes": notes, "figures": figures,
-        "stands_in": sorted(own), "measured": table.needs_runs,
-        "shape": _grid(shape.rename_axis(" ").reset_index()), "cells": _grid(frame[columns]),
+        "name": table.name,
+        "title": table.title,
+        "caption": table.caption,
+        "notes": notes,
+        "figures": figures,
+        "stands_in": sorted(own),
+        "measured": table.needs_runs,
+        "shape": _grid(shape.rename_axis(" ").reset_index()),
+        "cells": _grid(frame[columns]),
         "published": _grid(published_rows(reported, table).drop(columns="artifact")),
-    }  # fmt: skip
+    }
 
 
 def _smaller(folder: Path, name: str) -> Path | None:
@@ -141,16 +153,23 @@ def _run_frame(found: list[dict[str, Any]]) -> pd.DataFrame:
         scored = [m for m in metrics if records.problem_scores(r, "last", m) is not None] or list(metrics)[:2]
         rows.append(
             {
-                "run": r["path"], "seed": r["seed"],
+                "run": r["path"],
+                "seed": r["seed"],
                 "last checkpoint": ", ".join(f"{m} {metrics[m]:.4g}" for m in scored),
-                "steps": float(r.get("steps") or 0), "tokens": float(r.get("tokens") or 0),
-                "FLOPs": training_flops(r), "minutes": r.get("seconds_training", 0) / 60,
-                "peak memory (MB)": r.get("peak_memory_bytes", 0) / 1e6, "device": r.get("device"),
-                "threads": r.get("threads"), "started": r.get("started"), "commit": (r.get("git_commit") or "")[:10],
-                "torch": r["versions"].get("torch"), "transformers": r["versions"].get("transformers"),
+                "steps": float(r.get("steps") or 0),
+                "tokens": float(r.get("tokens") or 0),
+                "FLOPs": training_flops(r),
+                "minutes": r.get("seconds_training", 0) / 60,
+                "peak memory (MB)": r.get("peak_memory_bytes", 0) / 1e6,
+                "device": r.get("device"),
+                "threads": r.get("threads"),
+                "started": r.get("started"),
+                "commit": (r.get("git_commit") or "")[:10],
+                "torch": r["versions"].get("torch"),
+                "transformers": r["versions"].get("transformers"),
                 "stand-in": "yes" if r.get("stands_in_for") else "no",
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows)
 
 

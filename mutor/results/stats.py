@@ -121,7 +121,9 @@ def over_seeds(ours: Sequence[float], theirs: Sequence[float] | None = None, lev
     return Interval(mean, float(found.low), float(found.high), "seeds", spread)
 
 
-def needed(effect: float, spread: float | None, over_problems: float, level: float = 0.95, most: int = 1000) -> str:
+def needed(
+    effect: float, spread: float | None, over_problems: float, level: float = 0.95, max_seeds: int = 1000
+) -> str:
     """What would bring half the width of an interval below |effect|, in words: seeds, problems.
 
     spread, over_problems: of an `Interval`; that more seeds spread as these do, and that the effect is the true one, is
@@ -132,12 +134,12 @@ def needed(effect: float, spread: float | None, over_problems: float, level: flo
         return "three seeds or more"
     if over_problems >= effect:
         factor = (over_problems / effect) ** 2 if effect else np.inf
-        return f"more than {factor:.0f} times the problems" if factor < most else "a larger effect"
-    for seeds in range(2, most + 1):
+        return f"more than {factor:.0f} times the problems" if factor < max_seeds else "a larger effect"
+    for seeds in range(2, max_seeds + 1):
         half = float(stats.t.ppf(0.5 + level / 2, seeds - 1)) * spread / seeds**0.5
         if np.hypot(half, over_problems) < effect:
             return f"about {seeds} seeds"
-    return f"more than {most} seeds"
+    return f"more than {max_seeds} seeds"
 
 
 @dataclass(frozen=True)

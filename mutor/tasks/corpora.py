@@ -39,11 +39,16 @@ CORPORA = {
     "gsm8k": Corpus(("gsm8k", "train"), _GSM_TEST, "hashes", "number", benchmark="gsm8k"),
     "1m-gsm": Corpus(_M1, _GSM_TEST, "boxed", "number", benchmark="gsm8k", only=_GSM),
     "2m-gsm": Corpus(_M2, _GSM_TEST, "boxed", "number", benchmark="gsm8k", only=_GSM),
-    "1m-gsm-extra": Corpus(
-        _M1, _GSM_TEST, "boxed", "number", benchmark="gsm8k", only=_GSM, more=_M2, more_than=1.4
-    ),
+    "1m-gsm-extra": Corpus(_M1, _GSM_TEST, "boxed", "number", benchmark="gsm8k", only=_GSM, more=_M2, more_than=1.4),
     "1m-math": Corpus(
-        _M1, ("math500", "test"), "boxed", "mathematics", benchmark="math500", only=_MATH, shuffled=True, size=200_000,
+        _M1,
+        ("math500", "test"),
+        "boxed",
+        "mathematics",
+        benchmark="math500",
+        only=_MATH,
+        shuffled=True,
+        size=200_000,
         max_tokens=768,
     ),
     "aqua-rat": Corpus(("aqua", "train"), ("aqua", "test"), "letter", "text", ("aqua", "valid"), "aqua-rat"),
@@ -51,12 +56,17 @@ CORPORA = {
         ("samsum", "train"), ("samsum", "test"), "whole", "rouge", ("samsum", "valid"), "samsum", max_tokens=768
     ),
     "dialogsum": Corpus(
-        ("dialogsum", "train"), ("dialogsum", "test"), "whole", "rouge", ("dialogsum", "valid"), "dialogsum",
+        ("dialogsum", "train"),
+        ("dialogsum", "test"),
+        "whole",
+        "rouge",
+        ("dialogsum", "valid"),
+        "dialogsum",
         max_tokens=768,
     ),
     "mix": Corpus(("mix", "train"), _GSM_TEST, "hashes", "number", benchmark="gsm8k", whole=True),
     "own": Corpus(("own", "train"), ("own", "test"), "whole", "text", ("own", "valid")),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -91,29 +91,50 @@ _SUMMARIES = {
 }
 PUBLISHED = {
     "gsm8k": Published(
-        gsm8k, "openai/gsm8k", "main", {"train": ("train.jsonl",), "test": ("test.jsonl",)},
+        gsm8k,
+        "openai/gsm8k",
+        "main",
+        {"train": ("train.jsonl",), "test": ("test.jsonl",)},
         {"train": "train", "test": "test"},
     ),
     "openmathinstruct-2": Published(
-        openmath, "nvidia/OpenMathInstruct-2", None,
-        {"train_1M": ("train_1M*.parquet", "data/train_1M-*.parquet"),
-         "train_2M": ("train_2M*.parquet", "data/train_2M-*.parquet")},
+        openmath,
+        "nvidia/OpenMathInstruct-2",
+        None,
+        {
+            "train_1M": ("train_1M*.parquet", "data/train_1M-*.parquet"),
+            "train_2M": ("train_2M*.parquet", "data/train_2M-*.parquet"),
+        },
         {"train_1M": "train_1M", "train_2M": "train_2M"},
     ),
     "math500": Published(
-        math500, "HuggingFaceH4/MATH-500", None, {"test": ("test.jsonl",)}, {"test": "test"},
+        math500,
+        "HuggingFaceH4/MATH-500",
+        None,
+        {"test": ("test.jsonl",)},
+        {"test": "test"},
     ),
     "aqua": Published(
-        aqua, "deepmind/aqua_rat", "raw",
+        aqua,
+        "deepmind/aqua_rat",
+        "raw",
         {"train": ("train.json",), "valid": ("dev.json",), "test": ("test.json",)},
         {"train": "train", "valid": "validation", "test": "test"},
     ),
     "samsum": Published(
-        dialogue, "knkarthick/samsum", None, _SUMMARIES, {"train": "train", "valid": "validation", "test": "test"},
+        dialogue,
+        "knkarthick/samsum",
+        None,
+        _SUMMARIES,
+        {"train": "train", "valid": "validation", "test": "test"},
     ),
     "dialogsum": Published(
-        dialogue, "knkarthick/dialogsum", None, _SUMMARIES, {"train": "train", "valid": "validation", "test": "test"},
+        dialogue,
+        "knkarthick/dialogsum",
+        None,
+        _SUMMARIES,
+        {"train": "train", "valid": "validation", "test": "test"},
     ),
     "mix": Published(mix),
     "own": Published(pair),
-}  # fmt: skip
+}

@@ -7,13 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
-from mutor.tasks.star_graph import StarGraphConfig
 
 LINE = re.compile(r"(\d+,\d+(?:\|\d+,\d+)*)/(\d+),(\d+)=(\d+(?:,\d+)*)")
 
@@ -47,16 +43,16 @@ def generate(rng: np.random.Generator, count: int, n: int, l: int, labels: int) 
     return Graphs(np.take_along_axis(edges, order[:, :, None], axis=1), arms[:, 0].copy())
 
 
-def _shuffled_columns(rng: np.random.Generator, values: np.ndarray, keep: int) -> np.ndarray:
+def _shuffled_columns(rng: np.random.Generator, values: np.ndarray, taken: int) -> np.ndarray:
     """The first `keep` columns of a Fisher-Yates shuffle of each row."""
     count, width = values.shape
     rows = np.arange(count)
-    for i in range(min(keep, width - 1)):
+    for i in range(min(taken, width - 1)):
         j = rng.integers(i, width, size=count)
         chosen = values[rows, j]
         values[rows, j] = values[:, i]
         values[:, i] = chosen
-    return values[:, :keep]
+    return values[:, :taken]
 
 
 def keys(graphs: Graphs) -> np.ndarray:
@@ -101,14 +97,13 @@ def read_line(line: str, where: str) -> tuple[list[tuple[int, int]], list[int]]:
     return edges, path
 
 
-def read_file(file: str | Path, config: StarGraphConfig | None = None) -> Graphs:
-    """All graphs of a file in the published format; with `config`, each must be a G(n, l) on its labels.
+def read_file(file: str | Path, shape: tuple[int, int] | None = None, labels: int | None = None) -> Graphs:
+    """All graphs of a file in the published format; each must have `shape` (edges, nodes of its path) and `labels`.
 
     Raises ValueError with file and line number for a malformed or foreign line.
     """
     all_edges: list[list[tuple[int, int]]] = []
     all_paths: list[list[int]] = []
-    shape = (config.n * (config.l - 1), config.l) if config else None
     for number, line in enumerate(Path(file).read_text().splitlines(), start=1):
         where = f"{file}:{number}"
         edges, path = read_line(line, where)
@@ -118,8 +113,8 @@ def read_file(file: str | Path, config: StarGraphConfig | None = None) -> Graphs
                 f"{where}: {len(edges)} edges and {len(path)} path nodes, expected {shape[0]} and {shape[1]}"
             )
         highest = max(node for edge in edges for node in edge)
-        if config and highest >= config.labels:
-            raise ValueError(f"{where}: node {highest}, allowed: 0 to {config.labels - 1}")
+        if labels is not None and highest >= labels:
+            raise ValueError(f"{where}: node {highest}, allowed: 0 to {labels - 1}")
         all_edges.append(edges)
         all_paths.append(path)
     if not all_edges:

@@ -25,10 +25,10 @@ class PrefixLM(HFLM):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int, prefix_lm: bool, say: Callable[[str], None] | None = None
+        self, model: Any, tokenizer: Any, *, batch_size: int, prefix_lm: bool, log: Callable[[str], None] | None = None
     ):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-        self.prefix_lm, self.say = prefix_lm, say or (lambda line: None)
+        self.prefix_lm, self.log = prefix_lm, log or (lambda line: None)
         self._done = self._total = 0
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -39,11 +39,16 @@ class PrefixLM(HFLM):
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
         """Greedy decoding up to the end token."""
         answers = greedy_until(
-            self.model, context, kwargs["attention_mask"], max_length - context.shape[1], self.tokenizer.eos_token_id,
-            self.tokenizer.pad_token_id, prefix_lm=self.prefix_lm,
-        )  # fmt: skip
+            self.model,
+            context,
+            kwargs["attention_mask"],
+            max_length - context.shape[1],
+            self.tokenizer.eos_token_id,
+            self.tokenizer.pad_token_id,
+            prefix_lm=self.prefix_lm,
+        )
         self._done += len(context)
-        self.say(f"{self._done}/{self._total} answers")
+        self.log(f"{self._done}/{self._total} answers")
         return torch.cat([context, answers], dim=1)
 
 
@@ -58,7 +63,7 @@ def evaluate(
     batch_size: int,
     prefix_lm: bool,
     cache: Path | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """Greedy answers to all problems, and their scores.
 
@@ -87,7 +92,7 @@ def evaluate(
             "generation_kwargs": {"until": [], "max_gen_toks": new_tokens, "do_sample": False},
         }
     )
-    lm: Any = PrefixLM(model, tokenizer, batch_size=batch_size, prefix_lm=prefix_lm, say=say)
+    lm: Any = PrefixLM(model, tokenizer, batch_size=batch_size, prefix_lm=prefix_lm, log=log)
     if cache:
         lm = CachingLM(lm, f"{cache}.db")
     # not simple_evaluate, which seeds all generators and asks pip and git about the machine, for seconds each time

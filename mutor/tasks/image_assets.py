@@ -12,10 +12,26 @@ if TYPE_CHECKING:
 
 # what decides tokenizer, classifier and codes; the rest may differ between datasets that share them
 ASSETS = (
-    "source", "folder", "classes", "pixels", "test_size", "copies", "flip", "shift", "turn", "zoom", "codes",
-    "code_width", "channels", "tokenizer", "tokenizer_steps", "features", "classifier_steps", "real_samples",
+    "source",
+    "folder",
+    "classes",
+    "pixels",
+    "test_size",
+    "copies",
+    "flip",
+    "shift",
+    "turn",
+    "zoom",
+    "codes",
+    "code_width",
+    "channels",
+    "tokenizer",
+    "tokenizer_steps",
+    "features",
+    "classifier_steps",
+    "real_samples",
     "data_seed",
-)  # fmt: skip
+)
 
 
 def _parts(what: int | np.ndarray, size: int = 250) -> list[np.ndarray]:

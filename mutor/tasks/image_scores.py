@@ -20,10 +20,16 @@ class Classifier(nn.Module):
     def __init__(self, classes: int, colours: int, pixels: int, width: int = 64):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(colours, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(32 * (pixels // 4) ** 2, width), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(colours, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32 * (pixels // 4) ** 2, width),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,9 +47,15 @@ class Classifier(nn.Module):
 
 
 def train_classifier(
-    model: Classifier, pictures: Any, *, steps: int, batch_size: int, rate: float, seed: int,
-    say: Callable[[str], None],
-) -> None:  # fmt: skip
+    model: Classifier,
+    pictures: Any,
+    *,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    seed: int,
+    log: Callable[[str], None],
+) -> None:
     """Fit the classifier to pictures: their labels, and batches by index."""
     rng = torch.Generator().manual_seed(seed)
     device = model.head.weight.device
@@ -58,7 +70,7 @@ def train_classifier(
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            say(f"classifier {step + 1}/{steps}  loss {loss.item():.4f}")
+            log(f"classifier {step + 1}/{steps}  loss {loss.item():.4f}")
     model.eval()
 
 

@@ -7,10 +7,8 @@ task.evaluate(model, method, Context(), "test", batch_size=100)
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mutor.files import write_json
+from mutor.files import complete_folder, locked, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +31,7 @@ class Images:
     """The task: class token and codes of an image, and scores of drawn images."""
 
     Config = ImagesConfig
-    benchmark = "log_likelihood"  # what names the best checkpoint; tables show the last and those on the way
+    selection_metric = "log_likelihood"  # what names the best checkpoint; tables show the last and those on the way
     higher_is_better = True
     prefix_lm = False
     tokenizer = None
@@ -63,24 +61,18 @@ class Images:
         if getattr(method_config, "fixed_length", False):
             raise ValueError(f"{where}: this method's answers are not drawn token by token, as images are")
 
-    def prepare_assets(self, folder: Path, device: str, say: Callable[[str], None]) -> None:
+    def prepare_assets(self, folder: Path, device: str, log: Callable[[str], None]) -> None:
         """Train tokenizer and classifier and encode all images, once for all runs that share them; then load them."""
         decides = {key: getattr(self.config, key) for key in ASSETS}
         name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
         self.folder = Path(folder) / f"{self.config.source}-{name}"
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{self.folder}.lock", "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with locked(Path(f"{self.folder}.lock")):
             if not (self.folder / "assets.json").exists():
-                part = self.folder.with_name(self.folder.name + ".part")
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir()
-                self._make(part, device, say)
-                shutil.rmtree(self.folder, ignore_errors=True)
-                part.rename(self.folder)
+                with complete_folder(self.folder) as part:
+                    self._make(part, device, log)
         self._load(device)
 
-    def _make(self, folder: Path, device: str, say: Callable[[str], None]) -> None:
+    def _make(self, folder: Path, device: str, log: Callable[[str], None]) -> None:
         import torch
 
         from mutor.models import vq
@@ -97,16 +89,21 @@ class Images:
                 book = vq.convert(_published(c.tokenizer), **vq.VQ16).to(device)
             else:
                 book = vq.build(
-                    codes=c.codes, width=c.code_width, channels=c.channels, latent=c.channels[-1], layers=1, groups=8,
+                    codes=c.codes,
+                    width=c.code_width,
+                    channels=c.channels,
+                    latent=c.channels[-1],
+                    layers=1,
+                    groups=8,
                     colours=colours,
-                ).to(device)  # fmt: skip
+                ).to(device)
             judge: Any = Classifier(self.classes, colours, c.pixels).to(device)
         made = {"config": asdict(c), "images": len(train), "held_out": len(test)}
         if not c.tokenizer:
-            vq.train(book, versions, steps=c.tokenizer_steps, batch_size=64, rate=2e-3, seed=c.data_seed, say=say)
+            vq.train(book, versions, steps=c.tokenizer_steps, batch_size=64, rate=2e-3, seed=c.data_seed, log=log)
         if c.features == "classifier":
             train_classifier(
-                judge, versions, steps=c.classifier_steps, batch_size=64, rate=3e-3, seed=c.data_seed, say=say
+                judge, versions, steps=c.classifier_steps, batch_size=64, rate=3e-3, seed=c.data_seed, log=log
             )
             torch.save(judge.state_dict(), folder / "classifier.pt")
         else:
@@ -119,7 +116,7 @@ class Images:
             for number, part in enumerate(_parts(len(pictures))):
                 stored[part] = vq.encode(book, pictures.batch(part)).flatten(1).cpu().numpy()
                 if number % 40 == 39:
-                    say(f"encoded {part[-1] + 1} of {len(pictures)} images")
+                    log(f"encoded {part[-1] + 1} of {len(pictures)} images")
             stored.flush()
             np.save(folder / f"{split}_labels.npy", pictures.labels.astype(np.int32))
         real = np.random.default_rng([c.data_seed, 13]).permutation(len(train))[: c.real_samples]
@@ -137,9 +134,9 @@ class Images:
         book.save_pretrained(folder / "tokenizer")
         made |= {"squared_error": error, "variance": variance, "real_accuracy": right, "reconstructed_accuracy": seen}
         write_json(folder / "assets.json", made)
-        say(f"held-out images: tokenizer's squared error {error:.4f} of {variance:.4f}")
+        log(f"held-out images: tokenizer's squared error {error:.4f} of {variance:.4f}")
         if c.features == "classifier":
-            say(f"held-out images: classifier right on {right:.1f}%, on {seen:.1f}% once decoded")
+            log(f"held-out images: classifier right on {right:.1f}%, on {seen:.1f}% once decoded")
 
     def _load(self, device: str) -> None:
         import torch
@@ -182,9 +179,15 @@ class Images:
                 raise ValueError(f"model config: {name}: {found}, allowed for these images: {wanted}")
 
     def evaluate(
-        self, model: Any, method: Method, context: Context, split: str, batch_size: int, keep: Path | None = None,
-        say: Any = None,
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:  # fmt: skip
+        self,
+        model: Any,
+        method: Method,
+        context: Context,
+        split: str,
+        batch_size: int,
+        predictions_file: Path | None = None,
+        log: Any = None,
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Draw images of all classes in turn and score them; the loss is that of held-out images.
 
         keep: predictions-NAME.jsonl; a grid of samples is drawn beside it as samples-NAME.png. Returns the metrics, and
@@ -192,16 +195,16 @@ class Images:
         """
         import torch
 
-        from mutor.mtp.decode import score_forced
+        from mutor.mtp.decode import teacher_forced_scores
         from mutor.tasks.image_scores import distance_to, frechet_distance, inception_score, precision_recall
 
         c = self.config
         count = c.test_samples if split == "test" else c.valid_samples
         labels = torch.arange(count) % self.classes
-        images = self.draw(model, labels, batch_size, say)
+        images = self.draw(model, labels, batch_size, log)
         features, logits = self.judge.judge(images)
         index = np.arange(len(self.codes["test"]))
-        _, loss = score_forced(model, method, context, self._examples("test", index), batch_size)
+        _, loss = teacher_forced_scores(model, method, context, self._examples("test", index), batch_size)
         precision, recall = precision_recall(self.real, features)
         distance = frechet_distance(self.real, features) if c.reference is None else distance_to(c.reference, features)
         metrics, scores = {}, {}
@@ -213,12 +216,12 @@ class Images:
         metrics |= dict(zip(names, (distance, inception_score(logits)), strict=True))
         metrics |= {"precision": precision, "recall": recall, "loss": loss, "log_likelihood": -loss}
         metrics["tokenizer_squared_error"] = self.assets["squared_error"]
-        if keep:
-            picture = keep.with_name(f"{keep.stem.replace('predictions', 'samples')}.png")
+        if predictions_file:
+            picture = predictions_file.with_name(f"{predictions_file.stem.replace('predictions', 'samples')}.png")
             save_grid(images[: 10 * self.classes], self.classes, picture)
         return metrics, scores
 
-    def draw(self, model: Any, labels: Tensor, batch_size: int, say: Any = None) -> Tensor:
+    def draw(self, model: Any, labels: Tensor, batch_size: int, log: Any = None) -> Tensor:
         """Images [N, C, H, W] of classes [N]; seed and batch size decide the noise, so equal models draw equal ones."""
         import torch
 
@@ -228,12 +231,17 @@ class Images:
         c, parts = self.config, []
         for number, part in enumerate(labels.split(batch_size)):
             codes = sample(
-                model, part, seed=c.sample_seed + number, guidance=c.guidance, temperature=c.temperature, top_k=c.top_k,
+                model,
+                part,
+                seed=c.sample_seed + number,
+                guidance=c.guidance,
+                temperature=c.temperature,
+                top_k=c.top_k,
                 compiled=model.device.type == "cuda",
-            )  # fmt: skip
+            )
             parts.append(vq.decode(self.book, codes.view(-1, c.side, c.side)).cpu())
-            if say and (number + 1) % 5 == 0:
-                say(f"drawn {min((number + 1) * batch_size, len(labels))} of {len(labels)} images")
+            if log and (number + 1) % 5 == 0:
+                log(f"drawn {min((number + 1) * batch_size, len(labels))} of {len(labels)} images")
         return torch.cat(parts)
 
     def data_hash(self) -> str:

@@ -29,9 +29,10 @@ class ImagesConfig:
     """The images, how they are augmented and made tokens, and how samples are drawn and scored."""
 
     source: str = setting(
-        "digits", doc="scikit-learn's digits, Fashion-MNIST, or a folder with one folder of files a class",
+        "digits",
+        doc="scikit-learn's digits, Fashion-MNIST, or a folder with one folder of files a class",
         choices=("digits", "fashion-mnist", "folder"),
-    )  # fmt: skip
+    )
     folder: str | None = setting(None, doc="of the files; fashion-mnist: of its idx files, none: from the hub")
     classes: int = setting(10, doc="how many classes there are", low=1)
     pixels: int = setting(16, doc="height and width that images are scaled to", low=8)
@@ -49,9 +50,10 @@ class ImagesConfig:
     )
     tokenizer_steps: int = setting(400, doc="how long the tokenizer is trained", low=1)
     features: str = setting(
-        "classifier", doc="what scores look at: a small classifier trained here, or Inception (through torch-fidelity)",
+        "classifier",
+        doc="what scores look at: a small classifier trained here, or Inception (through torch-fidelity)",
         choices=("classifier", "inception"),
-    )  # fmt: skip
+    )
     classifier_steps: int = setting(600, doc="how long the classifier is trained", low=1)
     reference: str | None = setting(None, doc="with inception: ADM's file of reference statistics (.npz), for the FID")
     real_samples: int = setting(10000, doc="at most so many real images are compared with", low=10)

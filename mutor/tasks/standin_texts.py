@@ -65,8 +65,10 @@ class _Story:
                 "{name} has {m} {box} with {n} {thing} in each.",
                 "{name} fills {m} {box}. Each of them holds {n} {thing}.",
                 "There are {n} {thing} in each of the {m} {box} that {name} owns.",
-                m=m, n=n, box=box,
-            )  # fmt: skip
+                m=m,
+                n=n,
+                box=box,
+            )
             self.compute(m, "*", n, f"{self.name} has")
         else:
             m, n = self.rng.randint(4, 60), self.rng.randint(3, 40)
@@ -75,8 +77,11 @@ class _Story:
                 "{name} collects {m} {thing} on {day} and {n} {thing} on {next_day}.",
                 "On {day} {name} gets {m} {thing}. On {next_day} {name} gets {n} more.",
                 "{name} has {m} {thing} from {day} and {n} from {next_day}.",
-                m=m, n=n, day=day, next_day=next_day,
-            )  # fmt: skip
+                m=m,
+                n=n,
+                day=day,
+                next_day=next_day,
+            )
             self.compute(m, "+", n, f"{self.name} has")
 
     def gain(self) -> bool:
@@ -100,8 +105,9 @@ class _Story:
             "{who} loses {n} of the {thing}.",
             "{n} of the {thing} are sold at the {place}.",
             "After that {n} {thing} are broken.",
-            n=n, place=self.rng.choice(PLACES),
-        )  # fmt: skip
+            n=n,
+            place=self.rng.choice(PLACES),
+        )
         self.compute(self.value, "-", n, f"Then {self.holder} has")
         return True
 
@@ -142,8 +148,9 @@ class _Story:
             self.say(
                 "{other} has {n} {word} {thing} than {name}.",
                 "Compared with {name}, {other} has {n} {thing} {word}.",
-                n=n, word="more" if kind == "+" else "fewer",
-            )  # fmt: skip
+                n=n,
+                word="more" if kind == "+" else "fewer",
+            )
             self.compute(self.value, kind, n, f"{self.other} has")
         self.holder = self.other
         return True
@@ -221,8 +228,11 @@ def _openmath(rng: random.Random) -> Row:
         source, worked = rng.choice(("math", "augmented_math")), solution.split("\n")
     solution = "\n".join(worked) + f"\nThe answer is \\boxed{{{text}}}."
     return {
-        "problem": question, "generated_solution": solution, "expected_answer": text, "problem_source": source,
-    }  # fmt: skip
+        "problem": question,
+        "generated_solution": solution,
+        "expected_answer": text,
+        "problem_source": source,
+    }
 
 
 def _math500(rng: random.Random) -> Row:
@@ -236,26 +246,44 @@ def _aqua(rng: random.Random) -> Row:
     extra = rng.randint(2, 30)
     cost, total, side = number * price, price * 2 + extra, speed + number
     forms = (
-        (f"A train runs at {speed} miles an hour for {hours} hours. How many miles does it run?",
-         f"{speed} * {hours} = {speed * hours}", speed * hours),
-        (f"{name} buys {number} {thing} at {price} dollars each and a bag for {extra} dollars. What does {name} pay?",
-         f"{number} * {price} = {cost}\n{cost} + {extra} = {cost + extra}", cost + extra),
-        (f"{number} workers need {hours} days to paint the {place}. How many days does one worker need?",
-         f"{number} * {hours} = {number * hours}", number * hours),
-        (f"The sum of two numbers is {total}. One is {extra} larger than the other. What is the smaller?",
-         f"{total} - {extra} = {price * 2}\n{price * 2} / 2 = {price}", price),
-        (f"A rectangle is {speed} long and {number} wide. What is its perimeter?",
-         f"{speed} + {number} = {side}\n2 * {side} = {2 * side}", 2 * side),
-    )  # fmt: skip
+        (
+            f"A train runs at {speed} miles an hour for {hours} hours. How many miles does it run?",
+            f"{speed} * {hours} = {speed * hours}",
+            speed * hours,
+        ),
+        (
+            f"{name} buys {number} {thing} at {price} dollars each and a bag for {extra} dollars. "
+            f"What does {name} pay?",
+            f"{number} * {price} = {cost}\n{cost} + {extra} = {cost + extra}",
+            cost + extra,
+        ),
+        (
+            f"{number} workers need {hours} days to paint the {place}. How many days does one worker need?",
+            f"{number} * {hours} = {number * hours}",
+            number * hours,
+        ),
+        (
+            f"The sum of two numbers is {total}. One is {extra} larger than the other. What is the smaller?",
+            f"{total} - {extra} = {price * 2}\n{price * 2} / 2 = {price}",
+            price,
+        ),
+        (
+            f"A rectangle is {speed} long and {number} wide. What is its perimeter?",
+            f"{speed} + {number} = {side}\n2 * {side} = {2 * side}",
+            2 * side,
+        ),
+    )
     question, rationale, answer = rng.choice(forms)
     wrong = rng.sample([n for n in range(2, 2 * answer + 20) if n != answer], 4)
     options = [answer, *wrong]
     rng.shuffle(options)
     correct = "ABCDE"[options.index(answer)]
     return {
-        "question": question, "options": [f"{x}){v}" for x, v in zip("ABCDE", options, strict=True)],
-        "rationale": rationale, "correct": correct,
-    }  # fmt: skip
+        "question": question,
+        "options": [f"{x}){v}" for x, v in zip("ABCDE", options, strict=True)],
+        "rationale": rationale,
+        "correct": correct,
+    }
 
 
 MEET = ("play tennis", "see a film", "cook dinner", "go swimming", "study maths", "watch the game", "paint the fence")
@@ -316,6 +344,11 @@ def _mix(rng: random.Random) -> Row:
 
 
 MAKERS: dict[str, Callable[[random.Random], Row]] = {
-    "gsm8k": _gsm8k, "openmathinstruct-2": _openmath, "math500": _math500, "aqua": _aqua, "samsum": _samsum,
-    "dialogsum": _dialogsum, "mix": _mix,
-}  # fmt: skip
+    "gsm8k": _gsm8k,
+    "openmathinstruct-2": _openmath,
+    "math500": _math500,
+    "aqua": _aqua,
+    "samsum": _samsum,
+    "dialogsum": _dialogsum,
+    "mix": _mix,
+}

@@ -89,9 +89,11 @@ def tokenizer() -> Any:
     bpe.decoder = decoders.ByteLevel()
     special = ["<pad>", "<bos>", "<eos>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        vocab_size=1024,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
-    )  # fmt: skip
+    )
     texts = itertools.islice(_stream("mix", "train"), 4000)
     problems = [p for row in texts for p in PUBLISHED["mix"].read(row)]
     bpe.train_from_iterator([p.prompt + p.answer for p in problems], trainer)

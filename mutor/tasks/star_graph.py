@@ -51,6 +51,11 @@ class StarGraphConfig:
     tokens: str = setting("labels", doc="one token a label, or the model's own tokenizer", choices=("labels", "model"))
     data_seed: int = setting(0, doc="seed of the validation and test graphs", low=0)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Edges of a graph, and nodes of its path."""
+        return self.n * (self.l - 1), self.l
+
     def __post_init__(self) -> None:
         if self.reverse and self.direction != "forward":
             raise ValueError(f"reverse: not together with direction {self.direction!r}, which turns paths already")
@@ -74,7 +79,7 @@ class StarGraph:
     """The task: training graphs, validation and test graphs, their tokens, and how answers are scored."""
 
     Config = StarGraphConfig
-    benchmark = "solve_rate"  # the metric that names the best checkpoint
+    selection_metric = "solve_rate"  # the metric that names the best checkpoint
     higher_is_better = True
 
     def __init__(self, config: StarGraphConfig, tokenizer: Any = None):
@@ -124,7 +129,7 @@ class StarGraph:
         c, seen, splits = self.config, np.zeros(0, dtype=np.uint64), {}
         for split, size in (("test", c.test_size), ("valid", c.valid_size)):
             if split == "test" and c.test_file:
-                splits[split] = read_file(c.test_file, c)
+                splits[split] = read_file(c.test_file, c.shape, c.labels)
             else:
                 rng = np.random.default_rng([TAG[split], c.data_seed])
                 splits[split] = self._fresh(rng, size, seen)
@@ -153,7 +158,7 @@ class StarGraph:
         c = self.config
         if c.train_file or c.train_size:
             if c.train_file:
-                graphs = read_file(c.train_file, c)
+                graphs = read_file(c.train_file, c.shape, c.labels)
                 graphs = graphs[~np.isin(keys(graphs), self._forbidden)]
             else:
                 assert c.train_size
@@ -220,9 +225,15 @@ class StarGraph:
         return (got + [-1] * length)[:length]
 
     def evaluate(
-        self, model: Any, method: Method, context: Context, split: str, batch_size: int, keep: Path | None = None,
-        say: Any = None,
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:  # fmt: skip
+        self,
+        model: Any,
+        method: Method,
+        context: Context,
+        split: str,
+        batch_size: int,
+        predictions_file: Path | None = None,
+        log: Any = None,
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Score greedy answers without teacher forcing (whole path right), and each position with and without it.
 
         Returns the metrics (rates in percent, loss in nats a token), and of the first two the scores of every graph,
@@ -230,7 +241,7 @@ class StarGraph:
         """
         import torch
 
-        from mutor.mtp.decode import score_forced
+        from mutor.mtp.decode import teacher_forced_scores
 
         length, examples = self.config.l, self.encode(self.splits[split])
         truth = self._answers(self.splits[split])
@@ -246,7 +257,7 @@ class StarGraph:
                     right[i] = np.array(self._labels(ids, length)) == truth[i]
         solved: np.ndarray = np.all(right, axis=1)
         step = length - 2 if self.config.reverse or self.config.direction == "backward" else 1
-        forced, loss = score_forced(model, method, context, examples, batch_size)
+        forced, loss = teacher_forced_scores(model, method, context, examples, batch_size)
         scores: dict[str, np.ndarray] = {"solve_rate": solved, "first_step_accuracy": right[:, step]}
         metrics = {name: 100 * float(values.mean()) for name, values in scores.items()}
         metrics |= {"chance": self.chance(self.config), "loss": loss}

@@ -82,7 +82,7 @@ class Text:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.pad_id = self.tokenizer.pad_token_id
         self.prefix_lm = config.prefix_lm and not self.corpus.whole
-        self.benchmark = "rougeL" if self.corpus.compare == "rouge" else "accuracy"
+        self.selection_metric = "rougeL" if self.corpus.compare == "rouge" else "accuracy"
         self.problems = {split: self._problems(split) for split in ("valid", "test")}
         self.examples = {split: self.encode(found) for split, found in self.problems.items()}
         self.longest_prompt = max(prefix for found in self.examples.values() for _, prefix in found)
@@ -158,30 +158,43 @@ class Text:
         return {"accuracy": float(COMPARE[self.corpus.compare](answer, gold))}
 
     def evaluate(
-        self, model: Any, method: Method, context: Context, split: str, batch_size: int, keep: Path | None = None,
-        say: Any = None,
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:  # fmt: skip
+        self,
+        model: Any,
+        method: Method,
+        context: Context,
+        split: str,
+        batch_size: int,
+        predictions_file: Path | None = None,
+        log: Any = None,
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Greedy answers through lm-evaluation-harness, scored; and the loss of the right answers.
 
         keep: a .jsonl file for all predictions; answers are kept beside it as they come, so a killed evaluation goes
         on. Returns the metrics (percent; loss in nats a token), and of all but the loss the scores of every problem,
         [N], right or wrong or 0 to 1.
         """
-        from mutor.mtp.decode import score_forced
+        from mutor.mtp.decode import teacher_forced_scores
         from mutor.tasks.harness import evaluate
 
         found = self.problems[split]
-        cache = keep.with_suffix(".answers") if keep else None
+        cache = predictions_file.with_suffix(".answers") if predictions_file else None
         outputs, scores = evaluate(
-            model, self.tokenizer, self.scored_on(self.config), found, self.score,
-            new_tokens=self._new_tokens(model.config.max_position_embeddings), batch_size=batch_size,
-            prefix_lm=self.prefix_lm, cache=cache, say=say,
-        )  # fmt: skip
+            model,
+            self.tokenizer,
+            self.scored_on(self.config),
+            found,
+            self.score,
+            new_tokens=self._new_tokens(model.config.max_position_embeddings),
+            batch_size=batch_size,
+            prefix_lm=self.prefix_lm,
+            cache=cache,
+            log=log,
+        )
         metrics = {name: 100 * float(values.mean()) for name, values in scores.items()}
-        _, metrics["loss"] = score_forced(model, method, context, self.examples[split], batch_size)
-        if keep:
-            self._keep(keep, found, outputs, scores[self.benchmark])
-            for file in keep.parent.glob(f"{keep.stem}.answers*"):
+        _, metrics["loss"] = teacher_forced_scores(model, method, context, self.examples[split], batch_size)
+        if predictions_file:
+            self._write_predictions(predictions_file, found, outputs, scores[self.selection_metric])
+            for file in predictions_file.parent.glob(f"{predictions_file.stem}.answers*"):
                 file.unlink()
         return metrics, {name: v.astype(bool) if name == "accuracy" else v for name, v in scores.items()}
 
@@ -191,10 +204,12 @@ class Text:
             raise ValueError(f"a prompt has {self.longest_prompt} tokens; allowed: below {room}, the model's positions")
         return min(self.corpus.new_tokens, room - self.longest_prompt)
 
-    def _keep(self, file: Path, found: Sequence[Problem], outputs: Sequence[str], values: np.ndarray) -> None:
+    def _write_predictions(
+        self, file: Path, found: Sequence[Problem], outputs: Sequence[str], values: np.ndarray
+    ) -> None:
         lines = []
         for problem, output, value in zip(found, outputs, values.tolist(), strict=True):
-            line = {"prompt": problem.key, "output": output, "gold": problem.gold, self.benchmark: value}
+            line = {"prompt": problem.key, "output": output, "gold": problem.gold, self.selection_metric: value}
             if self.corpus.compare != "rouge":
                 line["answer"] = EXTRACT[self.corpus.extract](output)
             lines.append(json.dumps(line, ensure_ascii=False))

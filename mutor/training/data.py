@@ -29,16 +29,16 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return self.total
 
-    def __getitem__(self, counter: int) -> Example:
-        return self.__getitems__([counter])[0]
+    def __getitem__(self, sample: int) -> Example:
+        return self.__getitems__([sample])[0]
 
-    def __getitems__(self, counters: Sequence[int]) -> list[Example]:
-        index = np.asarray(counters, dtype=np.int64)
+    def __getitems__(self, samples: Sequence[int]) -> list[Example]:
+        index = np.asarray(samples, dtype=np.int64)
         if self.source.size is not None:
             size = self.source.size
             index = np.array([self._permutation(int(c) // size, size)[c % size] for c in index])
         found = self.source.examples(index)
-        return [Example(ids, prefix, int(c)) for (ids, prefix), c in zip(found, counters, strict=True)]
+        return [Example(ids, prefix, int(c)) for (ids, prefix), c in zip(found, samples, strict=True)]
 
     def _permutation(self, epoch: int, size: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

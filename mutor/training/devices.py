@@ -87,12 +87,28 @@ def launch(arguments: list[str], processes: int, wanted: str, threads: int) -> N
     for handle in _held.values():
         os.set_inheritable(handle.fileno(), True)
     command = [
-        sys.executable, "-m", "accelerate.commands.launch",
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
         "--multi_gpu",  # its name for several processes on one machine, on CPUs too
-        "--num_processes", str(processes), "--num_machines", "1", "--gpu_ids", "all", "--main_process_port", "0",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads),
-        "-m", "mutor", *arguments,
-    ]  # fmt: skip
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+        "--gpu_ids",
+        "all",
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        str(threads),
+        "-m",
+        "mutor",
+        *arguments,
+    ]
     sys.stdout.flush()
     os.execv(sys.executable, command)
 

@@ -9,7 +9,7 @@ from torch import nn
 from mutor.config.recipe import Recipe
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimisers used as one; their parameter groups are this one's, so schedules reach them."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]):
@@ -60,7 +60,7 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "adamw":
         return rest
     muon = torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay)
-    return Together([muon, rest])
+    return CombinedOptimizer([muon, rest])
 
 
 def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LambdaLR:

@@ -13,28 +13,27 @@ the end.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mutor.config.runs import Spec
-from mutor.files import write_json
+from mutor.files import complete_folder, locked, write_json
 from mutor.registry import METHODS, TASKS, load
 from mutor.results import provenance, records
 from mutor.training.devices import agreed, choose_device, is_main, processes
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """Where and how runs take place: folders, device, threads a process, and how progress is said."""
+class RunEnvironment:
+    """Where and how runs take env: folders, device, threads a process, and how progress is said."""
 
     root: Path
     runs: Path
@@ -44,39 +43,39 @@ class Workplace:
     rerun_stale: bool = False
 
 
-def run(spec: Spec, seeds: tuple[int, ...], place: Workplace) -> None:
+def run(spec: Spec, seeds: tuple[int, ...], env: RunEnvironment) -> None:
     """Finish every seed of a setting and write its index.json; finished seeds are left alone.
 
     Raises ValueError, before any training, for what the configuration got wrong.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the runs beside this one
     if processes() > 1:
-        choose_device(place.device)
+        choose_device(env.device)
     todo = []
     for seed in seeds if is_main() else ():
-        if records.finished(place.runs, spec, seed) and place.rerun_stale:
-            record = records.read(records.seed_folder(place.runs, spec, seed) / "metrics.json")
-            if provenance.changed_code(record, place.root):
-                _set_aside(records.seed_folder(place.runs, spec, seed))
-        if not records.finished(place.runs, spec, seed):
+        if records.finished(env.runs, spec, seed) and env.rerun_stale:
+            record = records.read(records.seed_folder(env.runs, spec, seed) / "metrics.json")
+            if provenance.changed_code(record, env.root):
+                _set_aside(records.seed_folder(env.runs, spec, seed))
+        if not records.finished(env.runs, spec, seed):
             todo.append(seed)
     todo = agreed(todo)
     if todo:
         if spec.base:
-            _run_base(spec.base, tuple(dict.fromkeys(map(spec.base_seed_of, todo))), place)
-        _run(spec, todo, place)
+            _run_base(spec.base, tuple(dict.fromkeys(map(spec.base_seed_of, todo))), env)
+        _run(spec, todo, env)
     if is_main():
-        write_index(spec, seeds, place.runs)
+        write_index(spec, seeds, env.runs)
 
 
-def _run_base(base: Spec, seeds: tuple[int, ...], place: Workplace) -> None:
+def _run_base(base: Spec, seeds: tuple[int, ...], env: RunEnvironment) -> None:
     """Finish the base models of these seeds; one whose model was cleaned up is trained again."""
     for seed in seeds if is_main() else ():
-        folder = records.seed_folder(place.runs, base, seed)
-        if records.finished(place.runs, base, seed) and not (folder / "last").exists():
+        folder = records.seed_folder(env.runs, base, seed)
+        if records.finished(env.runs, base, seed) and not (folder / "last").exists():
             _set_aside(folder)
-    if agreed(any(not records.finished(place.runs, base, seed) for seed in seeds)):
-        run(base, seeds, place)
+    if agreed(any(not records.finished(env.runs, base, seed) for seed in seeds)):
+        run(base, seeds, env)
 
 
 def write_index(spec: Spec, seeds: tuple[int, ...], runs: Path) -> None:
@@ -86,32 +85,32 @@ def write_index(spec: Spec, seeds: tuple[int, ...], runs: Path) -> None:
     write_json(Path(runs) / spec.path / "index.json", content)
 
 
-def _run(spec: Spec, seeds: list[int], place: Workplace) -> None:
+def _run(spec: Spec, seeds: list[int], env: RunEnvironment) -> None:
     import torch
     import transformers
 
-    torch.set_num_threads(place.threads)
+    torch.set_num_threads(env.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     from mutor.models.build import tokenizer
 
-    device = choose_device(place.device)
+    device = choose_device(env.device)
     task_class = load(TASKS, spec.dataset.task, "task")
     own = tokenizer(spec.model_config) if getattr(spec.task_config, "tokens", None) == "model" else None
     task = task_class(spec.task_config, own)
     if hasattr(task, "prepare_assets"):
-        task.prepare_assets(place.runs / spec.scale / "assets", device, _speaker(f"{place.label}{spec.data}"))
+        task.prepare_assets(env.runs / spec.scale / "assets", device, _speaker(f"{env.label}{spec.data}"))
     for number, seed in enumerate(seeds, start=1):
-        head = f"{place.label}{spec.data} {spec.model} {spec.method} {spec.name}"
-        say = _speaker(f"{head} seed {seed} ({number}/{len(seeds)})")
-        folder = records.seed_folder(place.runs, spec, seed)
-        with _only_one(folder, say):
-            if agreed(not records.finished(place.runs, spec, seed)):
-                _seed(spec, seed, folder, task, device, place, say)
+        head = f"{env.label}{spec.data} {spec.model} {spec.method} {spec.name}"
+        log = _speaker(f"{head} seed {seed} ({number}/{len(seeds)})")
+        folder = records.seed_folder(env.runs, spec, seed)
+        with _locked(folder, log):
+            if agreed(not records.finished(env.runs, spec, seed)):
+                _seed(spec, seed, folder, task, device, env, log)
 
 
 def _seed(
-    spec: Spec, seed: int, folder: Path, task: Any, device: str, place: Workplace, say: Callable[[str], None]
+    spec: Spec, seed: int, folder: Path, task: Any, device: str, env: RunEnvironment, log: Callable[[str], None]
 ) -> None:
     import torch
 
@@ -122,41 +121,69 @@ def _seed(
     context = Context(seed=seed, pad_id=task.pad_id, prefix_lm=task.prefix_lm)
     method = load(METHODS, spec.method, "method")(spec.method_config, per_sequence=spec.recipe.loss_mean == "sequence")
     if agreed(not (folder / "last/training.json").exists()):
-        base = records.seed_folder(place.runs, spec.base, spec.base_seed_of(seed)) / "last" if spec.base else None
-        _train(spec, seed, folder, base, task, method, context, device, say)
+        base = records.seed_folder(env.runs, spec.base, spec.base_seed_of(seed)) / "last" if spec.base else None
+        _train(spec, seed, folder, base, task, method, context, device, log)
     if not is_main():
         return  # and wait at the next seed, if there is one
     training = json.loads((folder / "last/training.json").read_text())
-    checkpoints = _evaluate(spec, folder, task, method, context, device, training, say)
-    say("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
+    checkpoints = _evaluate(spec, folder, task, method, context, device, training, log)
+    log("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
     memory = (
         torch.cuda.max_memory_allocated()
         if device == "cuda"
         else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
-    code = provenance.code_hashes(place.root, __name__, type(method).__module__, type(task).__module__)
+    code = provenance.code_hashes(env.root, __name__, type(method).__module__, type(task).__module__)
     record = {
-        "version": records.VERSION, "scale": spec.scale, "train_data": spec.data, "model": spec.model,
-        "train_data_name": task.describe(spec.task_config), "train_data_role": spec.dataset.role,
-        "model_role": spec.model_config.role, "stands_in_for": spec.stands_in_for, "method": spec.method,
-        "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
-        "checkpoints": checkpoints, "curve": training["curve"],
-        "steps": training["steps"], "tokens": training["tokens"], "seconds_training": training["seconds"],
-        "examples": training["examples"], "examples_dropped": training["examples_dropped"],
-        "parameters": training["parameters"], "trainable_parameters": training["trainable_parameters"],
+        "version": records.VERSION,
+        "scale": spec.scale,
+        "train_data": spec.data,
+        "model": spec.model,
+        "train_data_name": task.describe(spec.task_config),
+        "train_data_role": spec.dataset.role,
+        "model_role": spec.model_config.role,
+        "stands_in_for": spec.stands_in_for,
+        "method": spec.method,
+        "settings": spec.settings,
+        "seed": seed,
+        "config": spec.as_dict(),
+        "config_hash": spec.config_hash,
+        "checkpoints": checkpoints,
+        "curve": training["curve"],
+        "steps": training["steps"],
+        "tokens": training["tokens"],
+        "seconds_training": training["seconds"],
+        "examples": training["examples"],
+        "examples_dropped": training["examples_dropped"],
+        "parameters": training["parameters"],
+        "trainable_parameters": training["trainable_parameters"],
         "added_parameters": training["added_parameters"],
-        "peak_memory_bytes": memory, "device": device_name(device), "threads": place.threads,
-        "processes": processes(), "started": training["started"], "finished": _now(), "resumed": training["resumed"],
-        "data_hash": task.data_hash(), "code": code, "weights_hash": training["weights_hash"],
-        **provenance.provenance(place.root),
-    }  # fmt: skip
+        "peak_memory_bytes": memory,
+        "device": device_name(device),
+        "threads": env.threads,
+        "processes": processes(),
+        "started": training["started"],
+        "finished": _now(),
+        "resumed": training["resumed"],
+        "data_hash": task.data_hash(),
+        "code": code,
+        "weights_hash": training["weights_hash"],
+        **provenance.provenance(env.root),
+    }
     write_json(folder / "metrics.json", record)
 
 
 def _train(
-    spec: Spec, seed: int, folder: Path, base: Path | None, task: Any, method: Any, context: Any, device: str,
-    say: Callable[[str], None],
-) -> None:  # fmt: skip
+    spec: Spec,
+    seed: int,
+    folder: Path,
+    base: Path | None,
+    task: Any,
+    method: Any,
+    context: Any,
+    device: str,
+    log: Callable[[str], None],
+) -> None:
     from mutor.models.build import build, initialiser
     from mutor.mtp.backbone import evaluating
     from mutor.training.data import Samples
@@ -165,18 +192,18 @@ def _train(
     started, source = _now(), task.train(seed)
     recipe = spec.recipe.for_size(source.size)
     if source.dropped:
-        say(f"{source.size} training examples; {source.dropped} longer ones dropped")
+        log(f"{source.size} training examples; {source.dropped} longer ones dropped")
     model = build(spec.model_config, vocabulary=task.vocabulary, seed=seed, base=base)
     task.prepare(model)
     method.attach(model, initialiser(spec.model_config))
-    goal = task.benchmark
+    selection_metric = task.selection_metric
     best: dict[str, float] = {}
 
     def export(name: str, training: Callable[[Path], dict[str, Any]] | None = None) -> None:
         state = trainer.whole_state()  # from all processes
         if not is_main():
             return
-        with _whole(folder / name) as target:
+        with complete_folder(folder / name) as target:
             method.export(model, target, state)
             if task.tokenizer is not None:
                 task.tokenizer.save_pretrained(target)
@@ -188,44 +215,66 @@ def _train(
             metrics, _ = task.evaluate(model, method, context, "valid", recipe.eval_batch_size)
         metrics = agreed(metrics)  # rounding may differ between devices; what follows from them may not
         step = trainer.state.global_step
-        if metrics[goal] > best.get(goal, _best_so_far(trainer, goal)):
-            best[goal] = metrics[goal]
-            export("best", lambda target: {"step": step, goal: metrics[goal]})
-        if step in recipe.keep:
+        if metrics[selection_metric] > best.get(selection_metric, _best_so_far(trainer, selection_metric)):
+            best[selection_metric] = metrics[selection_metric]
+            export("best", lambda target: {"step": step, selection_metric: metrics[selection_metric]})
+        if step in recipe.keep_steps:
             export(f"step{step}")
         return metrics
 
     assert recipe.steps is not None
     samples = Samples(source, recipe.steps * recipe.batch_size, seed)
     trainer = MethodTrainer(
-        model, method, recipe, samples, context, folder / "checkpoints",
-        seed=seed, score=score, goal=goal, say=say, device=device, autocast=spec.model_config.dtype != "float32",
+        model,
+        method,
+        recipe,
+        samples,
+        context,
+        folder / "checkpoints",
+        seed=seed,
+        score=score,
+        selection_metric=selection_metric,
+        log=log,
+        device=device,
+        autocast=spec.model_config.dtype != "float32",
         sharded=spec.sharded and processes() > 1,
-    )  # fmt: skip
+    )
     resumed = trainer.resume()
-    curve = [entry for entry in trainer.state.log_history if "loss" in entry or f"eval_{goal}" in entry]
+    curve = [entry for entry in trainer.state.log_history if "loss" in entry or f"eval_{selection_metric}" in entry]
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     training = {
-        "curve": curve, "steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 3),
-        "tokens": next((e["tokens"] for e in reversed(curve) if "tokens" in e), 0), "started": started,
-        "resumed": resumed, "added_parameters": method.added_parameters(model),
+        "curve": curve,
+        "steps": trainer.state.global_step,
+        "seconds": round(trainer.seconds(), 3),
+        "tokens": next((e["tokens"] for e in reversed(curve) if "tokens" in e), 0),
+        "started": started,
+        "resumed": resumed,
+        "added_parameters": method.added_parameters(model),
         "parameters": sum(size for size, _ in sizes),
         "trainable_parameters": sum(size for size, trained in sizes if trained),
-        "examples": source.size, "examples_dropped": source.dropped,
-    }  # fmt: skip
+        "examples": source.size,
+        "examples_dropped": source.dropped,
+    }
     export("last", lambda target: {**training, "weights_hash": _weights_hash(target)})
     if is_main():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _best_so_far(trainer: Any, goal: str) -> float:
-    return max((e[f"eval_{goal}"] for e in trainer.state.log_history if f"eval_{goal}" in e), default=float("-inf"))
+def _best_so_far(trainer: Any, selection_metric: str) -> float:
+    scores = (entry.get(f"eval_{selection_metric}") for entry in trainer.state.log_history)
+    return max((score for score in scores if score is not None), default=float("-inf"))
 
 
 def _evaluate(
-    spec: Spec, folder: Path, task: Any, method: Any, context: Any, device: str, training: dict[str, Any],
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+    spec: Spec,
+    folder: Path,
+    task: Any,
+    method: Any,
+    context: Any,
+    device: str,
+    training: dict[str, Any],
+    log: Callable[[str], None],
+) -> list[dict[str, Any]]:
     """Test metrics and scores of the best, the kept and the last checkpoint, as anyone would load them."""
     from transformers import AutoModelForCausalLM
 
@@ -234,7 +283,7 @@ def _evaluate(
     best = json.loads((folder / "best/training.json").read_text()) if (folder / "best").exists() else None
     same = best is None or best["step"] == training["steps"]
     found = []
-    kept = [(f"step{step}", step) for step in spec.recipe.keep if (folder / f"step{step}").exists()]
+    kept = [(f"step{step}", step) for step in spec.recipe.keep_steps if (folder / f"step{step}").exists()]
     for name, step in (("best", best and best["step"]), *kept, ("last", training["steps"])):
         if name == "best" and same:
             continue
@@ -247,7 +296,7 @@ def _evaluate(
         plain.to(device)
         plain.eval()
         metrics, scores = task.evaluate(
-            plain, method, context, "test", spec.recipe.eval_batch_size, folder / f"predictions-{name}.jsonl", say
+            plain, method, context, "test", spec.recipe.eval_batch_size, folder / f"predictions-{name}.jsonl", log
         )
         names = ["best", "last"] if name == "last" and same else [name]
         seconds = round(time.monotonic() - began, 3)
@@ -279,42 +328,24 @@ def _set_aside(folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when it is complete."""
-    temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _locked(folder: Path, log: Callable[[str], None]) -> contextlib.AbstractContextManager[Any]:
     """Keep two runs from working on one seed: the second waits, and then finds it finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as handle:
-        if is_main():
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say("another process is working on this run; waiting for it")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    if not is_main():
+        return contextlib.nullcontext()
+    return locked(folder / ".lock", lambda: log("another process is working on this run; waiting for it"))
 
 
 def _speaker(head: str) -> Callable[[str], None]:
     """Print progress, at most a line every ten seconds, but always a score; one process does."""
     last = [0.0]
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         now = time.monotonic()
         if is_main() and ("left" not in line or now - last[0] > 10):
             last[0] = now
             print(f"{head}: {line}", flush=True)
 
-    return say
+    return log
 
 
 def _weights_hash(folder: Path) -> str:

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mutor.config.recipe import Recipe
 from mutor.mtp.layout import Example, Layout
-from mutor.mtp.loss import Goal
+from mutor.mtp.loss import LossTargets
 from mutor.mtp.method import Context, Method
 from mutor.training.data import Samples
 from mutor.training.devices import agreed, is_main, processes
@@ -36,19 +36,36 @@ Score = Callable[[Any], dict[str, float]]
 class MethodTrainer(Trainer):
     """Trains a model with a method's layout and losses, and logs every part of the loss.
 
-    score: the model -> validation metrics, called every `recipe.eval_every` steps; say: prints a line of progress.
+    score: the model -> validation metrics, called every `recipe.eval_every` steps; log: prints a line of progress.
     Several processes share the parts of each batch and log what one would. sharded: each holds a part of the weights
     (FSDP2) instead of all (DDP). Raises ValueError where they can't.
     """
 
     def __init__(
-        self, model: Any, method: Method, recipe: Recipe, samples: Samples, context: Context, folder: Path,
-        *, seed: int, score: Score, goal: str, say: Callable[[str], None], device: str, autocast: bool,
+        self,
+        model: Any,
+        method: Method,
+        recipe: Recipe,
+        samples: Samples,
+        context: Context,
+        folder: Path,
+        *,
+        seed: int,
+        score: Score,
+        selection_metric: str,
+        log: Callable[[str], None],
+        device: str,
+        autocast: bool,
         sharded: bool = False,
-    ):  # fmt: skip
-        self.method, self.recipe, self.context, self.score, self.goal, self.say = (
-            method, recipe, context, score, goal, say,
-        )  # fmt: skip
+    ):
+        self.method, self.recipe, self.context, self.score, self.selection_metric, self.print_line = (
+            method,
+            recipe,
+            context,
+            score,
+            selection_metric,
+            log,
+        )
         self._parts: dict[str, Tensor] = {}
         self._tokens: Tensor | int = 0
         self._seconds = 0.0
@@ -109,20 +126,28 @@ class MethodTrainer(Trainer):
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
         """What the model is fed for a part of a batch, and what it is to predict."""
-        layout, goals = self.method.feed(examples, self.context, self.recipe.row_tokens)
+        layout, loss_targets = self.method.prepare_batch(examples, self.context, self.recipe.row_tokens)
         self.method.trunk.check_lengths(layout)
-        return {"layout": _flat(layout), "goals": {name: _flat(goal) for name, goal in goals.items()}}
+        return {
+            "layout": _flat(layout),
+            "loss_targets": {name: _flat(selection_metric) for name, selection_metric in loss_targets.items()},
+        }
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """This process's parts of the next batch; each loss is divided by what the whole batch has of its targets."""
         parts = list(itertools.islice(epoch_iterator, num_batches))
         if not parts:
             return parts, None
-        counts = torch.stack([torch.stack([goal["count"] for goal in part["goals"].values()]) for part in parts])
+        counts = torch.stack(
+            [
+                torch.stack([selection_metric["count"] for selection_metric in part["loss_targets"].values()])
+                for part in parts
+            ]
+        )
         totals = self.accelerator.reduce(counts.sum(0).to(self.args.device), "sum")
         for part in parts:
-            for goal, total in zip(part["goals"].values(), totals, strict=True):
-                goal["count"] = total
+            for selection_metric, total in zip(part["loss_targets"].values(), totals, strict=True):
+                selection_metric["count"] = total
         return parts, totals[0]
 
     def compute_loss(
@@ -132,11 +157,14 @@ class MethodTrainer(Trainer):
 
         Gradients are averaged over processes, each of which has a share of the sum.
         """
-        layout, goals = Layout(**inputs["layout"]), {k: Goal(**g) for k, g in inputs["goals"].items()}
-        loss, parts = self.method.losses(model, layout, goals)
+        layout, loss_targets = (
+            Layout(**inputs["layout"]),
+            {k: LossTargets(**g) for k, g in inputs["loss_targets"].items()},
+        )
+        loss, parts = self.method.compute_loss(model, layout, loss_targets)
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value
-        self._tokens = self._tokens + (layout.document >= 0).sum()
+        self._tokens = self._tokens + (layout.segment >= 0).sum()
         loss = loss * processes()
         return (loss, {}) if return_outputs else loss
 
@@ -158,18 +186,19 @@ class MethodTrainer(Trainer):
             self._parts, self._tokens = {}, 0
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(f"the loss is {logs['loss']} at step {self.state.global_step}; stopped")
-            self.say(self._line(logs))
+            self.print_line(self._line(logs))
         logs["seconds"] = round(self.seconds(), 3)
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the model on the validation set; end the run when the recipe's goal is reached."""
-        with _whole(self.model):
+        with _gathered(self.model):
             scores = self.score(self.accelerator.unwrap_model(self.model))
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))
-        self.say(f"step {self.state.global_step}/{self.steps}  {self.goal} {metrics[f'eval_{self.goal}']:.1f}")
-        if self.recipe.stop_at is not None and metrics[f"eval_{self.goal}"] >= self.recipe.stop_at:
+        reached = scores[self.selection_metric]
+        self.print_line(f"step {self.state.global_step}/{self.steps}  {self.selection_metric} {reached:.1f}")
+        if self.recipe.stop_at is not None and reached >= self.recipe.stop_at:
             self.control.should_training_stop = True
             self.control.should_save = False  # a run killed after this point repeats its last steps and stops again
         return metrics
@@ -197,7 +226,7 @@ class MethodTrainer(Trainer):
         if checkpoint:
             history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
             self._seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
-            self.say(f"resumed from step {checkpoint.name.rpartition('-')[2]}")
+            self.print_line(f"resumed from step {checkpoint.name.rpartition('-')[2]}")
         if processes() > 1:
             set_seed(self.args.seed + self.args.process_index)  # dropout differs between the parts of a batch
         self._started = time.monotonic()
@@ -250,7 +279,7 @@ def _shard(model: Any, layer: nn.Module, device: str) -> None:
 
 
 @contextlib.contextmanager
-def _whole(model: Any) -> Iterator[None]:
+def _gathered(model: Any) -> Iterator[None]:
     """Inside, a sharded model is gathered once instead of for every token that it writes."""
     if not hasattr(model, "set_reshard_after_forward"):
         yield
@@ -262,7 +291,7 @@ def _whole(model: Any) -> Iterator[None]:
         module.set_reshard_after_forward(module is not model, recurse=False)
 
 
-def _flat(record: Layout | Goal) -> dict[str, Tensor]:
+def _flat(record: Layout | LossTargets) -> dict[str, Tensor]:
     return {f.name: getattr(record, f.name) for f in fields(record)}
 
 

@@ -61,8 +61,8 @@ def run_arguments(wildcards):
     ]
     if spec.settings:
         words += ["--set", *(f"'{k}={v}'" for k, v in spec.settings.items())]
-    if spec.longer != 1:
-        words.append(f"--longer {spec.longer!r}")
+    if spec.budget_factor != 1:
+        words.append(f"--budget-factor {spec.budget_factor!r}")
     if PROJECT.rerun_stale:
         words.append("--rerun-stale")
     return " ".join(words)
