@@ -34,9 +34,11 @@ def edit(file, change):
 
 def test_planning_imports_no_torch():
     code = (
-        "import sys; from mutor import config, plan, results, tables; r = config.find_root()\n"
-        "for s in config.scales(r):\n"
-        "    a = config.load_scale(r, s); [config.cells(config.load_table(r, t), a) for t in config.tables(r)]\n"
+        "import sys; from pathlib import Path\n"
+        "from mutor.config import load, runs; from mutor.results import claims, drawings, plan, report\n"
+        "for s in load.scale_names(Path()):\n"
+        "    a = load.load_scale(Path(), s)\n"
+        "    [runs.cells_of(load.load_table(Path(), t), a) for t in load.table_names(Path())]\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -48,7 +48,7 @@ def test_prompt_and_answer_meet_where_they_should(gsm8k):
     for (ids, prefix), problem in zip(gsm8k.encode(found), found, strict=True):
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
         assert (
-            tokenizer.decode(ids[1:prefix]) == problem.prompt and tokenizer.decode(ids[prefix:-1]) == problem.is_target
+            tokenizer.decode(ids[1:prefix]) == problem.prompt and tokenizer.decode(ids[prefix:-1]) == problem.answer
         )
         assert list(ids[:prefix]) == tokenizer(problem.prompt)["input_ids"]  # as at inference
     assert all(prefix == 1 for _, prefix in gsm8k.encode(found, whole=True))
@@ -182,7 +182,7 @@ def test_killed_evaluation_goes_on_where_it_was(tiny, words, tmp_path):
 
 def test_gold_answers_score_full_marks(gsm8k):
     for problem in gsm8k.problems["test"]:
-        assert gsm8k.score(problem.is_target, problem.gold) == {"accuracy": 1.0}
+        assert gsm8k.score(problem.answer, problem.gold) == {"accuracy": 1.0}
         assert gsm8k.score(f"#### {int(problem.gold) + 1}", problem.gold) == {"accuracy": 0.0}
     task = Text(TextConfig(corpus="samsum", valid_size=5, test_size=50, train_size=50, **STANDIN))
     golds = [p.gold for p in task.problems["test"]]
