@@ -124,7 +124,7 @@ def test_an_unknown_method_suggests_the_nearest(name, nearest):
 def test_a_taken_name_is_refused():
     """Registering twice would silently replace a method."""
     mine = {"mutor": "mutor.mtp.mutor:MuToR"}
-    with pytest.raises(ValueError, match=r"'mutor' is already registered as mutor\.mutor:MuToR"):
+    with pytest.raises(ValueError, match=r"'mutor' is already registered as mutor\.mtp\.mutor:MuToR"):
         register(mine, "mutor", "other:Thing")
     assert mine == {"mutor": "mutor.mtp.mutor:MuToR"}
 

@@ -34,9 +34,12 @@ def edit(file, change):
 
 def test_planning_imports_no_torch():
     code = (
-        "import sys; from mutor import config, plan, results, tables; r = config.find_root()\n"
-        "for s in config.scales(r):\n"
-        "    a = config.load_scale(r, s); [config.cells(config.load_table(r, t), a) for t in config.tables(r)]\n"
+        "import sys; from mutor.results import cells, claims, plan, report\n"
+        "from mutor.config.load import find_root, load_scale, load_table, scale_names, table_names\n"
+        "from mutor.config.runs import cells_of\n"
+        "r = find_root(); tables = [load_table(r, t) for t in table_names(r)]\n"
+        "for s in scale_names(r):\n"
+        "    a = load_scale(r, s); [cells_of(t, a) for t in tables]\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

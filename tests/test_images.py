@@ -98,7 +98,7 @@ def test_first_row_alone_is_one_dimension(monkeypatch):
     )  # fmt: skip
     rows = collate([image(c) for c in (4, 9)], 0)
     one, two = (m.train_layout(rows, Context(seed=2)) for m in (flat, grid))
-    for name in ("ids", "position", "target", "register", "order"):
+    for name in ("ids", "position", "target", "register", "causal_index"):
         assert torch.equal(getattr(one, name), getattr(two, name))
     assert torch.equal(flat.compute_loss(model, one)[0], grid.compute_loss(twin, two)[0])
 
