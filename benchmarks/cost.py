@@ -32,7 +32,7 @@ from mutor.models.build import build
 from mutor.mtp.attention import dense_mask
 from mutor.mtp.layout import IGNORE, Example
 from mutor.mtp.method import Context
-from mutor.registry import METHODS, load
+from mutor.registry import METHODS, fastest_attention, load
 from mutor.results import provenance
 from mutor.results.cost import as_dict, file_of, measured, metrics_of
 from mutor.results.flops import step_flops
@@ -192,8 +192,8 @@ def one_sequence(method, model, example, of):
 @contextlib.contextmanager
 def attending(setup, case):
     """The model's attention as a case wants it: block masks on a GPU, dense masks elsewhere, or no mask at all."""
-    block = case.attention == "auto" and setup.device == "cuda" and not case.one_at_a_time
-    setup.model.set_attn_implementation("flex_attention" if block else "sdpa")
+    as_fast = case.attention == "auto" and not case.one_at_a_time
+    setup.model.set_attn_implementation(fastest_attention(setup.device if as_fast else "cpu"))
     if case.attention == "causal":  # whole rows, so the model's own causal attention is the same
         with unittest.mock.patch("mutor.mtp.backbone.attention_mask", lambda *of: None):
             yield

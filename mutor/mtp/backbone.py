@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mutor.mtp.attention import attention_mask
 from mutor.mtp.layout import Layout
+from mutor.registry import ATTENTION, answers_under
 
 LAYER_NAMES = ("layers", "h", "blocks")
 NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
@@ -99,9 +100,13 @@ class Backbone:
 
     def __call__(self, model: Any, layout: Layout) -> BackboneOutput:
         """One forward of `model` (the model itself, or what a distributed wrapper made of it)."""
+        attention = self.config._attn_implementation
         if layout.ids.device.type == "cpu":  # on a GPU a look at the positions would make the step wait
             self.check_lengths(layout)
-        mask = attention_mask(layout, self.config._attn_implementation, self.embedding.weight.dtype)
+            if torch.is_grad_enabled() and attention in ATTENTION and not ATTENTION[attention].cpu_gradients:
+                allowed = ", ".join(name for name, backend in ATTENTION.items() if backend.cpu_gradients)
+                raise ValueError(f"attention: {attention!r} has no gradients on a CPU; allowed there: {allowed}")
+        mask = attention_mask(layout, attention, self.embedding.weight.dtype)
         seen: dict[str, Any] = {}
 
         def last_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -177,22 +182,24 @@ class Backbone:
 class evaluating:
     """Context: the model in evaluation mode, put back as it was afterwards.
 
-    One that is trained under FlexAttention answers under sdpa: answers grow a token at a time, and padding stands left.
+    It answers under the attention backend that the one it is trained under names in mutor/registry.py.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __enter__(self) -> None:
-        self.was, self.attention = self.model.training, getattr(self.model.config, "_attn_implementation", None)
+        self.was, self.attention = self.model.training, getattr(self.model.config, "_attn_implementation", "")
         self.model.eval()
-        if self.attention == "flex_attention":
-            self.model.set_attn_implementation("sdpa")  # type: ignore[operator]
+        self._attend(answers_under(self.attention))
 
     def __exit__(self, *error: object) -> None:
         self.model.train(self.was)
-        if self.attention == "flex_attention":
-            self.model.set_attn_implementation(self.attention)  # type: ignore[operator]
+        self._attend(self.attention)
+
+    def _attend(self, attention: str) -> None:
+        if answers_under(self.attention) != self.attention:
+            self.model.set_attn_implementation(attention)  # type: ignore[operator]
 
 
 def _first(output: Any) -> Tensor:
