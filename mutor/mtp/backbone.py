@@ -1,10 +1,15 @@
 """The parts of a stock Hugging Face causal LM that multi-token objectives need, found without patching the model.
 
-trunk = Trunk(model)
+trunk = Backbone(model)
 out = trunk(model, layout)          # one forward of the model as it is
 out.hidden                          # [B, L, d] last layer's output, before the final norm
 trunk.logits(out.normed[rows])      # [N, V] the model's own output layer, where something is predicted
-out.through(layer, x)               # another decoder layer under the trunk's own mask and positions
+out.apply_layer(layer, x)           # another decoder layer under the trunk's own mask and positions
+
+trunk.new_layer()                   # what a method may add: a decoder layer,
+trunk.new_linear(2 * d, d)          # a linear layer,
+trunk.extra_rows(3)                 # input vectors beyond the vocabulary,
+trunk.add(module)                   # all of it in one module of the model
 """
 
 import copy
@@ -15,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mutor.checks import choose
 from mutor.mtp.attention import attention_mask
 from mutor.mtp.layout import Layout
 from mutor.registry import ATTENTION, answers_under
@@ -26,7 +32,7 @@ EXTRA = "mtp"  # the one submodule that holds whatever a method adds to a model
 
 @dataclass
 class BackboneOutput:
-    """hidden: [B, L, d] before the final norm; normed: [B, L, d] after it; through: apply one more layer."""
+    """hidden: [B, L, d] before the final norm; normed: [B, L, d] after it; apply_layer: one more layer on [B, L, d]."""
 
     hidden: Tensor
     normed: Tensor
@@ -53,6 +59,7 @@ class Backbone:
         self.vocabulary = int(self.embedding.num_embeddings)
         self.width = int(self.config.hidden_size)
         self.initialise = initialise
+        self._rows: nn.Embedding | None = None
         self.meta = self.embedding.weight.device.type == "meta"
         if not self.meta:
             self._check_logits()
@@ -89,6 +96,54 @@ class Backbone:
             if hasattr(parameter, "_is_hf_initialized"):
                 del parameter._is_hf_initialized
         self.model._init_weights(module)
+
+    def new_linear(self, in_features: int, out_features: int, *, bias: bool = False) -> nn.Linear:
+        """A linear layer with fresh weights, initialised like the model's own, on its device and in its dtype."""
+        weight = self.embedding.weight
+        with torch.device(weight.device):
+            linear = nn.Linear(in_features, out_features, bias=bias)
+        if self.initialise is not None:
+            self.initialise(linear)
+        elif not self.meta:
+            self.model._init_weights(linear)
+        return linear.to(weight.dtype)
+
+    def extra_rows(self, count: int, init: str = "mean", *, scaled: bool = True) -> nn.Embedding:
+        """`count` learned input vectors: input id vocabulary size + n feeds row n. Part of the model once `add`ed.
+
+        init: "mean" of the input embeddings, or "model": normal, with their standard deviation. scaled: multiplied as
+        the model multiplies its own (Gemma: by sqrt(d)). Raises ValueError where the model has extra rows already.
+        """
+        if self._rows is not None:
+            raise ValueError(f"{self.name} has {self._rows.num_embeddings} extra rows already; ask for all at once")
+        choose(init, ("mean", "model"), "init of extra rows")
+        table = self._rows = nn.Embedding(count, self.width, device=self.embedding.weight.device)
+        if not self.meta:
+            with torch.no_grad():
+                if init == "mean":
+                    table.weight.copy_(self.embedding.weight.float().mean(0).expand(count, -1))
+                else:
+                    table.weight.normal_(0, float(self.embedding.weight.float().std()))
+        scale = getattr(self.embedding, "embed_scale", None)  # Gemma scales inside its embedding layer
+        later = getattr(self.config, "embedding_multiplier", None)  # Granite behind it, whatever came out
+        asked: list[Tensor] = []  # ids of the call under way: forward hooks only see them clamped
+
+        def clamp(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            asked.append(args[0])
+            return (args[0].clamp(max=self.vocabulary - 1), *args[1:])
+
+        def put(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            ids = asked.pop()
+            vectors = table((ids - self.vocabulary).clamp(0, count - 1)).to(output.dtype)
+            if scale is not None and scaled:
+                vectors = vectors * scale.to(output.dtype)
+            if later is not None and not scaled:
+                vectors = vectors / later
+            return torch.where((ids >= self.vocabulary)[..., None], vectors, output)
+
+        self.embedding.register_forward_pre_hook(clamp)
+        self.embedding.register_forward_hook(put)
+        return table
 
     def add(self, module: nn.Module) -> nn.Module:
         """Make `module` part of the model, under the name that export leaves out."""
