@@ -68,7 +68,7 @@ class Setup:
             self.plain = made(reference)
             self.plain.attach(self.model)
         self.model.train()
-        self.optimizer = optimizer(self.model, RECIPE)
+        self.optimizer = optimizer(self.model, self.method, RECIPE)
 
     def step(self, case, batch):
         """One optimiser step of a case."""

@@ -7,13 +7,13 @@ trunk.logits(out.normed[rows])      # [N, V] the model's own output layer, where
 out.apply_layer(layer, x)           # another decoder layer under the trunk's own mask and positions
 
 trunk.new_layer()                   # what a method may add: a decoder layer,
-trunk.new_linear(2 * d, d)          # a linear layer,
+trunk.new_linear(d, V, output=True) # a linear layer, here an output layer,
 trunk.extra_rows(3)                 # input vectors beyond the vocabulary,
 trunk.add(module)                   # all of it in one module of the model
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,9 @@ class Backbone:
         self.vocabulary = int(self.embedding.num_embeddings)
         self.width = int(self.config.hidden_size)
         self.initialise = initialise
+        self.added: nn.Module | None = None  # what the method added
         self._rows: nn.Embedding | None = None
+        self._outputs: list[nn.Module] = [self.head]
         self.meta = self.embedding.weight.device.type == "meta"
         if not self.meta:
             self._check_logits()
@@ -97,8 +99,12 @@ class Backbone:
                 del parameter._is_hf_initialized
         self.model._init_weights(module)
 
-    def new_linear(self, in_features: int, out_features: int, *, bias: bool = False) -> nn.Linear:
-        """A linear layer with fresh weights, initialised like the model's own, on its device and in its dtype."""
+    def new_linear(self, in_features: int, out_features: int, *, bias: bool = False, output: bool = False) -> nn.Linear:
+        """A linear layer with fresh weights, initialised like the model's own, on its device and in its dtype.
+
+        output: it makes logits of hidden states, so it is trained like the model's output layer. One with as many
+        outputs as the vocabulary is taken for one in any case.
+        """
         weight = self.embedding.weight
         with torch.device(weight.device):
             linear = nn.Linear(in_features, out_features, bias=bias)
@@ -106,6 +112,8 @@ class Backbone:
             self.initialise(linear)
         elif not self.meta:
             self.model._init_weights(linear)
+        if output:
+            self._outputs.append(linear)
         return linear.to(weight.dtype)
 
     def extra_rows(self, count: int, init: str = "mean", *, scaled: bool = True) -> nn.Embedding:
@@ -150,8 +158,25 @@ class Backbone:
         if hasattr(self.model, EXTRA):
             raise ValueError(f"a method is already attached to this {self.name}; load the model again")
         weight = self.embedding.weight
-        self.model.add_module(EXTRA, module.to(device=weight.device, dtype=weight.dtype))
+        self.added = module.to(device=weight.device, dtype=weight.dtype)
+        self.model.add_module(EXTRA, self.added)
         return module
+
+    def is_layer(self, module: nn.Module) -> bool:
+        """Whether it is a decoder layer, the model's or a new one."""
+        return type(module) in map(type, self.layers)
+
+    def tables(self) -> Iterator[nn.Parameter]:
+        """The parameters of embeddings and output layers, the model's and added ones: a row for each token id.
+
+        Output layers are the model's own, those made as such by `new_linear`, and each module outside of decoder
+        layers with as many outputs as the vocabulary.
+        """
+        inside = {id(part) for layer in self.model.modules() if self.is_layer(layer) for part in layer.modules()}
+        for module in self.model.modules():
+            as_wide = id(module) not in inside and getattr(module, "out_features", None) == self.vocabulary
+            if isinstance(module, nn.Embedding) or module in self._outputs or as_wide:
+                yield from module.parameters()
 
     def __call__(self, model: Any, layout: Layout) -> BackboneOutput:
         """One forward of `model` (the model itself, or what a distributed wrapper made of it)."""
