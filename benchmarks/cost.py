@@ -29,13 +29,11 @@ from mutor.config.load import find_root, load_scale, load_table
 from mutor.config.recipe import Recipe
 from mutor.files import write_json
 from mutor.models.build import build
-from mutor.mtp.attention import dense_mask
 from mutor.mtp.layout import IGNORE, Example
 from mutor.mtp.method import Context
 from mutor.registry import METHODS, fastest_attention, load
 from mutor.results import provenance
 from mutor.results.cost import as_dict, file_of, measured, metrics_of
-from mutor.results.flops import step_flops
 from mutor.training.optim import optimizer
 
 RECIPE = Recipe(steps=1, batch_size=1, learning_rate=1e-6)
@@ -99,35 +97,7 @@ class Setup:
         """(tokens that pass the trunk, FLOPs) of a step: what the method needs, however it is computed."""
         method = self.plain if case.method == "next_token" else self.method
         layout, loss_targets = self.inputs(case, method, batch)
-        trunk, tokens = method.trunk, int((layout.segment >= 0).sum())
-        extra = getattr(self.model, "mtp", None) if method is self.method else None
-        layers = [*trunk.layers, *getattr(method, "heads", ()), *(d["layer"] for d in getattr(method, "depths", ()))]
-        parts = [
-            p
-            for part in (trunk.layers, extra)
-            if part is not None
-            for n, p in part.named_parameters()
-            if p.ndim == 2 and not n.startswith("registers")
-        ]
-        pairs = sum(int(dense_mask(row).sum()) for row in split(layout)) - int((layout.segment < 0).sum())
-        heads, width = trunk.config.num_attention_heads, getattr(trunk.config, "head_dim", None)
-        query = heads * (width or trunk.width // heads)
-        flops = step_flops(
-            matrices=sum(p.numel() for p in parts),
-            tokens=tokens,
-            head=trunk.head.weight.numel(),
-            targets=sum(len(g.index) for g in loss_targets.values()),
-            query=query,
-            layers=len(layers),
-            pairs=pairs,
-        )
-        return tokens, flops
-
-
-def split(layout):
-    """A layout a row at a time."""
-    for row in range(len(layout.ids)):
-        yield replace(layout, **{name: value[row : row + 1] for name, value in vars(layout).items()})
+        return int((layout.segment >= 0).sum()), method.step_flops(layout, loss_targets)
 
 
 def made(case):

@@ -62,3 +62,9 @@ def block_mask(layout: Layout, dtype: torch.dtype | None = None) -> Any:
 
     batch, length = layout.ids.shape
     return create_block_mask(mask_mod(layout), batch, None, length, length, device=layout.ids.device)
+
+
+def visible_pairs(layout: Layout) -> int:
+    """How many pairs of a token and one that it sees a layout has, padding left out; in the memory of one row."""
+    rows = range(len(layout.ids))
+    return sum(int(dense_mask(layout.row(row)).sum()) for row in rows) - int((layout.segment < 0).sum())

@@ -182,6 +182,29 @@ class Method:
 
         return head_loss(self.trunk.logits, normed, targets, self.trunk.vocabulary)
 
+    def step_flops(self, layout: Layout, loss_targets: dict[str, LossTargets]) -> int:
+        """FLOPs that a training step on `layout` needs, however it is computed; see mutor/mtp/flops.py.
+
+        Here all tokens pass the model's layers and all that the method added, and each target an output layer of the
+        model's size. A method that computes something else counts it itself.
+        """
+        from mutor.mtp.attention import visible_pairs
+        from mutor.mtp.flops import step_flops
+
+        trunk = self.trunk
+        parts = [trunk.layers] if trunk.added is None else [trunk.layers, trunk.added]
+        tables = {id(p) for p in trunk.tables()}
+        heads = trunk.config.num_attention_heads
+        return step_flops(
+            matrices=sum(p.numel() for m in parts for p in m.parameters() if p.ndim == 2 and id(p) not in tables),
+            tokens=int((layout.segment >= 0).sum()),
+            head=trunk.head.weight.numel(),
+            targets=sum(len(each.index) for each in loss_targets.values()),
+            query=heads * (getattr(trunk.config, "head_dim", None) or trunk.width // heads),
+            layers=sum(trunk.is_layer(m) for part in parts for m in part.modules()),
+            pairs=visible_pairs(layout),
+        )
+
     def added_parameters(self, model: nn.Module) -> int:
         """Number of parameters that the method added."""
         from mutor.mtp.backbone import EXTRA
