@@ -14,13 +14,13 @@ from mutor.checks import from_mapping
 from mutor.config.cost_cases import Case, cases_of, load_cases, settings_of
 from mutor.config.load import load_scale, load_table
 from mutor.config.schema import ModelConfig
+from mutor.mtp.flops import step_flops
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR
 from mutor.results.cells import cell_frame
 from mutor.results.cost import file_of, metrics_of
 from mutor.results.drawings import collect_artifact
-from mutor.results.flops import step_flops
 from mutor.results.published import read_reported
 from mutor.results.records import Records
 

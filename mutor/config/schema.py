@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mutor.checks import setting
+from mutor.checks import choose, setting
+from mutor.registry import ATTENTION
 
 if TYPE_CHECKING:
     pass
@@ -150,9 +151,10 @@ class ModelConfig:
         choices=("float32", "bfloat16", "mixed"),
     )
     recipe_changes: dict = setting({}, doc="changes of every recipe for this model, the same for all methods")
-    attention: str = setting("sdpa", doc="attention implementation", choices=("sdpa", "eager", "flex_attention"))
+    attention: str = setting("sdpa", doc="attention implementation, one of mutor/registry.py: ATTENTION")
 
     def __post_init__(self) -> None:
+        choose(self.attention, ATTENTION, "attention")
         if (self.architecture is None) == (self.pretrained is None):
             raise ValueError("give either architecture (from scratch) or pretrained (hub name or folder)")
 

@@ -38,16 +38,6 @@ def attention_exceeds_feed_forward(shape: Shape) -> float:
     return (6 * d * f - 2 * (d * q + 2 * d * kv + q * d)) / (4 * d)
 
 
-def step_flops(*, matrices: int, tokens: int, head: int, targets: int, query: int, layers: int, pairs: int) -> int:
-    """FLOPs of a training step: what its matrices, output layer and attention compute, three times the forward pass.
-
-    matrices: parameters of all layers' matrices; tokens: that pass them, registers included; head: parameters of the
-    output layer; targets: positions it is applied to; query: width of all query heads together; pairs: of a token and
-    one that it sees, in one layer (scores and their sum, 4 x width a pair). Recomputed activations do not count.
-    """
-    return 6 * matrices * tokens + 6 * head * targets + 12 * query * layers * pairs
-
-
 def training_flops(record: Mapping[str, Any]) -> float | None:
     """FLOPs of a finished run as the paper counts: 6 x parameters x tokens through the model, registers included."""
     parameters = record.get("parameters", record.get("trainable_parameters"))

@@ -26,7 +26,7 @@ from typing import Any
 
 from mutor.config.runs import Spec
 from mutor.files import complete_folder, locked, write_json
-from mutor.registry import METHODS, TASKS, load
+from mutor.registry import METHODS, TASKS, answers_under, load
 from mutor.results import provenance, records
 from mutor.training.devices import agreed, choose_device, is_main, processes
 
@@ -291,7 +291,7 @@ def _evaluate(
         plain: Any = AutoModelForCausalLM.from_pretrained(
             folder / name,
             dtype=torch_dtype(spec.model_config),
-            attn_implementation="eager" if spec.model_config.attention == "eager" else "sdpa",
+            attn_implementation=answers_under(spec.model_config.attention),
         )
         plain.to(device)
         plain.eval()
