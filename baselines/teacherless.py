@@ -14,6 +14,7 @@ from mutor.mtp.method import Context, Method
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mutor.mtp.decode import Prompts
     from mutor.mtp.layout import Layout, TokenBatch
 
 
@@ -36,8 +37,8 @@ class Teacherless(Method):
         layout = super().eval_layout(rows, context)
         return replace(layout, ids=layout.ids.masked_fill(rows.is_target, context.pad_id))
 
-    def generate(self, model: Any, prefix: Tensor, length: int, context: Context) -> Tensor:
-        """int64 [B, length]: the argmax at the last prefix token and at length - 1 dummies after it."""
-        from mutor.mtp.decode import in_one_pass
+    def answer(self, model: Any, prompts: Prompts) -> Tensor:
+        """int64 [B, length]: the argmax at the last prompt token and at length - 1 dummies after it."""
+        from mutor.mtp.decode import decode_in_one_pass
 
-        return in_one_pass(model, prefix, length, context.pad_id, prefix_lm=context.prefix_lm)
+        return decode_in_one_pass(model, prompts)

@@ -17,6 +17,7 @@ import time
 import torch
 from training_loop import ratios
 
+from baselines.next_token import NextToken
 from mutor.config.schema import ModelConfig
 from mutor.models.build import build
 from mutor.tasks.harness import evaluate
@@ -38,6 +39,7 @@ def batched(model, task, found, batch_size):
     """Answers as the suite's evaluation gives them."""
     return evaluate(
         model,
+        NextToken(None),
         task.tokenizer,
         "gsm8k",
         found,

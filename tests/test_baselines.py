@@ -12,7 +12,7 @@ from baselines.next_token import NextToken, NextTokenConfig
 from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
 from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
 from baselines.teacherless import Teacherless, TeacherlessConfig
-from mutor.mtp.decode import greedy
+from mutor.mtp.decode import Prompts, decode
 from mutor.mtp.layout import IGNORE, Example, collate, regular, targets_ahead
 from mutor.mtp.loss import one_at_a_time
 from mutor.mtp.method import Context
@@ -78,11 +78,16 @@ def test_teacherless_answers_in_one_pass(tiny, tools, family, prefix_lm):
     model, prefix, length = tiny(family), [[7, 9, 30, 4], [8, 3, 11, 50]], 5
     method = Teacherless(TeacherlessConfig())
     method.attach(model)
-    got = method.generate(model, torch.tensor(prefix), length, Context(pad_id=6, prefix_lm=prefix_lm))
+    ids = torch.tensor(prefix)
+    got = method.answer(model, Prompts(ids, torch.ones_like(ids), length, pad_id=6, prefix_lm=prefix_lm))
     losses = []
     for line, answer in zip(prefix, got.tolist(), strict=True):
         logits = tools.plain_logits(model, line + [6] * (length - 1), 4, prefix_lm)[3:]
         assert logits.argmax(-1).tolist() == answer
+        padded = torch.tensor([[5, 5, *line]])
+        attended = torch.tensor([[0, 0, 1, 1, 1, 1]])
+        alone = method.answer(model, Prompts(padded, attended, length, pad_id=6, prefix_lm=prefix_lm))
+        assert alone.tolist() == [answer]
         losses += [cross_entropy(logits[j], answer[j]) for j in range(length)]
     rows = collate([Example(np.array(p + a), 4) for p, a in zip(prefix, got.tolist(), strict=True)], 6)
     total, _ = method.compute_loss(model, method.train_layout(rows, Context(pad_id=6, prefix_lm=prefix_lm)))
@@ -91,7 +96,7 @@ def test_teacherless_answers_in_one_pass(tiny, tools, family, prefix_lm):
 
 @BOTH
 def test_greedy_is_a_plain_loop(tiny, tools, family, prefix_lm):
-    """No cache, the whole sequence again for each token; the end token does not end it."""
+    """No cache, the whole sequence again for each token."""
     model, prefix = tiny(family), [[7, 9, 30, 4, 0], [8, 0, 3, 11, 50]]
     wanted = []
     for line in prefix:
@@ -99,8 +104,8 @@ def test_greedy_is_a_plain_loop(tiny, tools, family, prefix_lm):
         for _ in range(5):
             ids.append(int(tools.plain_logits(model, ids, 5, prefix_lm)[-1].argmax()))
         wanted.append(ids[5:])
-    model.generation_config.eos_token_id = wanted[0][1]
-    assert greedy(model, torch.tensor(prefix), 5, prefix_lm=prefix_lm).tolist() == wanted
+    ids = torch.tensor(prefix)
+    assert decode(model, Prompts(ids, torch.ones_like(ids), 5, prefix_lm=prefix_lm)).tolist() == wanted
 
 
 def combine(tools, model, total, parts, names, losses, a):

@@ -187,7 +187,7 @@ def test_killed_command_of_two_processes_goes_on_to_the_result_of_one(project):
 HOLD = """
 import os, sys
 from pathlib import Path
-from mutor import devices
+from mutor.training import devices
 execv = os.execv
 devices.choose_device = lambda wanted, processes: devices.claim(["cuda-0", "cuda-1"][:processes], Path(sys.argv[1]))
 os.execv = lambda program, command: execv(program, [program, "-c", "print('launcher', flush=True); input()"])

@@ -154,27 +154,27 @@ def digits(tmp_path_factory):
 
     said = []
     task = Images(from_mapping(ImagesConfig, TINY, "images"))
-    task.prepare_assets(tmp_path_factory.mktemp("assets"), "cpu", said.append)
+    task.prepare_assets(tmp_path_factory.getbasetemp() / "assets", "cpu", said.append)
     assert any("held-out images" in line for line in said)
     return task
 
 
-def test_codes_are_stored_once_and_read_again(digits):
+def test_codes_are_stored_once_and_read_again(digits, tmp_path_factory):
     from mutor.models import vq
     from mutor.tasks.images import Images
     from mutor.tasks.pictures import load as pictures
 
     again, said = Images(digits.config), []
-    again.prepare_assets(digits.folder.parent, "cpu", said.append)
+    again.prepare_assets(tmp_path_factory.getbasetemp() / "assets", "cpu", said.append)
     assert said == [] and again.data_hash() == digits.data_hash()
     train, test = pictures(digits.config)
     assert len(train) + len(test) == 1797 and len(test) == 100
-    assert digits.codes["train"].shape == (2 * 1697, 16) and digits.codes["train"].dtype == np.uint8
+    assert digits.assets.codes["train"].shape == (2 * 1697, 16) and digits.assets.codes["train"].dtype == np.uint8
     ids, prefix = digits.train(0).examples(np.array([3]))[0]
     assert prefix == 1 and ids[0] == 16 + int(train.labels[3])
-    assert ids[1:].tolist() == digits.codes["train"][3].tolist() and digits.train(0).size == 2 * 1697
-    codes = vq.encode(again.book, train.batch(np.arange(250))).flatten(1)
-    assert torch.equal(codes, torch.tensor(digits.codes["train"][:250]).long())
+    assert ids[1:].tolist() == digits.assets.codes["train"][3].tolist() and digits.train(0).size == 2 * 1697
+    codes = vq.encode(again.assets.book, train.batch(np.arange(250))).flatten(1)
+    assert torch.equal(codes, torch.tensor(digits.assets.codes["train"][:250]).long())
 
 
 def test_versions_keep_their_class():
@@ -306,7 +306,7 @@ def attached_to(task):
 
 
 def test_drawing_is_the_same_twice(digits):
-    _, model = attached_to(digits)
+    method, model = attached_to(digits)
     labels = torch.arange(6)
-    assert torch.equal(digits.draw(model, labels, 4), digits.draw(model, labels, 4))
-    assert digits.draw(model, labels, 4).shape == (6, 1, 8, 8)
+    drawn = digits.draw(model, method, labels, 4)
+    assert torch.equal(drawn, digits.draw(model, method, labels, 4)) and drawn.shape == (6, 1, 8, 8)

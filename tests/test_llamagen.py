@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mutor.models.llamagen import SIZES, LlamaGenConfig, LlamaGenForCausalLM, convert, sample
+from mutor.models.llamagen import SIZES, LlamaGenConfig, LlamaGenForCausalLM, convert, image_prompts
+from mutor.mtp.decode import decode
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR
@@ -144,6 +145,11 @@ def test_dropouts_and_withheld_classes_in_training_only(model):
     assert (got[:, 1] == 7).all() and (got[:, 2] == none + 1).all()  # codes and registers stay
     model.eval()
     assert torch.equal(stack._withheld(labels), labels)
+
+
+def sample(model, classes, **settings):
+    """int64 [B, cells]: codes of drawn images."""
+    return decode(model, image_prompts(model, classes, **settings))[: len(classes)]
 
 
 def by_hand(model, label, seed, guidance, temperature=1.0, top_k=0, number=0, batch=1):

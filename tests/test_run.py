@@ -113,10 +113,10 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 import test_run
-from mutor.training.run import Workplace, run
+from mutor.training.run import RunEnvironment, run
 spec = test_run.smoke_spec("{method}", steps=60, log_every=3, eval_every=6, save_every=6)
 from pathlib import Path
-run(spec, (7,), Workplace(root=test_run.ROOT, runs=Path({runs!r})))
+run(spec, (7,), RunEnvironment(root=test_run.ROOT, runs=Path({runs!r})))
 """
 
 

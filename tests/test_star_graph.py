@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from baselines.next_token import NextToken
 from mutor.checks import from_mapping
 from mutor.mtp.method import Context
-from mutor.registry import METHODS, load
 from mutor.tasks.graphs import Graphs, generate, keys, read_file, read_line, write_file, write_line
 from mutor.tasks.star_graph import StarGraph, StarGraphConfig
 from mutor.training.data import Samples
@@ -176,21 +176,18 @@ def test_impossible_graphs_are_refused(settings, says):
     assert says in str(error.value)
 
 
-class Oracle(torch.nn.Module):
+class Oracle(NextToken):
     """Answers right, always takes the first arm written, or always errs at one position."""
 
-    device = torch.device("cpu")
-
     def __init__(self, task, kind):
-        super().__init__()
-        self.kind, self.answers = kind, {tuple(ids[:p]): ids[p:] for ids, p in task.encode(task.splits["test"])}
-        self.config = type("Config", (), {"_attn_implementation": "sdpa"})
-        self.dtype = torch.float32
+        super().__init__(None)
+        self.kind, self.answers = kind, {tuple(ids[:p]): ids[p:] for ids, p in task.examples("test")}
 
-    def generate(self, prefix, **kwargs):
-        out = np.stack([self.answers[tuple(row)] for row in prefix.tolist()])
+    def answer(self, model, prompts):
+        assert prompts.attended.all() and prompts.end_id is None
+        out = np.stack([self.answers[tuple(row)] for row in prompts.ids.tolist()])
         if self.kind == "cheat":
-            for row, line in zip(prefix.tolist(), out, strict=True):
+            for row, line in zip(prompts.ids.tolist(), out, strict=True):
                 follow = {}
                 for a, b in zip(row[0:-3:3], row[1:-3:3], strict=True):
                     follow.setdefault(a, b)  # the first arm that is written
@@ -198,7 +195,14 @@ class Oracle(torch.nn.Module):
                     line[i] = follow[line[i - 1]]
         if self.kind == "last":
             out[:, -1] = -5
-        return torch.cat([prefix, torch.from_numpy(out)], 1)
+        return torch.from_numpy(out)
+
+
+class Indifferent(torch.nn.Module):
+    """A model to which all tokens are alike."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    config = type("Config", (), {"_attn_implementation": "sdpa"})
 
     def forward(self, input_ids, **kwargs):
         return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 12 + 4)})
@@ -207,8 +211,7 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize(("kind", "low", "high"), [("right", 100, 100), ("cheat", 29, 38), ("last", 0, 0)])
 def test_scores_of_known_answerers(kind, low, high):
     task = StarGraph(StarGraphConfig(3, 3, 12, test_size=1500))
-    method = load(METHODS, "next_token", "m")(None)
-    metrics, scores = task.evaluate(Oracle(task, kind), method, Context(), "test", 400)
+    metrics, scores = task.evaluate(Indifferent(), Oracle(task, kind), Context(), "test", 400)
     assert low <= metrics["solve_rate"] <= high and metrics["solve_rate"] == 100 * scores["solve_rate"].mean()
     assert metrics["chance"] == pytest.approx(100 / 3)
     assert metrics["accuracy_at_1"] == 100

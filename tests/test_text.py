@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from baselines.next_token import NextToken
 from mutor.checks import from_mapping
 from mutor.config.load import load_scale, load_table
 from mutor.config.recipe import Recipe
@@ -47,9 +48,7 @@ def test_prompt_and_answer_meet_where_they_should(gsm8k):
     tokenizer, found = gsm8k.tokenizer, gsm8k.problems["test"]
     for (ids, prefix), problem in zip(gsm8k.encode(found), found, strict=True):
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
-        assert (
-            tokenizer.decode(ids[1:prefix]) == problem.prompt and tokenizer.decode(ids[prefix:-1]) == problem.is_target
-        )
+        assert tokenizer.decode(ids[1:prefix]) == problem.prompt and tokenizer.decode(ids[prefix:-1]) == problem.answer
         assert list(ids[:prefix]) == tokenizer(problem.prompt)["input_ids"]  # as at inference
     assert all(prefix == 1 for _, prefix in gsm8k.encode(found, whole=True))
 
@@ -119,10 +118,12 @@ def test_batched_answers_equal_one_by_one_without_cache(tiny, tools, family, wor
     rng = np.random.default_rng(3)
     prompts = [rng.integers(3, 61, n).tolist() for n in (9, 3, 6, 1, 7)]
     found = [Problem(" ".join(f"<{i}>" for i in p), "", "<5>") for p in prompts]
-    outputs, scores = evaluate(
-        model, words, "words", found, lambda out, gold: {"right": float(gold in out.split())},
-        new_tokens=8, batch_size=3, prefix_lm=prefix_lm,
-    )  # fmt: skip
+
+    def score(output, gold):
+        return {"right": float(gold in output.split())}
+
+    settings = {"new_tokens": 8, "batch_size": 3, "prefix_lm": prefix_lm}
+    outputs, scores = evaluate(model, NextToken(None), words, "words", found, score, **settings)
     for prompt, output, right in zip(prompts, outputs, scores["right"], strict=True):
         ids = [1, *prompt]
         for _ in range(8):
@@ -138,19 +139,22 @@ def test_batched_answers_equal_one_by_one_without_cache(tiny, tools, family, wor
 @pytest.mark.parametrize("prefix_lm", [True, False])
 def test_answers_that_end_leave_the_batch_and_the_others_do_not_notice(tiny, family, prefix_lm):
     """A token that one of four prompts leads to serves as the end token, so that others end elsewhere or never."""
-    from mutor.mtp.decode import greedy_until
+    from mutor.mtp.decode import Prompts, decode
+
+    def answers(end):
+        return decode(model, Prompts(ids, attended, 12, end_id=end, prefix_lm=prefix_lm))
 
     model, rng = tiny(family), np.random.default_rng(1)
     attended = (torch.arange(9) >= torch.tensor([[0], [3], [5], [8]])).long().repeat(6, 1)
     ids = torch.tensor(rng.integers(3, 61, (4, 9))).repeat(6, 1) * attended
-    whole = greedy_until(model, ids, attended, 12, -1, 0, prefix_lm=prefix_lm)
+    whole = answers(-1)
     sizes, forward = [], model.forward
     model.forward = lambda **given: (sizes.append(len(given["input_ids"])), forward(**given))[1]
     for end in whole[:4, 2].tolist():
         wanted = whole.clone()
         for row in wanted:
             row[1 + (row == end).nonzero()[0, 0] if end in row else 12 :] = 0
-        assert torch.equal(greedy_until(model, ids, attended, 12, end, 0, prefix_lm=prefix_lm), wanted)
+        assert torch.equal(answers(end), wanted)
     assert min(sizes) <= 18
 
 
@@ -161,10 +165,8 @@ def test_killed_evaluation_goes_on_where_it_was(tiny, words, tmp_path):
     found = [Problem(f"<{i}> <{i + 1}>", "", "<5>") for i in range(3, 15)]
 
     def answers(**more):
-        return evaluate(
-            model, words, "words", found, lambda out, gold: {"right": 0.0}, new_tokens=4, batch_size=3, prefix_lm=True,
-            **more,
-        )[0]  # fmt: skip
+        settings = {"new_tokens": 4, "batch_size": 3, "prefix_lm": True, **more}
+        return evaluate(model, NextToken(None), words, "words", found, lambda out, gold: {"right": 0.0}, **settings)[0]
 
     whole, seen = answers(), []
 
@@ -182,7 +184,7 @@ def test_killed_evaluation_goes_on_where_it_was(tiny, words, tmp_path):
 
 def test_gold_answers_score_full_marks(gsm8k):
     for problem in gsm8k.problems["test"]:
-        assert gsm8k.score(problem.is_target, problem.gold) == {"accuracy": 1.0}
+        assert gsm8k.score(problem.answer, problem.gold) == {"accuracy": 1.0}
         assert gsm8k.score(f"#### {int(problem.gold) + 1}", problem.gold) == {"accuracy": 0.0}
     task = Text(TextConfig(corpus="samsum", valid_size=5, test_size=50, train_size=50, **STANDIN))
     golds = [p.gold for p in task.problems["test"]]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from mutor.mtp.decode import Prompts
+
 # layers, heads, width and inner width as published
 SIZES: dict[str, dict[str, int]] = {
     "B": {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 2048},
@@ -218,9 +220,8 @@ def convert(published: Mapping[str, Tensor], config: LlamaGenConfig) -> LlamaGen
     return model
 
 
-@torch.no_grad()
-def sample(
-    model: LlamaGenForCausalLM,
+def image_prompts(
+    model: Any,
     classes: Tensor,
     *,
     seed: int,
@@ -228,34 +229,23 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     compiled: bool = False,
-) -> Tensor:
-    """int64 [B, rows * columns]: codes of images of `classes` (int64 [B]), drawn with cache.
+) -> Prompts:
+    """Prompts for images of `classes` (int64 [B]), whose answers are their codes: rows 0 .. B - 1, [B, rows * columns].
 
-    compiled: with torch.compile and a cache of fixed size, the same codes; it compiles for the better part of a minute.
-
-    Classifier-free guidance as published, l = l_u + guidance (l_c - l_u), both halves in one batch; guidance 1 reads
-    the conditional half alone. top_k: 0 keeps all codes. The noise depends on `seed`, the image's number and the kind
-    of device alone, so two models of equal logits draw equal images.
+    Classifier-free guidance as published, l = l_u + guidance (l_c - l_u): behind the B prompts stand B without a class,
+    which get the same codes; guidance 1 has none of them. top_k: 0 keeps all codes. The noise depends on `seed`, the
+    image's number and the kind of device alone, so two models of equal logits draw equal images.
     """
-    from transformers import DynamicCache, StaticCache
-
-    config, batch = model.config, len(classes)
+    config, device, batch, guided = model.config, model.device, len(classes), guidance != 1
     if not 0 <= int(classes.min()) <= int(classes.max()) < config.classes:
         raise ValueError(f"classes: {int(classes.min())}..{int(classes.max())}, allowed: 0 to {config.classes - 1}")
     if temperature <= 0 or top_k < 0:
         raise ValueError(f"temperature: {temperature}, top_k: {top_k}; allowed: above 0, and 0 or more")
-    device, guided = model.device, guidance != 1
-    noise = torch.Generator(device).manual_seed(seed)
-    last = (classes + config.codes).to(device)[:, None]
-    if guided:
-        last = torch.cat([last, torch.full_like(last, config.codes + config.classes)])
-    cells, out = config.rows * config.columns, []
-    cache = StaticCache(config=config, max_cache_len=cells) if compiled else DynamicCache(config=config)
-    step = torch.compile(model.forward) if compiled else model
-    for place in range(cells):
-        position = torch.full_like(last, place)
-        logits = step(input_ids=last, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
-        logits = logits.float()
+    noise = torch.Generator(device)
+
+    def draw(logits: Tensor, step: int) -> Tensor:
+        if step == 0:
+            noise.manual_seed(seed)
         if guided:
             named, unnamed = logits.split(batch)
             logits = unnamed + guidance * (named - unnamed)
@@ -264,9 +254,12 @@ def sample(
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
         gumbel = -torch.empty(batch, config.codes, device=device).exponential_(generator=noise).log()
         chosen = (logits + gumbel).argmax(-1)  # Gumbel's trick: a draw from softmax(logits)
-        out.append(chosen)
-        last = chosen[:, None].repeat(2 if guided else 1, 1)
-    return torch.stack(out, 1)
+        return chosen.repeat(2) if guided else chosen
+
+    ids = (classes + config.codes).to(device)[:, None]
+    if guided:
+        ids = torch.cat([ids, torch.full_like(ids, config.codes + config.classes)])
+    return Prompts(ids, torch.ones_like(ids), config.rows * config.columns, choose=draw, compiled=compiled)
 
 
 AutoConfig.register("llamagen", LlamaGenConfig)

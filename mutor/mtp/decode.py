@@ -1,93 +1,110 @@
-"""Greedy answers: to prompts of equal length or left-padded ones, token by token, or all tokens in one pass."""
+"""Answers to prompts: token by token with a cache, or all tokens in one pass; and scores under teacher forcing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mutor.mtp.layout import IGNORE, Example, collate
+from mutor.mtp.attention import attention_mask
+from mutor.mtp.layout import IGNORE, Example, Layout, collate
 
 if TYPE_CHECKING:
     from mutor.mtp.method import Context, Method
 
 
-from torch import Tensor
+def most_likely(logits: Tensor, step: int) -> Tensor:
+    """Greedy: the token of the highest logit, the same at every step."""
+    return logits.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is asked, in rows of equal length, and how answers are given.
+
+    ids, attended: int64 [B, P], padded on the left; attended is 0 where padding stands, else 1. length: of the longest
+    answer, in tokens. end_id: the token that ends an answer, None: all have `length` tokens. pad_id: stands behind an
+    answer that ended. prefix_lm: prompts are read in both directions. choose: logits float32 [B, V] and the step
+    0, 1, .. to the next tokens int64 [B]; with an `end_id`, of the rows that have not ended. compiled: with
+    torch.compile and a cache of fixed size, which pays for long answers on a GPU.
+    """
+
+    ids: Tensor
+    attended: Tensor
+    length: int
+    end_id: int | None = None
+    pad_id: int = 0
+    prefix_lm: bool = False
+    choose: Callable[[Tensor, int], Tensor] = most_likely
+    compiled: bool = False
 
 
 @torch.no_grad()
-def greedy(model: Any, prefix: Tensor, length: int, *, prefix_lm: bool = False) -> Tensor:
-    """int64 [B, length]: greedy decoding with cache, no teacher forcing. prefix: int64 [B, P], no padding.
+def decode(model: Any, prompts: Prompts) -> Tensor:
+    """int64 [B, length]: answers token by token, each behind those before it.
 
-    With `prefix_lm` the prefix is read in both directions and decoding stays causal.
+    Rows that have ended leave the batch: answers differ in length by factors, and the longest would hold up all.
+    Raises ValueError for `compiled` prompts that are padded or whose answers end, as shapes would change.
     """
-    extra = {"is_causal": False} if prefix_lm else {}
-    out = model.generate(
-        prefix,
-        attention_mask=torch.ones_like(prefix),
-        max_new_tokens=length,
-        min_new_tokens=length,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        **extra,
-    )
-    return out[:, prefix.shape[1] :]
+    from transformers import StaticCache
 
-
-@torch.no_grad()
-def greedy_until(
-    model: Any, ids: Tensor, attended: Tensor, length: int, end_id: int, pad_id: int, *, prefix_lm: bool = False
-) -> Tensor:
-    """int64 [B, length]: greedy decoding of left-padded prompts up to their end tokens, then padding.
-
-    ids, attended: int64 [B, P], attended is 0 where padding stands. Answers differ in length by factors: rows that have
-    ended leave the batch, which `generate` decodes to the end of its longest answer.
-    """
-    out = torch.full((len(ids), length), pad_id, device=ids.device)
+    ids, end, length = prompts.ids, prompts.end_id, prompts.length
+    padded = not bool(prompts.attended.all())
+    if prompts.compiled and (padded or end is not None):
+        raise ValueError(f"compiled: not with padding or an end token, end_id: {end}; allowed: answers of one length")
+    out = torch.full((len(ids), length), prompts.pad_id, device=ids.device)
     rows, going = torch.arange(len(ids), device=ids.device), torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    position, feed, cache = (attended.cumsum(-1) - 1).clamp(min=0), ids, None
-    extra = {"is_causal": False} if prefix_lm else {}
+    attended, feed, position = prompts.attended, ids, (prompts.attended.cumsum(-1) - 1).clamp(min=0)
+    cache = StaticCache(model.config, max_cache_len=ids.shape[1] + length - 1) if prompts.compiled else None
+    forward = torch.compile(model.forward) if prompts.compiled else model
+    extra = {"is_causal": False} if prompts.prefix_lm else {}
     for step in range(length):
-        state = model(
+        state = forward(
             input_ids=feed,
-            attention_mask=attended,
+            attention_mask=attended if padded else None,
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
             **extra,
         )
-        best, cache, extra = state.logits[:, -1].argmax(-1), state.past_key_values, {}
-        out[rows[going], step] = best[going]
-        going &= best != end_id
-        left = int(going.sum())
-        if not left:
-            break
-        if left < 0.9 * len(going):  # not at each end, for it copies the cache
-            cache.batch_select_indices(going.nonzero()[:, 0])
-            rows, best, attended, position, going = (x[going] for x in (rows, best, attended, position, going))
+        chosen, cache, extra = prompts.choose(state.logits[:, -1].float(), step), state.past_key_values, {}
+        out[rows, step] = torch.where(going, chosen, prompts.pad_id)
+        if end is not None:
+            going &= chosen != end
+            left = int(going.sum())
+            if not left:
+                break
+            if left < 0.9 * len(going):  # not at each end, for it copies the cache
+                cache.batch_select_indices(going.nonzero()[:, 0])
+                rows, chosen, attended, position, going = (x[going] for x in (rows, chosen, attended, position, going))
         attended = torch.cat([attended, attended.new_ones(len(attended), 1)], dim=1)
-        feed, position = best[:, None], position[:, -1:] + 1
+        feed, position = chosen[:, None], position[:, -1:] + 1
     return out
 
 
 @torch.no_grad()
-def in_one_pass(model: Any, prefix: Tensor, length: int, dummy_id: int, *, prefix_lm: bool = False) -> Tensor:
-    """int64 [B, length]: argmax after the prefix and after each of length - 1 dummy tokens, all in one forward."""
-    from mutor.mtp.attention import attention_mask
-    from mutor.mtp.layout import Layout
+def decode_in_one_pass(model: Any, prompts: Prompts) -> Tensor:
+    """int64 [B, length]: chosen behind the prompt and behind each of length - 1 dummies (`pad_id`), in one forward.
 
-    batch, start = prefix.shape
-    ids = torch.cat([prefix, prefix.new_full((batch, length - 1), dummy_id)], dim=1)
-    index = torch.arange(ids.shape[1], device=ids.device).expand(batch, -1)
-    zero = torch.zeros_like(ids)
-    layout = Layout(ids, index, zero, index, (index < start) & prefix_lm, zero.bool(), zero)
+    Raises ValueError where answers end by a token: how many dummies there are is how long an answer is.
+    """
+    if prompts.end_id is not None:
+        raise ValueError(f"end_id: {prompts.end_id} has no meaning in one pass; allowed: answers of one length")
+    (batch, start), more = prompts.ids.shape, prompts.length - 1
+    ids = torch.cat([prompts.ids, prompts.ids.new_full((batch, more), prompts.pad_id)], dim=1)
+    attended = torch.cat([prompts.attended, prompts.attended.new_ones(batch, more)], dim=1)
+    index, none = torch.arange(ids.shape[1], device=ids.device).expand(batch, -1), torch.zeros_like(ids)
+    position, prefix = (attended.cumsum(-1) - 1).clamp(min=0), (index < start) & prompts.prefix_lm
+    layout = Layout(ids, position, attended - 1, index, prefix, none.bool(), none)
     mask = attention_mask(layout, model.config._attn_implementation, model.dtype)
-    logits = model(input_ids=ids, position_ids=index, attention_mask=mask, use_cache=False).logits
-    return logits[:, start - 1 :].argmax(-1)
+    logits = model(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False).logits
+    behind = logits[:, start - 1 :].float()
+    return torch.stack([prompts.choose(behind[:, step], step) for step in range(prompts.length)], dim=1)
 
 
 @torch.no_grad()
@@ -98,8 +115,6 @@ def teacher_forced_scores(
 
     Returns bool [N, A] (A: longest answer, False beyond an answer's end) and the loss in nats a token.
     """
-    from mutor.mtp.attention import attention_mask
-
     longest = max(len(ids) - prefix for ids, prefix in examples)
     right, loss, tokens = np.zeros((len(examples), longest), dtype=bool), 0.0, 0
     for start in range(0, len(examples), batch_size):
@@ -113,7 +128,8 @@ def teacher_forced_scores(
         where = layout.target != IGNORE
         losses = torch.nn.functional.cross_entropy(logits[where], layout.target[where], reduction="sum")
         loss, tokens = loss + float(losses), tokens + int(where.sum())
-        hit = (logits.argmax(-1) == layout.target).cpu().numpy()
-        for i, (ids, prefix) in enumerate(part):
-            right[start + i, : len(ids) - prefix] = hit[i, prefix - 1 : len(ids) - 1]
+        facts = (where, logits.argmax(-1) == layout.target, layout.causal_index)
+        for i, (predicts, hit, order) in enumerate(zip(*(fact.cpu().numpy() for fact in facts), strict=True)):
+            at = np.flatnonzero(predicts)  # a method may feed more than the plain tokens, and in another order
+            right[start + i, : len(at)] = hit[at[order[at].argsort()]]
     return right, loss / tokens

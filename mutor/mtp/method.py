@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mutor.mtp.backbone import Backbone
+    from mutor.mtp.decode import Prompts
     from mutor.mtp.layout import Example, Layout, TokenBatch
     from mutor.mtp.loss import LossTargets
 
@@ -211,11 +212,14 @@ class Method:
 
         return sum(p.numel() for p in getattr(model, EXTRA).parameters()) if hasattr(model, EXTRA) else 0
 
-    def generate(self, model: Any, prefix: Tensor, length: int, context: Context) -> Tensor:
-        """int64 [B, length]: the answer to `prefix` [B, P] as this method's models answer, greedily."""
-        from mutor.mtp.decode import greedy
+    def answer(self, model: Any, prompts: Prompts) -> Tensor:
+        """int64 [B, length]: the answers to prompts [B, P] as this method's models give them; all tasks ask for it.
 
-        return greedy(model, prefix, length, prefix_lm=context.prefix_lm)
+        model: the plain one, with nothing attached, unless the method `keeps_at_inference`.
+        """
+        from mutor.mtp.decode import decode
+
+        return decode(model, prompts)
 
     def export(self, model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Save the plain base architecture, which `AutoModelForCausalLM.from_pretrained(folder)` loads.

@@ -1,6 +1,7 @@
-"""Answers and scores through lm-evaluation-harness, with prefixes read in both directions.
+"""Answers and scores through lm-evaluation-harness, which asks the training method for the answers.
 
-outputs, scores = evaluate(model, tokenizer, "gsm8k", problems, right, new_tokens=512, batch_size=64, prefix_lm=True)
+outputs, scores = evaluate(model, method, tokenizer, "gsm8k", problems, right, new_tokens=512, batch_size=64,
+                           prefix_lm=True)
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from mutor.mtp.decode import greedy_until
+from mutor.mtp.decode import Prompts
+from mutor.mtp.method import Method
 from mutor.tasks.formats import Problem
+from mutor.tasks.task import Log
 
 
-class PrefixLM(HFLM):
-    """HFLM that decodes greedily in batches and, with `prefix_lm`, reads prompts in both directions.
+class MethodLM(HFLM):
+    """HFLM whose answers a method gives, in batches; with `prefix_lm` prompts are read in both directions.
 
-    say: called with a line of progress after each batch.
+    log: called with a line of progress after each batch.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int, prefix_lm: bool, log: Callable[[str], None] | None = None
+        self, model: Any, method: Method, tokenizer: Any, *, batch_size: int, prefix_lm: bool, log: Log | None = None
     ):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-        self.prefix_lm, self.log = prefix_lm, log or (lambda line: None)
+        self.method, self.prefix_lm, self.log = method, prefix_lm, log or (lambda line: None)
         self._done = self._total = 0
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -37,16 +40,16 @@ class PrefixLM(HFLM):
         return super().generate_until(requests, disable_tqdm=True)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
-        """Greedy decoding up to the end token."""
-        answers = greedy_until(
-            self.model,
+        """The method's answers, up to the end token."""
+        prompts = Prompts(
             context,
             kwargs["attention_mask"],
             max_length - context.shape[1],
-            self.tokenizer.eos_token_id,
-            self.tokenizer.pad_token_id,
+            end_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
             prefix_lm=self.prefix_lm,
         )
+        answers = self.method.answer(self.model, prompts)
         self._done += len(context)
         self.log(f"{self._done}/{self._total} answers")
         return torch.cat([context, answers], dim=1)
@@ -54,6 +57,7 @@ class PrefixLM(HFLM):
 
 def evaluate(
     model: Any,
+    method: Method,
     tokenizer: Any,
     name: str,
     problems: Sequence[Problem],
@@ -63,9 +67,9 @@ def evaluate(
     batch_size: int,
     prefix_lm: bool,
     cache: Path | None = None,
-    log: Callable[[str], None] | None = None,
+    log: Log | None = None,
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Greedy answers to all problems, and their scores.
+    """The method's answers to all problems, and their scores.
 
     score: (output, gold) -> metrics of one problem; cache: file that keeps answers as they come, so that a killed
     evaluation goes on where it was. Returns (outputs, metric -> float [N]), in the order of `problems`.
@@ -92,7 +96,7 @@ def evaluate(
             "generation_kwargs": {"until": [], "max_gen_toks": new_tokens, "do_sample": False},
         }
     )
-    lm: Any = PrefixLM(model, tokenizer, batch_size=batch_size, prefix_lm=prefix_lm, log=log)
+    lm: Any = MethodLM(model, method, tokenizer, batch_size=batch_size, prefix_lm=prefix_lm, log=log)
     if cache:
         lm = CachingLM(lm, f"{cache}.db")
     # not simple_evaluate, which seeds all generators and asks pip and git about the machine, for seconds each time

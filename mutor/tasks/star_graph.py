@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mutor.checks import setting
+from mutor.tasks.graphs import Graphs, generate, keys, read_file, write_line
+from mutor.tasks.task import Log, Source, Task
 
 if TYPE_CHECKING:
     from mutor.mtp.method import Context, Method
-    from mutor.tasks.task import Source
-from mutor.tasks.graphs import Graphs, generate, keys, read_file, write_line
 
 BLOCK = 4096
 TAG = {"valid": 1, "test": 2, "train": 3}
@@ -75,25 +75,24 @@ class StarGraphConfig:
             )
 
 
-class StarGraph:
+class StarGraph(Task):
     """The task: training graphs, validation and test graphs, their tokens, and how answers are scored."""
 
     Config = StarGraphConfig
-    selection_metric = "solve_rate"  # the metric that names the best checkpoint
-    higher_is_better = True
+    config: StarGraphConfig
+    selection_metric = "solve_rate"
 
     def __init__(self, config: StarGraphConfig, tokenizer: Any = None):
         """tokenizer: the model's own, for `tokens: model`."""
-        self.config, self.tokenizer = config, tokenizer
+        super().__init__(config, tokenizer)
         if (config.tokens == "model") != (tokenizer is not None):
             raise ValueError(
                 f"star_graph: tokens: {config.tokens!r} goes with {'a' if tokenizer is None else 'no'} tokenizer"
             )
         self.pipe, self.slash, self.equals, self.pad_id = range(config.labels, config.labels + 4)
-        self.vocabulary: int | None = config.labels + 4
-        self.prefix_lm = False
-        if tokenizer is not None:
-            self.vocabulary = None
+        if tokenizer is None:
+            self.vocabulary = config.labels + 4
+        else:
             self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.splits = self._held_out()
         self._forbidden = np.sort(np.concatenate([keys(g) for g in self.splits.values()]))
@@ -107,7 +106,10 @@ class StarGraph:
             + ("" if config.direction == "forward" else f" {config.direction}")
         )
 
-    scored_on = describe
+    @staticmethod
+    def needs_tokenizer(config: StarGraphConfig) -> bool:
+        """Where the lines of text are read, with `tokens: model`."""
+        return config.tokens == "model"
 
     @staticmethod
     def check_settings(config: StarGraphConfig, method_config: Any, where: str) -> None:
@@ -153,8 +155,6 @@ class StarGraph:
 
     def train(self, seed: int) -> Source:
         """Training examples of a run: a fixed set (the same for all seeds) or a stream of new graphs, by seed."""
-        from mutor.tasks.task import Source
-
         c = self.config
         if c.train_file or c.train_size:
             if c.train_file:
@@ -182,6 +182,10 @@ class StarGraph:
             return self.encode(parts[np.argsort(np.argsort(home, kind="stable"))])
 
         return Source(examples, None)
+
+    def examples(self, split: str) -> list[tuple[np.ndarray, int]]:
+        """The held-out graphs of a split."""
+        return self.encode(self.splits[split])
 
     def encode(self, graphs: Graphs) -> list[tuple[np.ndarray, int]]:
         """(token ids, prefix length) of each graph."""
@@ -232,29 +236,16 @@ class StarGraph:
         split: str,
         batch_size: int,
         predictions_file: Path | None = None,
-        log: Any = None,
+        log: Log | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Score greedy answers without teacher forcing (whole path right), and each position with and without it.
+        """Score answers without teacher forcing (whole path right), and each position with and without it.
 
-        Returns the metrics (rates in percent, loss in nats a token), and of the first two the scores of every graph,
-        bool [N].
+        Scores of every graph come of the rates of solved graphs and of right first steps.
         """
-        import torch
-
         from mutor.mtp.decode import teacher_forced_scores
 
-        length, examples = self.config.l, self.encode(self.splits[split])
-        truth = self._answers(self.splits[split])
-        right = np.zeros((len(examples), length), dtype=bool)
-        sizes = np.array([prefix for _, prefix in examples])
-        for size in np.unique(sizes):  # prompts of equal length need no padding
-            rows = np.flatnonzero(sizes == size)
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                prompt = torch.from_numpy(np.stack([examples[i][0][:size] for i in part])).to(model.device)
-                longest = max(len(examples[i][0]) - size for i in part)
-                for i, ids in zip(part, method.generate(model, prompt, int(longest), context).tolist(), strict=True):
-                    right[i] = np.array(self._labels(ids, length)) == truth[i]
+        length, examples = self.config.l, self.examples(split)
+        right = self._answered(model, method, context, examples, batch_size) == self._answers(self.splits[split])
         solved: np.ndarray = np.all(right, axis=1)
         step = length - 2 if self.config.reverse or self.config.direction == "backward" else 1
         forced, loss = teacher_forced_scores(model, method, context, examples, batch_size)
@@ -266,8 +257,28 @@ class StarGraph:
             metrics |= {f"forced_accuracy_at_{i + 1}": 100 * float(forced[:, i].mean()) for i in range(length)}
         return metrics, scores
 
-    def prepare(self, model: Any) -> None:
-        """Nothing to tell a new model."""
+    def _answered(
+        self, model: Any, method: Method, context: Context, examples: list[tuple[np.ndarray, int]], batch_size: int
+    ) -> np.ndarray:
+        """int64 [N, l]: the labels that the model answers with, -1 for whatever is no label."""
+        import torch
+
+        from mutor.mtp.decode import Prompts
+
+        found = np.full((len(examples), self.config.l), -1)
+        sizes = np.array([prefix for _, prefix in examples])
+        for size in np.unique(sizes):  # prompts of equal length need no padding
+            rows = np.flatnonzero(sizes == size)
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                ids = torch.from_numpy(np.stack([examples[i][0][:size] for i in part])).to(model.device)
+                longest = max(len(examples[i][0]) - int(size) for i in part)
+                prompts = Prompts(
+                    ids, torch.ones_like(ids), longest, pad_id=context.pad_id, prefix_lm=context.prefix_lm
+                )
+                for i, answer in zip(part, method.answer(model, prompts).tolist(), strict=True):
+                    found[i] = self._labels(answer, self.config.l)
+        return found
 
     def data_hash(self) -> str:
         """A hash of the held-out graphs."""

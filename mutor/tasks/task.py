@@ -1,15 +1,29 @@
-"""What a task is."""
+"""What a task is: its settings, training examples, how a model is told about it, and how answers are scored.
+
+The training loop and the workflow know this interface and no task's name:
+
+    task = load(TASKS, "star_graph", "task")(config)         # config: an instance of the class's Config
+    source = task.train(seed=42)                             # training examples by number
+    task.prepare(model)                                      # refuses a model that does not fit
+    metrics, scores = task.evaluate(model, method, context, "test", batch_size=500)
+
+A new task is one file with such a class and one line in mutor/registry.py. This module and the tasks' files import
+torch inside functions only, so that plans are made without it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 if TYPE_CHECKING:
-    pass
+    from mutor.mtp.method import Context, Method
+
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -22,3 +36,83 @@ class Source:
     examples: Callable[[np.ndarray], list[tuple[np.ndarray, int]]]
     size: int | None
     dropped: int = 0
+
+
+class Task:
+    """Base of all tasks.
+
+    selection_metric: the metric on the validation set that names the best checkpoint, higher is better; prefix_lm:
+    prompts are read in both directions; pad_id: the token that pads; vocabulary: tokens there are, for models from
+    scratch, None: as many as the model's tokenizer has; tokenizer: saved beside checkpoints, None: there is none.
+    """
+
+    Config: ClassVar[type]
+    selection_metric: str
+    prefix_lm: bool = False
+    pad_id: int
+    vocabulary: int | None = None
+    tokenizer: Any = None
+
+    def __init__(self, config: Any, tokenizer: Any = None):
+        """config: an instance of `Config`; tokenizer: the model's own, where `needs_tokenizer`."""
+        self.config, self.tokenizer = config, tokenizer
+
+    @staticmethod
+    def describe(config: Any) -> str:
+        """The name of these training data in tables."""
+        raise NotImplementedError
+
+    @classmethod
+    def scored_on(cls, config: Any) -> str:
+        """The name of the benchmark in tables."""
+        return cls.describe(config)
+
+    @staticmethod
+    def needs_tokenizer(config: Any) -> bool:
+        """Whether texts are read with the model's own tokenizer."""
+        return False
+
+    @staticmethod
+    def check_settings(config: Any, method_config: Any, where: str) -> None:
+        """Raise ValueError, beginning with `where`, for a method or a setting of it that this task can't have."""
+
+    @staticmethod
+    def chance(config: Any) -> float | None:
+        """The selection metric, in percent, of a model that has learned nothing; None where that means nothing."""
+        return None
+
+    def prepare_assets(self, folder: Path, device: str, log: Log) -> None:
+        """Make, once below `folder`, what all runs on these data share, and load it; the first thing a run does."""
+
+    def train(self, seed: int) -> Source:
+        """The training examples of a run: a function of the configuration and `seed` alone."""
+        raise NotImplementedError
+
+    def examples(self, split: str) -> Sequence[tuple[np.ndarray, int]]:
+        """Pairs (ids, prefix length) of the split "valid" or "test", for losses and a method's own metrics."""
+        raise NotImplementedError
+
+    def prepare(self, model: Any) -> None:
+        """Tell a new model what it has to know of the task. Raises ValueError for a model that does not fit."""
+
+    def evaluate(
+        self,
+        model: Any,
+        method: Method,
+        context: Context,
+        split: str,
+        batch_size: int,
+        predictions_file: Path | None = None,
+        log: Log | None = None,
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Ask the method for the model's answers to a split, and score them.
+
+        predictions_file: a .jsonl file beside which all answers may be kept; log: told of progress. Returns the metrics
+        (rates in percent, losses in nats a token; `selection_metric` among them), and of some of them the score of
+        every problem, [N], bool or 0 to 1.
+        """
+        raise NotImplementedError
+
+    def data_hash(self) -> str:
+        """A hash of what is learned from and scored on."""
+        raise NotImplementedError

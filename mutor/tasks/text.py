@@ -1,7 +1,7 @@
 """Prompts and answers in text: mathematical reasoning, multiple choice, summaries, or a user's own.
 
 task = Text(TextConfig(corpus="gsm8k", source="generated", tokens="standin"))
-task.evaluate(model, method, Context(), "test", batch_size=64)
+task.evaluate(model, method, Context(pad_id=task.pad_id, prefix_lm=task.prefix_lm), "test", batch_size=64)
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from mutor.files import write_text
 from mutor.tasks.corpora import CORPORA, Origin, problems
 from mutor.tasks.formats import Problem
 from mutor.tasks.scoring import COMPARE, EXTRACT, rouge
+from mutor.tasks.task import Log, Source, Task
 
 if TYPE_CHECKING:
     from mutor.mtp.method import Context, Method
-    from mutor.tasks.task import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,11 @@ class TextConfig:
             raise ValueError(f"folder: {self.folder!r} does not go with source {self.source!r}")
 
 
-class Text:
+class Text(Task):
     """The task: examples of a prompt and its answer, and how generated answers are scored."""
 
     Config = TextConfig
-    higher_is_better = True
+    config: TextConfig
 
     def __init__(self, config: TextConfig, tokenizer: Any = None):
         """tokenizer: the model's own, for `tokens: model`."""
@@ -72,7 +72,7 @@ class Text:
             raise ValueError(f"tokens: {config.tokens!r} goes with {'a' if tokenizer is None else 'no'} tokenizer")
         from mutor.tasks import standins
 
-        self.config, self.tokenizer = config, tokenizer or standins.tokenizer()
+        super().__init__(config, tokenizer or standins.tokenizer())
         changes = {k: getattr(config, k) for k in ("extract", "compare", "max_tokens", "new_tokens")}
         self.corpus = replace(CORPORA[config.corpus], **{k: v for k, v in changes.items() if v is not None})
         self.vocabulary = len(self.tokenizer) if tokenizer is None else None
@@ -84,18 +84,23 @@ class Text:
         self.prefix_lm = config.prefix_lm and not self.corpus.whole
         self.selection_metric = "rougeL" if self.corpus.compare == "rouge" else "accuracy"
         self.problems = {split: self._problems(split) for split in ("valid", "test")}
-        self.examples = {split: self.encode(found) for split, found in self.problems.items()}
-        self.longest_prompt = max(prefix for found in self.examples.values() for _, prefix in found)
+        self._examples = {split: self.encode(found) for split, found in self.problems.items()}
+        self.longest_prompt = max(prefix for found in self._examples.values() for _, prefix in found)
 
     @staticmethod
     def describe(config: TextConfig) -> str:
         """The name of the corpus in tables."""
         return Path(config.train_file or "own").stem if config.corpus == "own" else config.corpus
 
-    @staticmethod
-    def scored_on(config: TextConfig) -> str:
+    @classmethod
+    def scored_on(cls, config: TextConfig) -> str:
         """The name of the benchmark in tables."""
         return CORPORA[config.corpus].benchmark or Path(config.test_file or "own").stem
+
+    @staticmethod
+    def needs_tokenizer(config: TextConfig) -> bool:
+        """Unless a stand-in's is asked for."""
+        return config.tokens == "model"
 
     @staticmethod
     def check_settings(config: TextConfig, method_config: Any, where: str) -> None:
@@ -121,10 +126,12 @@ class Text:
         """Tokenised training examples, those longer than `max_tokens` dropped and counted; the same for all seeds."""
         return self._source
 
+    def examples(self, split: str) -> list[tuple[np.ndarray, int]]:
+        """The prompts of a split with their right answers."""
+        return self._examples[split]
+
     @cached_property
     def _source(self) -> Source:
-        from mutor.tasks.task import Source
-
         found = self._training
         if self.config.expect and self.data_hash() != self.config.expect:
             raise ValueError(f"expect: the data have hash {self.data_hash()}, not {self.config.expect}; refused")
@@ -165,13 +172,12 @@ class Text:
         split: str,
         batch_size: int,
         predictions_file: Path | None = None,
-        log: Any = None,
+        log: Log | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Greedy answers through lm-evaluation-harness, scored; and the loss of the right answers.
+        """Answers through lm-evaluation-harness, scored; and the loss of the right answers.
 
-        keep: a .jsonl file for all predictions; answers are kept beside it as they come, so a killed evaluation goes
-        on. Returns the metrics (percent; loss in nats a token), and of all but the loss the scores of every problem,
-        [N], right or wrong or 0 to 1.
+        All predictions are written to `predictions_file`. Answers are kept beside it as they come, so that a killed
+        evaluation goes on. Scores of every problem come of all metrics but the loss.
         """
         from mutor.mtp.decode import teacher_forced_scores
         from mutor.tasks.harness import evaluate
@@ -180,18 +186,19 @@ class Text:
         cache = predictions_file.with_suffix(".answers") if predictions_file else None
         outputs, scores = evaluate(
             model,
+            method,
             self.tokenizer,
             self.scored_on(self.config),
             found,
             self.score,
             new_tokens=self._new_tokens(model.config.max_position_embeddings),
             batch_size=batch_size,
-            prefix_lm=self.prefix_lm,
+            prefix_lm=context.prefix_lm,
             cache=cache,
             log=log,
         )
         metrics = {name: 100 * float(values.mean()) for name, values in scores.items()}
-        _, metrics["loss"] = teacher_forced_scores(model, method, context, self.examples[split], batch_size)
+        _, metrics["loss"] = teacher_forced_scores(model, method, context, self.examples(split), batch_size)
         if predictions_file:
             self._write_predictions(predictions_file, found, outputs, scores[self.selection_metric])
             for file in predictions_file.parent.glob(f"{predictions_file.stem}.answers*"):
