@@ -162,7 +162,7 @@ def readme(args: argparse.Namespace, root: Path, project: Project) -> None:
 
 
 def stale(args: argparse.Namespace, root: Path, project: Project) -> None:
-    """Print runs made by older code, with the modules that changed."""
+    """Print runs made by older code, with the definitions that changed."""
     count = 0
     for file in sorted((root / project.runs / project.scale).glob("*/*/*/*/seed*/metrics.json")):
         changed = provenance.changed_code(records.read(file), root)
@@ -171,7 +171,7 @@ def stale(args: argparse.Namespace, root: Path, project: Project) -> None:
             print(f"{_shown(file, root)}: {', '.join(changed)}")
     print(
         f"{count} stale runs at scale {project.scale}"
-        + ("; --config rerun_stale=true runs them again" if count else "")
+        + ("; --config rerun_stale=True runs them again" if count else "")
     )
 
 

@@ -116,6 +116,8 @@ def _seed(
 
     from mutor.mtp.method import Context
 
+    # read before training, in which a file may be edited
+    code = provenance.run_code(env.root, spec.method, spec.dataset.task, spec.as_dict()["base"])
     if is_main():
         _clear_foreign(folder, spec)
     context = Context(seed=seed, pad_id=task.pad_id, prefix_lm=task.prefix_lm)
@@ -133,7 +135,6 @@ def _seed(
         if device == "cuda"
         else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
-    code = provenance.code_hashes(env.root, __name__, type(method).__module__, type(task).__module__)
     record = {
         "version": records.VERSION,
         "scale": spec.scale,

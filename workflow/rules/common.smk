@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(workflow.basedir)))
 
 from mutor.config.load import load_project, load_scale, load_table, table_names
 from mutor.config.runs import run_cells, specs_of
-from mutor.results.provenance import meaning
+from mutor.results.provenance import run_code
 
 ROOT = Path(workflow.basedir)
 try:
@@ -78,8 +78,9 @@ def code_state():
     """A token that changes with the code, only where runs made by older code are to be made again."""
     if not PROJECT.rerun_stale:
         return ""
-    files = sorted([*ROOT.glob("mutor/**/*.py"), *ROOT.glob("baselines/*.py")])
-    return hashlib.sha256("".join(map(meaning, files)).encode()).hexdigest()[:12]
+    made_by = {(spec.method, spec.dataset.task) for spec in SPECS.values()}
+    code = [sorted(run_code(ROOT, *names).items()) for names in sorted(made_by)]
+    return hashlib.sha256(repr(code).encode()).hexdigest()[:12]
 
 
 def table_state(artifact):
