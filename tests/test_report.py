@@ -15,7 +15,6 @@ from mutor.config.load import load_scale, load_table
 from mutor.config.runs import settings_name
 from mutor.files import write_json
 from mutor.results import records
-from mutor.results.readme import README_MARKS, readme
 from mutor.results.report import missing
 
 ROOT = Path(__file__).parent.parent
@@ -130,15 +129,3 @@ def test_a_thousand_records_are_quick(tmp_path):
     assert time.process_time() - began < 30
     assert (tmp_path / "report.html").stat().st_size < 5e6
     assert "1000 seeded runs" in (tmp_path / "report.html").read_text()
-
-
-def test_readme_shows_the_reference():
-    """`python -m mutor readme` writes it."""
-    text = (ROOT / "README.md").read_text()
-    assert readme(ROOT, text) == text
-    between = text.partition(README_MARKS[0])[2].partition(README_MARKS[1])[0]
-    assert "results/reference/laptop/figure4.png" in between and "Stands in for" in between
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / link).exists(), link
-    with pytest.raises(ValueError, match="needs the lines"):
-        readme(ROOT, "nothing")

@@ -90,6 +90,7 @@ class Claim:
     theirs: dict | float | str = setting(doc="with which cells, or with which number, or `chance`")
     direction: str = setting(doc="what is claimed of ours - theirs", choices=("above", "below", "equal"))
     margin: float = setting(0.0, doc="how far off still counts", low=0)
+    headline: bool = setting(False, doc="whether README.md shows it: the paper says it in its abstract or main results")
 
 
 _Scored = tuple[float, "np.ndarray | None", Any]  # value, scores of the problems, which problems
