@@ -268,20 +268,19 @@ class Found:
 
 def _difference(ours: dict[int, _Scored], theirs: dict[int, _Scored] | float | None, *, percent: bool) -> Found | None:
     """ours - theirs, problem by problem where both scored the same ones; None without runs on both sides."""
-    rng = np.random.default_rng(0)
     if not ours or not (theirs or isinstance(theirs, float)):
         return None
     if not isinstance(theirs, dict):
         table = _table(ours, sorted(ours)) if percent else None
         if table is not None:
-            found = interval(table - (theirs or 0.0) / 100, rng).times(100)
+            found = interval(table - (theirs or 0.0) / 100).times(100)
             return Found(found, None, len(ours))
         return _by_seeds([v - (theirs or 0.0) for v, *_ in ours.values()], None)
     common = sorted(ours.keys() & theirs.keys())
     one, other = (_table(side, common) if percent and common else None for side in (ours, theirs))
     alike = all(ours[s][2] == theirs[s][2] for s in common)
     if alike and one is not None and other is not None and one.shape == other.shape:
-        result = paired(one, other, rng)
+        result = paired(one, other, np.random.default_rng(0))
         return Found(result.difference.times(100), result.p, len(common))
     return _by_seeds([v for v, *_ in ours.values()], [v for v, *_ in theirs.values()])
 
