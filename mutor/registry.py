@@ -1,9 +1,13 @@
-"""Names of methods, tasks and attention backends, resolved when used, so that planning never imports torch.
+"""Names of methods, tasks, attention backends and drawings, resolved when used.
+
+So planning imports neither torch nor matplotlib.
 
 A new method is one file and one line here:
 
     register(METHODS, "my_method", "baselines.my_method:MyMethod")
 """
+
+from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
@@ -11,7 +15,7 @@ from typing import Any, TypeVar
 
 from mutor.checks import choose
 
-Entry = TypeVar("Entry")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,40 @@ class AttentionBackend:
 METHODS: dict[str, str] = {}
 TASKS: dict[str, str] = {}
 ATTENTION: dict[str, AttentionBackend] = {}  # the fastest in training first
+DRAWINGS: dict[str, Drawing] = {}
 
 
-def register(registry: dict[str, Entry], name: str, target: Entry) -> None:
-    """Add `name`: "module:Class" or an AttentionBackend; a name that is taken raises ValueError."""
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure of a drawing, written as <table><suffix>.png and .svg."""
+
+    draw: str  # "module:function"(evidence, table) -> matplotlib's figure
+    shows: str = "numbers in the table below"  # for readers who can't see it
+    suffix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How a table's cells come about and how they are shown; functions are "module:function", imported when called.
+
+    Every drawing writes <table>.csv, .md and .tex, and its figures beside them.
+    """
+
+    made_of: str = "runs"  # where the numbers come from: runs, costs (benchmarks/cost.py) or config (nothing was run)
+    rows: str = "mutor.results.cells:run_rows"  # (evidence, table) -> a dict a cell, of columns of cells.py
+    figures: tuple[Figure, ...] = ()
+    printed: str = ""  # (frame, table) -> the cells printed in .md and .tex, where not all are or under other names
+    about: str = ""  # (evidence, table) -> sentences on how the numbers were made
+    heading: str = "Scale: {scale.name} ({scale.description})."  # first line of .md
+
+    @property
+    def suffixes(self) -> list[str]:
+        """Ends of the files of its figures: .png, .svg, _curves.png, ..."""
+        return [figure.suffix + ending for figure in self.figures for ending in (".png", ".svg")]
+
+
+def register(registry: dict[str, T], name: str, target: T) -> None:
+    """Add `name` -> "module:Class", an AttentionBackend or a Drawing; a name that is taken raises ValueError."""
     if name in registry:
         raise ValueError(f"{name!r} is already registered as {registry[name]}; choose another name for {target}")
     registry[name] = target
@@ -43,11 +77,11 @@ def register(registry: dict[str, Entry], name: str, target: Entry) -> None:
 
 def load(registry: dict[str, str], name: str, what: str) -> Any:
     """Import and return the class registered as `name`; an unknown name raises ValueError with the nearest one."""
-    return imported(registry[choose(name, registry, what)])
+    return resolve(registry[choose(name, registry, what)])
 
 
-def imported(target: str) -> Any:
-    """What "module:attribute" names."""
+def resolve(target: str) -> Any:
+    """Import and return what "module:name" names."""
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -83,3 +117,51 @@ register(
 )
 register(ATTENTION, "sdpa", AttentionBackend("mutor.mtp.attention:dense_mask"))
 register(ATTENTION, "eager", AttentionBackend("mutor.mtp.attention:additive_mask"))
+register(DRAWINGS, "table", Drawing())
+register(
+    DRAWINGS,
+    "solve_rates",
+    Drawing(
+        printed="mutor.results.render:first_metric",
+        figures=(
+            Figure(draw="mutor.results.figures:solve_rates"),
+            Figure(draw="mutor.results.figures:curves", shows="learning curves", suffix="_curves"),
+        ),
+    ),
+)
+register(DRAWINGS, "sweep", Drawing(figures=(Figure(draw="mutor.results.figures:sweep"),)))
+register(
+    DRAWINGS,
+    "images",
+    Drawing(
+        figures=(
+            Figure(draw="mutor.results.figures:progress"),
+            Figure(
+                draw="mutor.results.figures:samples",
+                shows="pictures drawn by the last models, a column a class",
+                suffix="_samples",
+            ),
+        ),
+    ),
+)
+register(
+    DRAWINGS,
+    "flops",
+    Drawing(
+        made_of="config",
+        rows="mutor.results.flops:rows",
+        heading="Worked out from widths and lengths; nothing is trained.",
+    ),
+)
+register(DRAWINGS, "settings", Drawing(made_of="config", rows="mutor.results.cells:settings_rows"))
+register(
+    DRAWINGS,
+    "cost",
+    Drawing(
+        made_of="costs",
+        rows="mutor.results.cost:rows",
+        printed="mutor.results.cost:printed",
+        about="mutor.results.cost:circumstances",
+        figures=(Figure(draw="mutor.results.figures:costs"),),
+    ),
+)

@@ -18,10 +18,9 @@ from mutor.mtp.flops import step_flops
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR
-from mutor.results.cells import cell_frame
+from mutor.results.cells import Evidence
 from mutor.results.cost import file_of, metrics_of
 from mutor.results.drawings import collect_artifact
-from mutor.results.published import read_reported
 from mutor.results.records import Records
 
 ROOT = Path(__file__).parent.parent
@@ -170,9 +169,8 @@ def test_measurements_are_kept_and_drawn(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [*call, "Gemma 2B", "grouped"])
     bench.main()
     assert first == 6 and done[first:] == [k for k in done[first:] if "grouped" in k] and len(done) == 8
-    scale, table = load_scale(ROOT, "smoke"), load_table(ROOT, "rebuttal_latency")
-    reported = read_reported(ROOT / "config/reported.csv")
-    files = collect_artifact(table, scale, Records(tmp_path / "runs"), reported, tmp_path)
+    evidence = Evidence(ROOT, load_scale(ROOT, "smoke"), Records(tmp_path / "runs"))
+    files = collect_artifact(evidence, evidence.table("rebuttal_latency"), tmp_path)
     assert {f.suffix for f in files} == {".csv", ".md", ".tex", ".png", ".svg"}
     frame = pd.read_csv(tmp_path / "rebuttal_latency.csv")
     ratios = frame[frame["metric"] == "ratio"]
@@ -181,7 +179,8 @@ def test_measurements_are_kept_and_drawn(bench, tmp_path, monkeypatch):
     assert ratios[ratios["n_seeds"] == 0]["mean"].isna().all()
     assert frame["reported"].isna().all() and frame["stands_in_for"].ne("").all()
     assert "not run" in (tmp_path / "rebuttal_latency.md").read_text()
-    whole = cell_frame(table, load_scale(ROOT, "gpu"), Records(tmp_path / "runs"), reported)
+    gpu = Evidence(ROOT, load_scale(ROOT, "gpu"), Records(tmp_path / "runs"))
+    whole = gpu.frame(gpu.table("rebuttal_latency"))
     assert set(whole["reported"].dropna()) == {0.35, 0.34, 0.16, 1.4} and (whole["n_seeds"] == 0).all()
     content = json.loads(file_of(tmp_path / "runs", "smoke", "rebuttal_latency").read_text())
     assert content["device"] and content["versions"]["torch"]

@@ -5,36 +5,34 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mutor.config.load import load_scale, load_table
+from mutor.config.load import load_scale
 from mutor.results import records
+from mutor.results.cells import Evidence
 from mutor.results.claims import collect_claims
 from mutor.results.drawings import collect_artifact, collect_runs
-from mutor.results.published import read_reported
 from mutor.results.records import Records
 
 ROOT = Path(__file__).parent.parent
-REPORTED = read_reported(ROOT / "config/reported.csv")
 SCALES = sorted(folder.name for folder in (ROOT / "results/reference").glob("*") if folder.is_dir())
 
 
 @pytest.mark.parametrize("name", SCALES)
 def test_artifacts_are_rebuilt_from_the_records(name, tmp_path):
     folder = ROOT / "results/reference" / name
-    scale = load_scale(ROOT, name)
+    evidence = Evidence(ROOT, load_scale(ROOT, name), Records(folder / "runs"))
     tables = [file for file in folder.glob("*.md") if file.stem != "claims"]
-    assert len(tables) == len(scale.artifacts)
+    assert len(tables) == len(evidence.scale.artifacts)
     for file in tables:
-        table = load_table(ROOT, file.stem)
-        collect_artifact(table, scale, Records(folder / "runs"), REPORTED, tmp_path)
+        collect_artifact(evidence, evidence.table(file.stem), tmp_path)
         for ending in ("csv", "md", "tex"):
             fresh = (tmp_path / f"{file.stem}.{ending}").read_text()
             assert fresh == (folder / f"{file.stem}.{ending}").read_text(), (
                 f"{name}/{file.stem}.{ending} is out of step"
             )
-    collect_claims(ROOT, scale, Records(folder / "runs"), REPORTED, tmp_path)
+    collect_claims(evidence, tmp_path)
     for kind in ("claims.csv", "claims.md"):
         assert (tmp_path / kind).read_text() == (folder / kind).read_text(), f"{name}/{kind} is out of step"
-    collect_runs(Records(folder / "runs"), name, tmp_path)
+    collect_runs(evidence, tmp_path)
     assert (tmp_path / "runs.csv").read_text() == (folder / "runs.csv").read_text()
 
 

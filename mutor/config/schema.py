@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mutor.checks import choose, setting
-from mutor.registry import ATTENTION
-
-if TYPE_CHECKING:
-    pass
-
+from mutor.registry import ATTENTION, DRAWINGS, Drawing
 
 NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # said of a model that do not make it another one
 
@@ -103,9 +98,7 @@ class Table:
 
     title: str = setting(doc="title of the artifact")
     caption: str = setting(doc="what it shows; also the caption in reports")
-    draw: str = setting(
-        "table", doc="how it is drawn", choices=("table", "solve_rates", "sweep", "images", "flops", "settings", "cost")
-    )
+    draw: str = setting("table", doc="how it is drawn, one of DRAWINGS in mutor/registry.py")
     metrics: tuple[str, ...] = setting(doc="metrics, one cell each")
     checkpoint: str = setting("last", doc="which checkpoint's numbers are shown", choices=("last", "best"))
     reported: tuple[str, ...] = setting((), doc="artifacts of config/reported.csv whose values stand beside")
@@ -121,10 +114,18 @@ class Table:
     sections: tuple = setting((), doc="with draw cost: groups of cases, see config/cost_cases.py: Case")
     name: str = setting("", doc="the file's name")
 
+    def __post_init__(self) -> None:
+        choose(self.draw, DRAWINGS, "draw")
+
+    @property
+    def drawing(self) -> Drawing:
+        """How its cells come about and how they are shown."""
+        return DRAWINGS[self.draw]
+
     @property
     def needs_runs(self) -> bool:
-        """Whether its numbers come from runs, not from configuration or arithmetic alone."""
-        return self.draw not in ("flops", "settings", "cost")
+        """Whether its numbers come from runs, not from configuration, arithmetic or measured costs."""
+        return self.drawing.made_of == "runs"
 
 
 @dataclass(frozen=True, kw_only=True)

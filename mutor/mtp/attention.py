@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mutor.mtp.layout import Layout
-from mutor.registry import ATTENTION, imported
+from mutor.registry import ATTENTION, resolve
 
 
 def attention_mask(layout: Layout, implementation: str, dtype: torch.dtype) -> Any:
@@ -27,7 +27,7 @@ def attention_mask(layout: Layout, implementation: str, dtype: torch.dtype) -> A
     """
     if implementation not in ATTENTION:
         raise ValueError(f"attention {implementation!r} can't hold registers; allowed: {', '.join(sorted(ATTENTION))}")
-    return imported(ATTENTION[implementation].mask)(layout, dtype)
+    return resolve(ATTENTION[implementation].mask)(layout, dtype)
 
 
 def dense_mask(layout: Layout, dtype: torch.dtype | None = None) -> Tensor:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from mutor.config.load import load_scale, load_table
-from mutor.config.schema import Scale
-from mutor.results import claims, records
-from mutor.results.figures import _graph as graph_name
-from mutor.results.published import read_reported
+from mutor.config.load import load_scale
+from mutor.results.cells import Evidence
+from mutor.results.claims import claim_frame, load_claims, shown
+from mutor.results.figures import graph_name
+from mutor.results.records import Records
 from mutor.results.render import grid
-from mutor.results.report import _cost
+from mutor.results.report import spent
 
 README_MARKS = ("<!-- results -->", "<!-- end of results -->")
 FIGURES = ("figure4", "table4", "table7")  # the first figure of each kind of task: graphs, texts, images
@@ -26,19 +26,19 @@ def readme(root: Path, text: str) -> str:
         raise ValueError(f"README.md: needs the lines {README_MARKS[0]} and {README_MARKS[1]}")
     parts = [README_MARKS[0]]
     for folder in sorted((root / "results/reference").iterdir()):
-        parts += _reference(root, load_scale(root, folder.name), folder)
+        evidence = Evidence(root, load_scale(root, folder.name), Records(folder / "runs"))
+        parts += _reference(evidence, folder)
     return before + "\n".join([*parts, README_MARKS[1]]) + after
 
 
-def _reference(root: Path, scale: Scale, folder: Path) -> list[str]:
-    runs = records.Records(folder / "runs")
-    frame = claims.claim_frame(root, scale, runs, read_reported(root / "config/reported.csv"))
+def _reference(evidence: Evidence, folder: Path) -> list[str]:
+    frame, scale = claim_frame(evidence), evidence.scale
     frame = frame[~frame["verdict"].isin(["not at this scale", "not run"])]
-    where = folder.relative_to(root)
-    parts = [f"**Scale {scale.name}**: {scale.description}. {_cost(runs.of_scale(scale.name))}", ""]
+    where = folder.relative_to(evidence.root)
+    parts = [f"**Scale {scale.name}**: {scale.description}. {spent(evidence.runs.of_scale(scale.name))}", ""]
     drawn = [name for name in FIGURES if (folder / f"{name}.png").exists()]
-    parts += [f"![{load_table(root, name).title}]({where}/{name}.png)\n" for name in drawn]
-    headlines = frame[frame["claim"].isin([c.claim for c in claims.load_claims(root) if c.headline])]
+    parts += [f"![{evidence.table(name).title}]({where}/{name}.png)\n" for name in drawn]
+    headlines = frame[frame["claim"].isin([c.claim for c in load_claims(evidence) if c.headline])]
     if len(headlines):
         parts += [grid(one_row_each(headlines, str(where)).set_index("claim")), ""]
     counts = ", ".join(f"{count} {verdict}" for verdict, count in frame["verdict"].value_counts().items())
@@ -61,14 +61,14 @@ def one_row_each(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     """
     rows = []
     for _, group in frame.groupby("claim", sort=False):
-        shown, first = claims.shown(group), group.iloc[0]
+        said, first = shown(group), group.iloc[0]
         rows.append(
             {
                 "claim": f"[{first['claim']}]({where}/{first['table']}.md): {first['metric']}",
                 "on": _lines(group["train_data"].map(graph_name)),
-                "difference here": _lines(shown["measured"]),
-                "published": _lines(shown["published"]),
-                "verdict": _lines(shown["verdict"]),
+                "difference here": _lines(said["measured"]),
+                "published": _lines(said["published"]),
+                "verdict": _lines(said["verdict"]),
             }
         )
     return pd.DataFrame(rows)
