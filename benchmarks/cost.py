@@ -235,7 +235,7 @@ def profile(case, reference, model_config, device, folder):
 
 
 def device_name(device):
-    from mutor.training.run import device_name as named
+    from mutor.training.devices import device_name as named
 
     return named(device)
 

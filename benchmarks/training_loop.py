@@ -84,7 +84,6 @@ def suite(spec, steps):
             samples,
             context,
             Path(folder),
-            seed=0,
             score=lambda m: {"solve_rate": 0.0},
             selection_metric="solve_rate",
             log=lambda line: None,

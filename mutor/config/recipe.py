@@ -9,7 +9,7 @@ from mutor.checks import setting
 class Recipe:
     """Optimiser, schedule, batch and how often a run looks up from its work."""
 
-    steps: int | None = setting(None, doc="optimiser steps", low=1)
+    steps: int | None = setting(None, doc="optimiser steps; 0: the model is scored as it starts", low=0)
     epochs: float | None = setting(None, doc="or passes through the training data, each of whole batches", low=0)
     batch_size: int = setting(doc="sequences an optimiser step", low=1)
     accumulate: int = setting(1, doc="parts a batch is computed in, with the same result", low=1)
@@ -41,6 +41,8 @@ class Recipe:
 
     def for_size(self, size: int | None) -> "Recipe":
         """The recipe in steps, for training data of `size` examples (none: without end)."""
+        if 0 in (self.steps, self.epochs):
+            return replace(self, steps=0, epochs=None)
         if size is None:
             if self.steps is None or self.eval_every is None:
                 raise ValueError("epochs: these training data have no end; give steps and eval_every")
@@ -49,6 +51,8 @@ class Recipe:
         if epoch == 0:
             raise ValueError(f"batch_size: {self.batch_size} is more than the {size} training examples")
         steps = self.steps if self.epochs is None else round(self.epochs * epoch)
+        if steps == 0:
+            raise ValueError(f"epochs: {self.epochs} of {epoch} steps are none; allowed: 0, or enough for one")
         return replace(self, steps=steps, epochs=None, eval_every=self.eval_every or epoch)
 
     def __post_init__(self) -> None:

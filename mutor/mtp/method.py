@@ -7,7 +7,10 @@ The training loop, the evaluation and the workflow know this interface and no me
     method.parameter_groups(recipe)               # what the optimiser trains, and how
     layout, loss_targets = method.prepare_batch(examples, context)     # on the CPU, in the data loader
     total, parts = method.compute_loss(model, layout, loss_targets)    # on the device
+    method.metrics(model, examples, context, 500) # what it measures beside the task's scores
     method.export(model, folder)                  # a plain checkpoint of the base architecture
+    method.save_own(model, folder / "method")     # what export leaves out; load_own puts it on the plain model again
+    method.answer(model, prompts)                 # answers of the plain model
 
 This module and the methods' files import torch inside functions only, so that plans are made without it.
 """
@@ -22,12 +25,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from mutor.checks import setting
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
     from mutor.mtp.backbone import Backbone
     from mutor.mtp.decode import Prompts
     from mutor.mtp.layout import Example, Layout, TokenBatch
     from mutor.mtp.loss import LossTargets
+
+
+WEIGHTS, SETTINGS = "weights.safetensors", "method.json"  # files of `save_own`
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class Method:
 
     Config: ClassVar[type]
     shardable: ClassVar[bool] = True  # whether it trains and exports a model whose weights are spread over processes
+    keeps_at_inference: ClassVar[bool] = False  # whether `answer` needs what the method added; else the plain model
     trunk: Backbone
 
     def __init__(self, config: Any, *, per_sequence: bool = False):
@@ -212,6 +220,17 @@ class Method:
 
         return sum(p.numel() for p in getattr(model, EXTRA).parameters()) if hasattr(model, EXTRA) else 0
 
+    def metrics(
+        self, model: Any, examples: Sequence[tuple[np.ndarray, int]], context: Context, batch_size: int
+    ) -> dict[str, float]:
+        """What this method measures, by name, beside the task's scores; here nothing. Rates are in percent.
+
+        Asked on the validation set during training and on the test set at the end, with all that the method added in
+        place, in evaluation mode, without gradients. examples: pairs (ids, prefix length); batch_size: sequences at
+        once. Names must be no task's.
+        """
+        return {}
+
     def answer(self, model: Any, prompts: Prompts) -> Tensor:
         """int64 [B, length]: the answers to prompts [B, P] as this method's models give them; all tasks ask for it.
 
@@ -231,3 +250,45 @@ class Method:
         whole = model.state_dict() if state is None else state
         state = {name: value for name, value in whole.items() if not name.startswith(f"{EXTRA}.")}
         model.save_pretrained(folder, state_dict=state)
+
+    def save_own(self, model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Save what the method added to the model, and its settings; nothing where it added nothing.
+
+        state: as in `export`.
+        """
+        import json
+        from dataclasses import asdict
+
+        from safetensors.torch import save_file
+
+        from mutor.mtp.backbone import EXTRA
+
+        whole = model.state_dict() if state is None else state
+        own = {k.removeprefix(f"{EXTRA}."): v.contiguous() for k, v in whole.items() if k.startswith(f"{EXTRA}.")}
+        if own:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(own, folder / WEIGHTS)
+            made = {"class": f"{type(self).__module__}:{type(self).__qualname__}", "settings": asdict(self.config)}
+            (folder / SETTINGS).write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
+
+    def load_own(self, model: Any, folder: Path) -> Any:
+        """Attach to the plain model what `save_own` saved beside it, and return the model.
+
+        Raises ValueError where the method adds parameters and the folder has none, or those of other settings.
+        """
+        import json
+        from dataclasses import asdict
+
+        from safetensors.torch import load_file
+
+        from mutor.mtp.backbone import EXTRA
+
+        Method.attach(self, model)  # not a subclass's: adapters, say, are in the plain weights already
+        if hasattr(model, EXTRA):
+            if not (folder / WEIGHTS).exists():
+                raise ValueError(f"{folder}: has no {WEIGHTS}, the weights that {type(self).__name__} adds to a model")
+            saved = json.loads((folder / SETTINGS).read_text())["settings"]
+            if saved != json.loads(json.dumps(asdict(self.config))):
+                raise ValueError(f"{folder}: was saved with settings {saved}, not with {asdict(self.config)}")
+            getattr(model, EXTRA).load_state_dict(load_file(folder / WEIGHTS))
+        return model

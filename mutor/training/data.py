@@ -7,15 +7,11 @@ example perm(seed, c // N)[c % N] of epoch c // N, without end it is example c o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from mutor.mtp.layout import Example
-
-if TYPE_CHECKING:
-    pass
 from mutor.tasks.task import Source
 
 

@@ -5,8 +5,10 @@ choose_device("cuda")                       # in each of them: join the others
 agreed(value)                               # the main process's value, in all of them
 """
 
+import contextlib
 import fcntl
 import os
+import platform
 import sys
 import tempfile
 from datetime import timedelta
@@ -145,3 +147,16 @@ def agreed(value: T) -> T:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
+
+
+def device_name(device: str) -> str:
+    """What a person calls the device."""
+    if device == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"cpu ({line.partition(':')[2].strip()})"
+    return f"cpu ({platform.processor() or platform.machine()})"

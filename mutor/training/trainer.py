@@ -36,9 +36,9 @@ Score = Callable[[Any], dict[str, float]]
 class MethodTrainer(Trainer):
     """Trains a model with a method's layout and losses, and logs every part of the loss.
 
-    score: the model -> validation metrics, called every `recipe.eval_every` steps; log: prints a line of progress.
-    Several processes share the parts of each batch and log what one would. sharded: each holds a part of the weights
-    (FSDP2) instead of all (DDP). Raises ValueError where they can't.
+    score: the model -> validation metrics, called every `recipe.eval_every` steps; log: prints a line of progress;
+    autocast: bfloat16 products on a GPU. Several processes share the parts of each batch and log what one would.
+    sharded: each holds a part of the weights (FSDP2) instead of all (DDP). Raises ValueError where they can't.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class MethodTrainer(Trainer):
         context: Context,
         folder: Path,
         *,
-        seed: int,
         score: Score,
         selection_metric: str,
         log: Callable[[str], None],
@@ -58,14 +57,8 @@ class MethodTrainer(Trainer):
         autocast: bool,
         sharded: bool = False,
     ):
-        self.method, self.recipe, self.context, self.score, self.selection_metric, self.print_line = (
-            method,
-            recipe,
-            context,
-            score,
-            selection_metric,
-            log,
-        )
+        self.method, self.recipe, self.context = method, recipe, context
+        self.score, self.selection_metric, self.print_line = score, selection_metric, log
         self._parts: dict[str, Tensor] = {}
         self._tokens: Tensor | int = 0
         self._seconds = 0.0
@@ -80,29 +73,9 @@ class MethodTrainer(Trainer):
             )
         super().__init__(
             model=model,
-            args=TrainingArguments(
-                output_dir=str(folder),
-                max_steps=self.steps,
-                per_device_train_batch_size=recipe.batch_size // recipe.accumulate,
-                gradient_accumulation_steps=recipe.accumulate // processes(),
-                max_grad_norm=recipe.clip,
-                bf16=autocast and device == "cuda" and not sharded,  # whose weights have the dtype of their products
-                use_cpu=device == "cpu",
-                seed=seed,
-                train_sampling_strategy="sequential",
-                logging_steps=recipe.log_every,
-                save_steps=recipe.save_every,
-                save_total_limit=1,
-                logging_nan_inf_filter=False,
-                remove_unused_columns=False,
-                dataloader_pin_memory=device == "cuda",
-                disable_tqdm=True,
-                report_to=[],
-                ddp_find_unused_parameters=False,  # all are used, some outside of the model's own forward
-                fsdp=sharded or None,  # type: ignore[arg-type]  # a string in the past
-                fsdp_config={"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED_STATE_DICT"},
-                # gradients of each part are spread at once: whole ones would take as much as whole weights
-                accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
+            # sharded weights keep the dtype of their products, so that autocast has nothing to do
+            args=_arguments(
+                recipe, folder, context.seed, device, autocast and device == "cuda" and not sharded, sharded
             ),
             train_dataset=samples,
             data_collator=self._collate,
@@ -130,7 +103,7 @@ class MethodTrainer(Trainer):
         self.method.trunk.check_lengths(layout)
         return {
             "layout": _flat(layout),
-            "loss_targets": {name: _flat(selection_metric) for name, selection_metric in loss_targets.items()},
+            "loss_targets": {name: _flat(targets) for name, targets in loss_targets.items()},
         }
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -139,15 +112,12 @@ class MethodTrainer(Trainer):
         if not parts:
             return parts, None
         counts = torch.stack(
-            [
-                torch.stack([selection_metric["count"] for selection_metric in part["loss_targets"].values()])
-                for part in parts
-            ]
+            [torch.stack([targets["count"] for targets in part["loss_targets"].values()]) for part in parts]
         )
         totals = self.accelerator.reduce(counts.sum(0).to(self.args.device), "sum")
         for part in parts:
-            for selection_metric, total in zip(part["loss_targets"].values(), totals, strict=True):
-                selection_metric["count"] = total
+            for targets, total in zip(part["loss_targets"].values(), totals, strict=True):
+                targets["count"] = total
         return parts, totals[0]
 
     def compute_loss(
@@ -157,10 +127,8 @@ class MethodTrainer(Trainer):
 
         Gradients are averaged over processes, each of which has a share of the sum.
         """
-        layout, loss_targets = (
-            Layout(**inputs["layout"]),
-            {k: LossTargets(**g) for k, g in inputs["loss_targets"].items()},
-        )
+        layout = Layout(**inputs["layout"])
+        loss_targets = {name: LossTargets(**targets) for name, targets in inputs["loss_targets"].items()}
         loss, parts = self.method.compute_loss(model, layout, loss_targets)
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value
@@ -191,7 +159,7 @@ class MethodTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Score the model on the validation set; end the run when the recipe's goal is reached."""
+        """Score the model on the validation set; end the run when the recipe's `stop_at` is reached."""
         with _gathered(self.model):
             scores = self.score(self.accelerator.unwrap_model(self.model))
         metrics = {f"eval_{name}": value for name, value in scores.items()}
@@ -246,6 +214,35 @@ class MethodTrainer(Trainer):
     def _names(logs: dict[str, float]) -> list[str]:
         known = ("loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch")
         return [name for name in logs if name not in known]
+
+
+def _arguments(recipe: Recipe, folder: Path, seed: int, device: str, bf16: bool, sharded: bool) -> TrainingArguments:
+    """The recipe in the Trainer's words."""
+    assert recipe.steps is not None
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size // recipe.accumulate,
+        gradient_accumulation_steps=recipe.accumulate // processes(),
+        max_grad_norm=recipe.clip,
+        bf16=bf16,
+        use_cpu=device == "cpu",
+        seed=seed,
+        train_sampling_strategy="sequential",
+        logging_steps=recipe.log_every,
+        save_steps=recipe.save_every,
+        save_total_limit=1,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+        disable_tqdm=True,
+        report_to=[],
+        ddp_find_unused_parameters=False,  # all are used, some outside of the model's own forward
+        fsdp=sharded or None,  # type: ignore[arg-type]  # a string in the past
+        fsdp_config={"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED_STATE_DICT"},
+        # gradients of each part are spread at once: whole ones would take as much as whole weights
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
+    )
 
 
 class _EvaluateEvery(TrainerCallback):
