@@ -111,7 +111,7 @@ class Table:
     shapes: dict = setting({}, doc="with draw flops: role of a model -> widths of its layers")
     lengths: tuple[int, ...] = setting((), doc="with draw flops: sequence lengths", low=1)
     models: dict = setting({}, doc="with draw cost: role -> model of the published size, with random weights")
-    sections: tuple = setting((), doc="with draw cost: groups of cases, see config/cost_cases.py: Case")
+    sections: tuple = setting((), doc="with draw cost: groups of cases, see mutor/config/cost_cases.py: Case")
     name: str = setting("", doc="the file's name")
 
     def __post_init__(self) -> None:
