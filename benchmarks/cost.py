@@ -227,8 +227,8 @@ def profile(case, reference, model_config, device, folder):
     name = "".join(c if c.isalnum() else "_" for c in case.key)
     folder.mkdir(parents=True, exist_ok=True)
     seen.export_chrome_trace(str(folder / f"{name}.json.gz"))
-    scaling = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    table = seen.key_averages().table(sort_by=scaling, row_limit=15, max_name_column_width=50)
+    order = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    table = seen.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50)
     text = f"{case.key}\n{device_name(device)}: {1e3 * seconds:.1f} ms a step under the profiler\n\n{table}\n"
     (folder / f"{name}.txt").write_text(text)
     print(text)
@@ -254,6 +254,8 @@ def main():
     scale = load_scale(root, args.scale)
     device = "cuda" if scale.device != "cpu" and torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
+    # a kernel of its own for each shape: else a case and its reference may run different ones
+    torch._dynamo.config.automatic_dynamic_shapes, torch._dynamo.config.recompile_limit = False, 256
     for name in args.tables:
         table = load_table(root, name)
         scaling, cases = cases_of(table, scale)
@@ -279,6 +281,9 @@ def main():
                 text = f"{metrics_of(new, '')['ratio'][0]:.3f} times {case.against}"
             except torch.cuda.OutOfMemoryError:
                 text = "does not fit into the memory of this device"
+                new = {"error": text}
+            except ValueError as error:  # one case that can't be measured does not keep the others from it
+                text = f"not measured: {error}"
                 new = {"error": text}
             content["cases"][case.key] = {**new, "case": as_dict(case)}
             content |= {"device": device_name(device), **provenance.provenance(root)}
