@@ -32,6 +32,11 @@ def edit(file, change):
     file.write_text(yaml.safe_dump(content))
 
 
+def base(**changes):
+    """A change of smoke.yaml: what runs on g2x3 start from."""
+    return lambda c: c["datasets"]["g2x3"].update(base={"data": "g2x3-walks", **changes})
+
+
 def test_planning_imports_no_torch():
     code = (
         "import sys; from mutor.results import cells, claims, plan, report\n"
@@ -107,7 +112,7 @@ def test_settings_that_are_the_same_are_one_run():
         ("scales/smoke.yaml", lambda c: c.update(seeds=[42, 42]), "seeds: [42, 42] is not allowed"),
         ("scales/smoke.yaml", lambda c: c.update(devise="cpu"), "unknown key 'devise', did you mean 'device'"),
         ("scales/smoke.yaml", lambda c: c.update(device="tpu"), "'tpu' is not allowed; allowed: auto, cpu, cuda"),
-        ("scales/smoke.yaml", lambda c: c["recipes"]["star_graph"].update(steps=0), "steps: 0 is out of range"),
+        ("scales/smoke.yaml", lambda c: c["recipes"]["star_graph"].update(steps=-1), "steps: -1 is out of range"),
         ("scales/smoke.yaml", lambda c: c["recipes"]["star_graph"].update(save_every=7), "not a multiple of log_every"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(recipe="star_grap"), "did you mean 'star_graph'"),
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(role="star_grap"), "did you mean 'star_graph'"),
@@ -127,6 +132,21 @@ def test_settings_that_are_the_same_are_one_run():
         ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"]["settings"].update(mutr={}), "did you mean 'mutor'"),
         ("scales/smoke.yaml", lambda c: c["models"]["gpt2-2x32"].pop("role"), "missing key 'role'"),
         ("scales/smoke.yaml", lambda c: c["models"]["gpt2-2x32"].update(pretrained="x"), "either architecture"),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(base="g2x3-walk"), "did you mean 'g2x3-walks'"),
+        ("scales/smoke.yaml", base(dta="mix"), "g2x3: base: unknown key 'dta', did you mean 'data'"),
+        ("scales/smoke.yaml", base(method="mutr"), "g2x3: base: method: 'mutr' is unknown, did you mean 'mutor'"),
+        ("scales/smoke.yaml", base(method="mutor", settings={"d_max": 0}), "base: settings: d_max: 0 is out of range"),
+        ("scales/smoke.yaml", base(model="gpt2"), "g2x3: base: model: 'gpt2' is unknown, did you mean 'gpt2-2x32'"),
+        ("scales/smoke.yaml", base(model="llama-2x32"), "'llama-2x32' is not 'gpt2-2x32', its architecture differs"),
+        ("scales/smoke.yaml", base(seed=-1), "seed: -1 is out of range"),
+        ("scales/smoke.yaml", base(data="g2x3"), "g2x3 -> g2x3 is a circle"),
+        (
+            "scales/smoke.yaml",
+            lambda c: c["datasets"]["g2x3-walks"].update(base={"data": "g2x3-reversed"}),
+            "g2x3 -> g2x3-walks -> g2x3-reversed -> g2x3-walks is a circle",
+        ),
+        ("scales/smoke.yaml", lambda c: c["datasets"]["g2x3"].update(base_seed=0), "'base_seed', did you mean 'base'"),
+        ("tables/figure4.yaml", lambda c: c["rows"][0].update(budget_factor=0.01), "budget_factor: 0.01 of the recipe"),
         ("tables/figure4.yaml", lambda c: c["rows"][0].update(method="next_tokn"), "did you mean 'next_token'"),
         ("tables/figure4.yaml", lambda c: c["rows"][0].update(modle="x"), "row 1: unknown key 'modle'"),
         ("tables/rebuttal_latency.yaml", lambda c: c["sections"][0].update(cases=3), "a list of mappings as `cases`"),
@@ -233,6 +253,30 @@ def test_plan_knows_how_large_models_are(name):
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
         assert sum(p.numel() for p in built.parameters()) == parameters
+
+
+def test_a_run_starts_from_any_other(project):
+    """Of another method, of one seed for all, and itself started from a third."""
+    file = project / "config/scales/smoke.yaml"
+    plain = make_spec(load_scale(project, "smoke"), "g2x3", "gpt2-2x32", "next_token", {})
+    edit(file, base())
+    named = make_spec(load_scale(project, "smoke"), "g2x3", "gpt2-2x32", "next_token", {})
+    assert (named.base.config_hash, named.config_hash) == (plain.base.config_hash, plain.config_hash)
+    edit(file, lambda c: c["datasets"].update(walks={**c["datasets"]["g2x3-walks"], "base": None}))
+    edit(file, lambda c: c["datasets"]["g2x3-walks"].update(base={"data": "walks", "seed": 3}))
+    edit(file, base(method="mutor", settings={"d_max": 2}))
+    scale = load_scale(project, "smoke")
+    spec = make_spec(scale, "g2x3", "gpt2-2x32", "next_token", {}, (7, 8))
+    assert [spec.path, spec.base.path, spec.base.base.path] == [
+        "smoke/g2x3/gpt2-2x32/next_token/default",
+        "smoke/g2x3-walks/gpt2-2x32/mutor/d_max=2",
+        "smoke/walks/gpt2-2x32/next_token/default",
+    ]
+    assert (spec.base.seeds, spec.base.base.seeds) == ((7, 8), (3,)) and spec.config_hash != plain.config_hash
+    assert (spec.base_seed_of(8), spec.base.base_seed_of(8)) == (8, 3)
+    cells = [c for c in cells_of(load_table(project, "figure4"), scale) if c.spec.data == "g2x3"]
+    order = [s.path.split("/")[1] for s in specs_of(cells)]
+    assert order == ["walks", "g2x3-walks", *["g2x3"] * (len(order) - 2)]  # each before what starts from it
 
 
 def test_hash_is_of_what_differs_from_defaults():

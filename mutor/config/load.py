@@ -18,7 +18,7 @@ import yaml
 
 from mutor.checks import choose, from_mapping
 from mutor.config.cost_cases import CostScaling, load_cases
-from mutor.config.runs import _method_config, _recipe, _task_config
+from mutor.config.runs import _method_config, _recipe, _task_config, base_of
 from mutor.config.schema import Dataset, ModelConfig, Project, Row, Scale, Shape, Table
 from mutor.registry import METHODS
 
@@ -103,12 +103,7 @@ def load_scale(root: Path, name: str) -> Scale:
             choose(about, ("examples", "tokens"), f"{here}: plan")
         scale.datasets[key] = dataset
     for dataset_name, dataset in scale.datasets.items():  # a wrong value is found even if no table asks for it
-        if dataset.base is not None:
-            base = choose(dataset.base, scale.datasets, f"{where}: datasets: {dataset_name}: base")
-            if scale.datasets[base].base is not None:
-                raise ValueError(
-                    f"{where}: datasets: {dataset_name}: base: {base!r} has a base itself; allowed: one without"
-                )
+        _check_base(where, scale, dataset_name)
         _task_config(where, dataset_name, dataset)
         _recipe(where, scale, dataset_name)
         for asked, here in dataset.setting_substitutes.items():
@@ -124,11 +119,26 @@ def load_scale(root: Path, name: str) -> Scale:
     return scale
 
 
+def _check_base(where: str, scale: Scale, name: str) -> None:
+    """Raise ValueError for what a dataset's base asks for and is not there, and for bases in a circle."""
+    chain = [name]
+    while base := base_of(where, chain[-1], scale.datasets[chain[-1]]):
+        here = f"{where}: datasets: {chain[-1]}: base"
+        chain.append(choose(base.data, scale.datasets, f"{here}: data"))
+        if base.model is not None:
+            choose(base.model, scale.models, f"{here}: model")
+        choose(base.method, METHODS, f"{here}: method")
+        _method_config(f"{here}: settings", base.method, base.settings)
+        if chain[-1] in chain[:-1]:
+            raise ValueError(f"{here}: {' -> '.join(chain)} is a circle; allowed: bases that end in one without")
+
+
 def _check_roles(root: Path, scale: Scale, where: str) -> None:
     """Raise ValueError for a role that no table asks for: misspelt, its cells would be left out without a word."""
     rows = [row for name in table_names(root) for row in _parts(read_yaml(root / f"config/tables/{name}.yaml"), "rows")]
     data = [name for row in rows for name in _listed(row.get("train_data"))]
-    bases = {dataset.base for dataset in scale.datasets.values()}
+    found = [base_of(where, name, dataset) for name, dataset in scale.datasets.items()]
+    bases = {base.data for base in found if base}
     for kind, parts, asked in (
         ("models", scale.models, [row.get("model") for row in rows]),
         ("datasets", scale.datasets, data),

@@ -10,7 +10,7 @@ from typing import Any
 
 from mutor.checks import choose, from_mapping, not_default
 from mutor.config.recipe import Recipe
-from mutor.config.schema import NOT_IN_MODEL, Dataset, ModelConfig, Row, Scale, Table
+from mutor.config.schema import NOT_IN_MODEL, Base, Dataset, ModelConfig, Row, Scale, Table
 from mutor.registry import METHODS, TASKS, load
 
 UNITS = {
@@ -41,7 +41,8 @@ class Spec:
     method_config: Any
     seeds: tuple[int, ...] = field(compare=False)
     budget_factor: float = 1.0  # how many times longer than the dataset's recipe, which `recipe` has in it
-    base: Spec | None = None  # what its model is trained by first, seed by seed or with `dataset.base_seed`
+    base: Spec | None = None  # what its model is trained by first
+    base_seed: int | None = None  # one base of this seed for all seeds; None: seed by seed
     processes: int = field(default=1, compare=False)  # how it is computed, which does not decide what comes out
     sharded: bool = field(default=False, compare=False)
 
@@ -66,12 +67,12 @@ class Spec:
             "settings": asdict(self.method_config),
             "recipe": asdict(self.recipe),
             "base": self.base and self.base.as_dict(),
-            "base_seed": self.dataset.base_seed,
+            "base_seed": self.base_seed,
         }
 
     def base_seed_of(self, seed: int) -> int:
         """The seed of the base model that a run of this seed starts from."""
-        return seed if self.dataset.base_seed is None else self.dataset.base_seed
+        return seed if self.base_seed is None else self.base_seed
 
     @property
     def config_hash(self) -> str:
@@ -88,7 +89,7 @@ class Spec:
             self.settings,
             not_default(self.recipe),
             self.base and self.base.config_hash,
-            *([] if self.dataset.base_seed is None else [self.dataset.base_seed]),
+            *([] if self.base_seed is None else [self.base_seed]),
         ]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -143,8 +144,12 @@ def _recipe(where: str, scale: Scale, name: str, model: str | None = None, budge
     values = {**given, **dataset.recipe_changes, **own}
     recipe = from_mapping(Recipe, values, f"{where}: recipes: {dataset.recipe} (for {name})")
     if recipe.epochs is not None:
-        return replace(recipe, epochs=round(recipe.epochs * budget_factor, 3))
-    return replace(recipe, steps=round((recipe.steps or 0) * budget_factor))
+        changed = replace(recipe, epochs=round(recipe.epochs * budget_factor, 3))
+    else:
+        changed = replace(recipe, steps=round((recipe.steps or 0) * budget_factor))
+    if budget_factor and 0 in (changed.steps, changed.epochs) and 0 not in (recipe.steps, recipe.epochs):
+        raise ValueError(f"{where}: budget_factor: {budget_factor} of the recipe for {name} leaves no step")
+    return changed
 
 
 def _method_config(where: str, method: str, settings: Mapping[str, Any]) -> Any:
@@ -174,12 +179,7 @@ def make_spec(
         )
     recipe = _recipe(where, scale, data, model, budget_factor)
     _check_processes(where, scale, model, recipe, method)
-    base = None
-    if dataset.base is not None:
-        if model_config.pretrained is not None:
-            raise ValueError(f"{where}: datasets: {data}: base: {dataset.base!r} is for models built from scratch")
-        base_seeds = chosen if dataset.base_seed is None else (dataset.base_seed,)
-        base = make_spec(scale, dataset.base, model, "next_token", {}, base_seeds)
+    base, base_seed = _base(where, scale, data, model, chosen)
     return Spec(
         scale=scale.name,
         data=data,
@@ -194,9 +194,33 @@ def make_spec(
         seeds=chosen,
         budget_factor=float(budget_factor),
         base=base,
+        base_seed=base_seed,
         processes=scale.processes.get(model, 1),
         sharded=model in scale.sharded,
     )
+
+
+def base_of(where: str, name: str, dataset: Dataset) -> Base | None:
+    """What a dataset says of the run that its runs start from; a name alone is a dataset's."""
+    given = {"data": dataset.base} if isinstance(dataset.base, str) else dataset.base
+    return None if given is None else from_mapping(Base, given, f"{where}: datasets: {name}: base")
+
+
+def _base(where: str, scale: Scale, data: str, model: str, seeds: tuple[int, ...]) -> tuple[Spec | None, int | None]:
+    """The run that those of a dataset and model start from, and its seed if it is one for all."""
+    base = base_of(where, data, scale.datasets[data])
+    if base is None:
+        return None, None
+    here = f"{where}: datasets: {data}: base"
+    theirs = choose(base.model or model, scale.models, f"{here}: model")
+    ours, other = scale.models[model], scale.models[theirs]
+    for name in ("architecture", "config", "pretrained", "revision"):
+        if getattr(ours, name) != getattr(other, name):
+            raise ValueError(
+                f"{here}: model: {theirs!r} is not {model!r}, its {name} differs; allowed: the same network"
+            )
+    spec = make_spec(scale, base.data, theirs, base.method, base.settings, seeds if base.seed is None else (base.seed,))
+    return spec, base.seed
 
 
 def _check_processes(where: str, scale: Scale, model: str, recipe: Recipe, method: str) -> None:
@@ -266,9 +290,12 @@ def run_cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) 
 
 
 def specs_of(all_cells: list[Cell]) -> list[Spec]:
-    """The settings that cells need, each once with all seeds that any cell needs, base models first."""
+    """The settings that cells need, each once with all seeds that any cell needs, what others start from first."""
     found: dict[str, Spec] = {}
-    for spec in [*(c.spec.base for c in all_cells if c.spec.base), *(c.spec for c in all_cells)]:
+    levels = [[c.spec for c in all_cells]]
+    while bases := [spec.base for spec in levels[-1] if spec.base]:
+        levels.append(bases)
+    for spec in [spec for level in reversed(levels) for spec in level]:
         before = found[spec.path].seeds if spec.path in found else ()
         found[spec.path] = replace(spec, seeds=tuple(dict.fromkeys((*before, *spec.seeds))))
     return list(found.values())

@@ -25,6 +25,17 @@ class Project:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Base:
+    """The run from whose last model the runs on a dataset start."""
+
+    data: str = setting(doc="the dataset it is trained on, one of this scale")
+    model: str | None = setting(None, doc="its model, one of this scale; none: the run's own")
+    method: str = setting("next_token", doc="the method it is trained by")
+    settings: dict = setting({}, doc="settings of that method")
+    seed: int | None = setting(None, doc="one base of this seed for all seeds, instead of one each", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dataset:
     """A dataset of a scale, and the settings that each method is run with on it."""
 
@@ -39,8 +50,9 @@ class Dataset:
     )
     controls: bool = setting(True, doc="whether rows marked `control` run here")
     seeds: tuple[int, ...] | None = setting(None, doc="seeds here, instead of the scale's", low=0)
-    base: str | None = setting(None, doc="a dataset that models are first trained on, next-token, seed by seed")
-    base_seed: int | None = setting(None, doc="one base model of this seed for all seeds, instead of one each", low=0)
+    base: str | dict | None = setting(
+        None, doc="what models are trained by first: a dataset, or a mapping of data, model, method, settings, seed"
+    )
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
     plan: dict = setting({}, doc="for `plan` before anything ran: examples, about, and tokens of one, at most")
     metrics: dict = setting({}, doc="a table's metric -> what is measured in its place")
