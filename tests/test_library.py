@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from mutor import MuToR
+from mutor.mtp.backbone import Backbone
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
@@ -146,3 +147,28 @@ def test_the_lines_of_the_readme_run_as_they_stand(tiny, tmp_path, monkeypatch):
     monkeypatch.undo()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert not torch.equal(plain.lm_head.weight, before) and not hasattr(plain, "mtp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_scales_its_logits_in_its_own_way_is_refused(tiny, monkeypatch, dtype):
+    """In bfloat16 two passes of a large model differ by some percent, and that is no reason to refuse it."""
+    model = tiny("llama", scale=1.0).to(dtype)
+    probe = Backbone.probe
+    monkeypatch.setattr(Backbone, "probe", lambda self, layout: probe(self, layout) * 1.02)
+    if dtype == torch.float32:
+        with pytest.raises(ValueError, match="can't be rebuilt from its final norm"):
+            Backbone(model)
+    else:
+        Backbone(model)
+    monkeypatch.undo()
+    Backbone(model)
+    own = type(model).forward
+
+    def scaled(self, *args, **kwargs):
+        out = own(self, *args, **kwargs)
+        out.logits = out.logits * 1.02
+        return out
+
+    monkeypatch.setattr(type(model), "forward", scaled)
+    with pytest.raises(ValueError, match="can't be rebuilt from its final norm"):
+        Backbone(model)
