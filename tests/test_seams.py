@@ -27,15 +27,14 @@ from mutor.mtp.attention import dense_mask
 from mutor.mtp.backbone import Backbone, evaluating
 from mutor.mtp.layout import IGNORE, Example, collate, regular, targets_ahead
 from mutor.mtp.loss import LossTargets, head_loss
-from mutor.mtp.method import AuxiliarySettings, Context, Method, ParameterGroup
+from mutor.mtp.method import AuxiliarySettings, Method, ParameterGroup
 from mutor.registry import ATTENTION, METHODS, AttentionBackend, answers_under, fastest_attention, load, register
 from mutor.results import records
-from mutor.training.optim import optimizer
+from mutor.training.optim import optimizer, schedule
 from mutor.training.run import RunEnvironment, run
-from mutor.training.trainer import MethodTrainer
 
 ROOT = Path(__file__).parent.parent
-RECIPE = Recipe(steps=6, batch_size=4, learning_rate=2e-3, log_every=1, eval_every=1000, save_every=1000, decay="none")
+RECIPE = Recipe(steps=6, batch_size=4, learning_rate=2e-3, decay="none")
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,14 @@ def ranking():
     register(METHODS, "ranking", f"{__name__}:Ranking")
     yield "ranking"
     del METHODS["ranking"]
+
+
+@pytest.fixture
+def probe():
+    """The registry's one line."""
+    register(METHODS, "probe", f"{__name__}:Probe")
+    yield "probe"
+    del METHODS["probe"]
 
 
 def star_graphs(method, **model):
@@ -223,40 +230,44 @@ def test_a_criterion_is_given(tools):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_frozen_trunk_with_two_rates(tiny, tmp_path, kind):
-    """No weight of the trunk changes by a bit; what was added learns, the output layer at its multiple."""
-    model = tiny("llama", scale=1.0)
+def test_a_frozen_trunk_with_two_rates(probe, tmp_path, kind):
+    """A whole run by name: its loss falls, and no weight of the trunk has changed by a bit."""
+    spec = star_graphs(probe)
+    spec = replace(spec, recipe=replace(spec.recipe, optimizer=kind, weight_decay=0.1))
+    run(spec, (1,), RunEnvironment(root=ROOT, runs=tmp_path))
+    folder = records.seed_folder(tmp_path, spec, 1)
+    record = records.read(folder / "metrics.json")
+    losses = [entry["after_next"] for entry in record["curve"] if "after_next" in entry]
+    assert len(losses) == 4 and losses[-1] < 0.97 * losses[0]
+    assert record["trainable_parameters"] == record["added_parameters"] > 0
+    after = AutoModelForCausalLM.from_pretrained(folder / "last")
+    before = build(spec.model_config, vocabulary=after.config.vocab_size, seed=1).state_dict()
+    assert before.keys() == after.state_dict().keys()
+    assert all(torch.equal(before[name], value) for name, value in after.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_rates_are_what_the_method_says(tiny, kind):
+    """The output layer's is its multiple of AdamW's, matrices have Muon's or AdamW's; they stay so in a schedule."""
+    model = tiny("llama")
     method = attached(Probe, model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    recipe = replace(RECIPE, optimizer=kind, weight_decay=0.1, warmup=2)
-    samples = [Example((np.arange(12) + 5 * number) % 50 + 3, 4, number) for number in range(24)]
-    trainer = MethodTrainer(
-        model,
-        method,
-        recipe,
-        samples,
-        Context(1),
-        tmp_path,
-        seed=1,
-        score=lambda m: {"score": 0.0},
-        selection_metric="score",
-        log=lambda line: None,
-        device="cpu",
-        autocast=False,
-    )
-    trainer.train()
-    after = dict(model.named_parameters())
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if name.startswith("mtp.")}
-    groups = trainer.optimizer.optimizer.param_groups
-    rate = {name: group["lr"] for group in groups for name in names_of(model, group["params"])}
-    assert rate.keys() == changed
-    assert rate.pop("mtp.head.weight") == pytest.approx(10 * recipe.learning_rate)
-    matrices = {name: value for name, value in rate.items() if after[name].ndim == 2}
-    assert set(matrices.values()) == {recipe.muon_rate if kind == "muon" else recipe.learning_rate}
-    assert {value for name, value in rate.items() if name not in matrices} == {recipe.learning_rate}
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 6 and losses[-1] < losses[0]
+    recipe = replace(RECIPE, optimizer=kind, weight_decay=0.1, warmup=4)
+    made = optimizer(model, method, recipe)
+    rates = schedule(made, recipe)
+    for factor in (0, 0.25, 0.5):
+        groups = made.param_groups
+        rate = {name: group["lr"] for group in groups for name in names_of(model, group["params"])}
+        decay = {name: group["weight_decay"] for group in groups for name in names_of(model, group["params"])}
+        assert rate.keys() == {n for n, _ in model.named_parameters() if n.startswith("mtp.")}
+        assert rate.pop("mtp.head.weight") == pytest.approx(10 * factor * recipe.learning_rate)
+        matrices = {name: rate.pop(name) for name in list(rate) if "norm" not in name}
+        assert len(matrices) == 7 and len(rate) == 2
+        wanted = recipe.muon_rate if kind == "muon" else recipe.learning_rate
+        assert list(matrices.values()) == pytest.approx([factor * wanted] * 7)
+        assert list(rate.values()) == pytest.approx([factor * recipe.learning_rate] * 2)
+        assert all(value == (0.0 if "norm" in name else 0.1) for name, value in decay.items())
+        made.step()
+        rates.step()
 
 
 @pytest.mark.parametrize(
@@ -406,7 +417,7 @@ def test_the_table_says_what_a_backend_can_do(toy, tiny):
 def test_an_unknown_backend_is_refused_with_the_known_ones(toy):
     settings = partial(from_mapping, ModelConfig, where="models: m")
     spec = {"role": "m", "architecture": "llama"}
-    assert build(settings({**spec, "attention": "toy"}), vocabulary=9, seed=0).config._attn_implementation == "toy"
+    assert settings({**spec, "attention": "toy"}).attention == "toy"
     with pytest.raises(ValueError, match="attention: 'sdpaa' is unknown, did you mean 'sdpa'") as error:
         settings({**spec, "attention": "sdpaa"})
     assert "models: m" in str(error.value) and "Known: eager, flex_attention, sdpa, toy" in str(error.value)
