@@ -13,8 +13,10 @@ import yaml
 from mutor.cli import _parser
 from mutor.config.load import load_scale, scale_names, table_names
 from mutor.config.runs import make_spec
+from mutor.results.cells import Evidence
 from mutor.results.claims import load_claims
 from mutor.results.readme import FIGURES, README_MARKS, readme
+from mutor.results.records import Records
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")  # what CHANGELOG.md names may be gone
@@ -41,7 +43,8 @@ def test_readme_shows_the_reference():
 
 def test_headline_claims_are_shown_whole():
     """Ten claims; of each, every comparison of claims.csv in its order, with its verdict."""
-    names = list(dict.fromkeys(claim.claim for claim in load_claims(ROOT) if claim.headline))
+    evidence = Evidence(ROOT, load_scale(ROOT, "laptop"), Records(REFERENCE / "runs"))
+    names = list(dict.fromkeys(claim.claim for claim in load_claims(evidence) if claim.headline))
     rows = [line for line in RESULTS.splitlines() if line.startswith("| [")]
     assert len(names) == len(rows) == 10
     frame = pd.read_csv(REFERENCE / "claims.csv")
@@ -153,22 +156,55 @@ def test_the_line_of_data_is_read_and_scored_as_the_readme_says(tmp_path):
     assert task.score(problem.answer.replace("#### 7", "#### 8"), problem.gold) == {"accuracy": 0}
 
 
-def test_costs_told_are_those_measured():
-    """Rows of the page's table, each tokens, FLOPs and time against next-token prediction's; ratios in its text."""
-    frame = pd.concat([pd.read_csv(REFERENCE / f"{name}.csv") for name in ("rebuttal_latency", "cost_curves")])
+GEMMA, LLAMA = "Gemma 2B, 40 problems of GSM8K's lengths", "Llama 3 8B, 10 problems of GSM8K's lengths"
+IMAGES = "LlamaGen-B, 128 images"
+COSTS = {
+    "laptop": [(GEMMA, "mutor"), (GEMMA, "mutor, one at a time"), (GEMMA, "parallel_mtp"), (GEMMA, "sequential_mtp"),
+               (IMAGES, "mutor, 256 + 256 grouped"), (IMAGES, "next_token, 512")],
+    "gpu": [(IMAGES, "mutor, 256 + 256 grouped"), (IMAGES, "mutor, 256 + 256 interleaved"),
+            (IMAGES, "mutor, 256 + 80 grouped"), (IMAGES, "next_token, 512"), (IMAGES, "next_token, 256, no mask"),
+            (GEMMA, "mutor"), (GEMMA, "parallel_mtp"), (GEMMA, "sequential_mtp"),
+            (LLAMA, "mutor"), (LLAMA, "mutor, one at a time")],
+}  # fmt: skip
 
-    def ratios(what, case):
-        rows = frame[(frame["benchmark"] == what) & (frame["train_data"] == case)].set_index("metric")["mean"]
-        return [float(rows[metric]) for metric in ("token_ratio", "flop_ratio", "ratio")]
 
-    gemma, images = "Gemma 2B, 40 problems of GSM8K's lengths", "LlamaGen-B, 128 images"
-    cases = [(gemma, "mutor"), (gemma, "mutor, one at a time"), (gemma, "parallel_mtp"), (gemma, "sequential_mtp"),
-             (images, "mutor, 256 + 256 grouped"), (images, "next_token, 512")]  # fmt: skip
-    page = TEXT["benchmarks/README.md"]
-    told = [list(map(float, row)) for row in re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)]
-    assert told == [pytest.approx(ratios(*case), abs=0.0051) for case in cases]
-    far = [ratios("over d_max", f"{name}, d_max 16")[2] for name in ("parallel_mtp", "sequential_mtp", "mutor")]
-    said = re.search(r"with d_max 16 they take ([\d.]+) and ([\d.]+)\s+times [^.]* MuToR .* ([\d.]+) times", page)
-    assert list(map(float, said.groups())) == pytest.approx(far, abs=0.051)
-    one_by_one = float(re.search(r"One sequence at a time costs ([\d.]+) times", page)[1])
-    assert one_by_one == pytest.approx(told[1][2] / told[0][2], abs=0.051)
+def measured(scale, what, case, metric="ratio"):
+    """A case's median of a cost table."""
+    folder = ROOT / "results/reference" / scale
+    frame = pd.concat([pd.read_csv(folder / f"{name}.csv") for name in ("rebuttal_latency", "cost_curves")])
+    rows = frame[(frame["benchmark"] == what) & (frame["train_data"] == case)].set_index("metric")["mean"]
+    return float(rows[metric])
+
+
+@pytest.mark.parametrize("scale", COSTS)
+def test_costs_told_are_those_measured(scale):
+    """Rows of the page's tables: tokens, FLOPs and time, each against next-token prediction's."""
+    part = TEXT["benchmarks/README.md"].split("## Measured on a ")[{"laptop": 1, "gpu": 2}[scale]]
+    assert f"results/reference/{scale}/rebuttal_latency.md" in part
+    told = [list(map(float, row)) for row in re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", part, re.M)]
+    for row, case in zip(told, COSTS[scale], strict=True):
+        assert row == pytest.approx([measured(scale, *case, f"{m}ratio") for m in ("token_", "flop_", "")], abs=0.0051)
+
+
+def test_costs_in_the_text_are_those_measured():
+    def told(pattern):
+        return list(map(float, re.search(pattern, " ".join(TEXT["benchmarks/README.md"].split())).groups()))
+
+    far = [
+        measured("laptop", "over d_max", f"{name}, d_max 16") for name in ("parallel_mtp", "sequential_mtp", "mutor")
+    ]
+    number = r"([\d.]+\d)"
+    said = told(rf"with d_max 16 they take {number} and {number} times .* MuToR on the same images {number} times")
+    assert said == pytest.approx(far, abs=0.051)
+    alone, together = (measured("laptop", GEMMA, case) for case in ("mutor, one at a time", "mutor"))
+    assert told(rf"One sequence at a time costs {number} times") == pytest.approx([alone / together], abs=0.051)
+    assert measured("gpu", IMAGES, "next_token, 256, no mask") == pytest.approx(2 / 3, abs=0.01)  # two thirds
+    behind, between = (
+        measured("gpu", "over length", f"mutor, {way}, tokens 8192") for way in ("grouped", "interleaved")
+    )
+    assert told(rf"takes {number} times that of .* and {number} times with") == pytest.approx(
+        [behind, between], abs=0.06
+    )
+    cases = ("next_token, 256", "next_token, 512", "mutor, 256 + 256 grouped")
+    seconds = [measured("gpu", IMAGES, case, "seconds_per_step") for case in cases]
+    assert told(rf"Here they are {number}, {number} and {number} s") == pytest.approx(seconds, abs=0.0051)
