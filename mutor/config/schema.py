@@ -51,7 +51,9 @@ class Dataset:
     controls: bool = setting(True, doc="whether rows marked `control` run here")
     seeds: tuple[int, ...] | None = setting(None, doc="seeds here, instead of the scale's", low=0)
     base: str | dict | None = setting(
-        None, doc="what models are trained by first: a dataset, or a mapping of data, model, method, settings, seed"
+        None,
+        was="base_seed",
+        doc="what models are trained by first: a dataset, or a mapping of data, model, method, settings, seed",
     )
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
     plan: dict = setting({}, doc="for `plan` before anything ran: examples, about, and tokens of one, at most")
