@@ -1,6 +1,6 @@
 """results/report.html: claims, tables, figures and provenance of a scale in one file that opens without a network.
 
-Jinja2 fills mutor/report.html; DataTables, as the package itables brings it, sorts and searches its tables.
+Jinja2 fills report.html beside this file; DataTables, as the package itables brings it, sorts and searches its tables.
 """
 
 from __future__ import annotations
