@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     args.arguments = arguments
     try:
         root = find_root()
-        given = {name: getattr(args, name, None) for name in ("scale", "runs", "results", "artifacts", "seeds")}
-        project = load_project(root, {name: value for name, value in given.items() if value})
+        project = load_project(root, {"scale": args.scale} if args.scale else None)
+        given: dict[str, Any] = {name: getattr(args, name, None) for name in ("runs", "results", "artifacts", "seeds")}
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v}
+        project = replace(project, **given)
         return args.command(args, root, project) or 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

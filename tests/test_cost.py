@@ -73,6 +73,17 @@ def test_cases_over_a_value_are_compared_at_the_same_value():
     assert [settings_of(c)["d_max"] for c in cases if c.label == "parallel_mtp"] == [2, 4, 6, 16]
 
 
+def test_cells_name_what_they_are_swept_over(tmp_path):
+    evidence = Evidence(ROOT, load_scale(ROOT, "paper"), Records(tmp_path))
+    frame = evidence.frame(evidence.table("cost_curves"))
+    frame = frame[(frame["metric"] == "ratio") & frame["benchmark"].str.contains("registers|^over length")]
+    swept = list(zip(frame["label"], frame["sweep"], frame["x"].fillna(0), strict=True))
+    mutor = [("mutor", "registers", count) for count in (16, 64, 128, 256)]
+    assert swept[:5] == [("next_token", "", 0), *mutor]
+    lengths = (256, 1024, 2048, 4096, 8192)
+    assert swept[5:10] == [("next_token", "tokens", length) for length in lengths] and len(swept) == 5 + 3 * 5
+
+
 @pytest.mark.parametrize(
     ("section", "says"),
     [

@@ -1,21 +1,25 @@
 """Statistics, tables and figures from a fixed set of run records."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
+from mutor import registry
 from mutor.config.load import load_scale, load_table
 from mutor.config.runs import cells_of, run_cells
 from mutor.files import write_json
 from mutor.results import records
 from mutor.results.cells import COLUMNS, Evidence
 from mutor.results.drawings import collect_artifact
-from mutor.results.published import read_reported
+from mutor.results.published import Published, read_reported
 from mutor.results.records import Records
 from mutor.results.stats import summarise, wilson
 
@@ -130,6 +134,55 @@ def test_same_records_give_the_same_picture(built, tmp_path):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
     svg = (folder / "out/figure4.svg").read_text()
     assert "parallel_mtp" in svg and "not run" in svg and "chance 1/n" in svg
+
+
+def test_a_new_drawing_is_one_entry_and_its_functions(built, tmp_path, monkeypatch):
+    def draw(evidence, table):
+        figure = Figure()
+        figure.subplots().plot(evidence.frame(table)["mean"])
+        return figure
+
+    monkeypatch.setitem(sys.modules, "own_figures", SimpleNamespace(draw=draw))
+    toy = registry.Drawing(figures=(registry.Figure(draw="own_figures:draw", suffix="_means"),))
+    monkeypatch.setitem(registry.DRAWINGS, "toy", toy)
+    found = evidence("smoke", built[0] / "runs")
+    table = replace(found.table("figure4"), draw="toy")
+    files = collect_artifact(found, table, tmp_path)
+    assert [file.name for file in files] == [f"figure4{ending}" for ending in (".csv", ".md", ".tex", *toy.suffixes)]
+    assert toy.suffixes == ["_means.png", "_means.svg"] and all(file.stat().st_size > 500 for file in files)
+    with pytest.raises(ValueError, match="draw: 'toi' is unknown, did you mean 'toy'"):
+        replace(table, draw="toi")
+
+
+@pytest.mark.parametrize("name", registry.DRAWINGS)
+def test_functions_of_every_drawing_are_there(name):
+    drawing = registry.DRAWINGS[name]
+    assert drawing.made_of in ("runs", "costs", "config")
+    for target in (drawing.rows, drawing.printed, drawing.about, *(figure.draw for figure in drawing.figures)):
+        assert not target or registry.resolve(target).__doc__, target
+
+
+def test_published_value_is_equal_in_all_that_both_state():
+    table = load_table(ROOT, "table4")
+    rows = [
+        ("gemma-2b", "mutor", "2", "5", "1"), ("gemma-2b", "mutor", "4", "5", "2"),
+        ("gemma-2b", "mutor", "4", "10", "3"), ("gemma-2b", "next_token", "", "5", "4"),
+        ("llama-3-8b", "mutor", "", "5", "5"),
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["model", "method", "d_max", "epochs", "value"]).assign(artifact="table4")
+    published = Published(frame, table)
+
+    def beside(model, method, d_max, budget_factor=1.0):
+        return published.beside({"model": [model], "method": [method], "d_max": [d_max]}, budget_factor)
+
+    assert beside("gemma-2b", "mutor", "2") == 1 and beside("gemma-2b", "mutor", "4") == 2
+    assert beside("gemma-2b", "mutor", "4", budget_factor=2) == 3 and beside("gemma-2b", "mutor", "2", 2) is None
+    assert beside("gemma-2b", "mutor", "6") is None and beside("gemma-2b", "next_token", "") == 4
+    assert beside("llama-3-8b", "mutor", "2") == 5  # the source states no d_max
+    assert beside("llama-3-8b", "next_token", "") is beside("gemma-2b", "lora", "2") is None
+    assert published.beside({"model": ["gemma-2b"], "method": ["mutor"]}) == 1  # a cell that states no d_max
+    elsewhere = Published(frame.assign(model="decoder-8x384"), table)  # a reference on a model of its own
+    assert elsewhere.beside({"model": ["gemma-2b"], "method": ["next_token"], "d_max": [""]}) == 4
 
 
 def test_published_values_stand_beside_their_cells(tmp_path):
