@@ -1,0 +1,46 @@
+"""What imports what, read from the source: a library that knows nothing of runs, and no circles."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for folder in ("mutor", "baselines")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def inside(name, *packages):
+    """Whether a module is one of these, or inside of one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def imports(file):
+    """The modules that a file imports: at its top, inside functions, or for types alone."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}, line {node.lineno}: a relative import"
+            for name in (f"{node.module}.{alias.name}" for alias in node.names):
+                yield name if name in FILES else node.module
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("mutor.mtp", {"torch", "transformers", "numpy", "safetensors", "mutor.mtp", "mutor.checks", "mutor.registry"}),
+        ("baselines", {"torch", "numpy", "safetensors", "peft", "baselines", "mutor.mtp", "mutor.checks"}),
+    ],
+)
+def test_the_library_knows_nothing_of_runs(package, allowed):
+    """Nothing of configuration, tasks, training or results, not even for types. safetensors is a part of transformers'
+    own requirements, peft that of LoRA."""
+    found = {(name, other) for name in FILES if inside(name, package) for other in imports(FILES[name])}
+    assert len(found) > 20
+    wrong = [pair for pair in sorted(found) if not inside(pair[1], *allowed, *sys.stdlib_module_names)]
+    assert not wrong, "; ".join(f"{name} imports {other}" for name, other in wrong)
