@@ -1,6 +1,7 @@
 """What imports what, read from the source: a library that knows nothing of runs, and no circles."""
 
 import ast
+import graphlib
 import sys
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def imports(file):
             assert node.level == 0, f"{file}, line {node.lineno}: a relative import"
             for name in (f"{node.module}.{alias.name}" for alias in node.names):
                 yield name if name in FILES else node.module
+
+
+def test_no_circle_among_modules():
+    """Each module can be read after those that it imports, imports inside functions and for types included."""
+    graph = {name: FILES.keys() & imports(file) for name, file in FILES.items()}
+    assert sum(map(len, graph.values())) > 100
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 @pytest.mark.parametrize(

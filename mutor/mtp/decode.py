@@ -1,19 +1,8 @@
 """Greedy answers: to prompts of equal length or left-padded ones, token by token, or all tokens in one pass."""
 
-from __future__ import annotations
+from typing import Any
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 import torch
-
-from mutor.mtp.layout import IGNORE, Example, collate
-
-if TYPE_CHECKING:
-    from mutor.mtp.method import Context, Method
-
-
 from torch import Tensor
 
 
@@ -88,32 +77,3 @@ def in_one_pass(model: Any, prefix: Tensor, length: int, dummy_id: int, *, prefi
     mask = attention_mask(layout, model.config._attn_implementation, model.dtype)
     logits = model(input_ids=ids, position_ids=index, attention_mask=mask, use_cache=False).logits
     return logits[:, start - 1 :].argmax(-1)
-
-
-@torch.no_grad()
-def teacher_forced_scores(
-    model: Any, method: Method, context: Context, examples: Sequence[tuple[np.ndarray, int]], batch_size: int
-) -> tuple[np.ndarray, float]:
-    """Teacher-forced argmax accuracy and mean loss on the inputs the method feeds, registers left out.
-
-    Returns bool [N, A] (A: longest answer, False beyond an answer's end) and the loss in nats a token.
-    """
-    from mutor.mtp.attention import attention_mask
-
-    longest = max(len(ids) - prefix for ids, prefix in examples)
-    right, loss, tokens = np.zeros((len(examples), longest), dtype=bool), 0.0, 0
-    for start in range(0, len(examples), batch_size):
-        part = examples[start : start + batch_size]
-        rows = collate([Example(ids, prefix) for ids, prefix in part], context.pad_id)
-        layout = method.eval_layout(rows, context).to(model.device)
-        mask = attention_mask(layout, model.config._attn_implementation, model.dtype)
-        logits = model(
-            input_ids=layout.ids, position_ids=layout.position, attention_mask=mask, use_cache=False
-        ).logits.float()
-        where = layout.target != IGNORE
-        losses = torch.nn.functional.cross_entropy(logits[where], layout.target[where], reduction="sum")
-        loss, tokens = loss + float(losses), tokens + int(where.sum())
-        hit = (logits.argmax(-1) == layout.target).cpu().numpy()
-        for i, (ids, prefix) in enumerate(part):
-            right[start + i, : len(ids) - prefix] = hit[i, prefix - 1 : len(ids) - 1]
-    return right, loss / tokens

@@ -241,7 +241,7 @@ class StarGraph:
         """
         import torch
 
-        from mutor.mtp.decode import teacher_forced_scores
+        from mutor.mtp.teacher_forcing import teacher_forced_scores
 
         length, examples = self.config.l, self.encode(self.splits[split])
         truth = self._answers(self.splits[split])

@@ -173,7 +173,7 @@ class Text:
         on. Returns the metrics (percent; loss in nats a token), and of all but the loss the scores of every problem,
         [N], right or wrong or 0 to 1.
         """
-        from mutor.mtp.decode import teacher_forced_scores
+        from mutor.mtp.teacher_forcing import teacher_forced_scores
         from mutor.tasks.harness import evaluate
 
         found = self.problems[split]
