@@ -1,4 +1,4 @@
-"""What imports what, read from the source: a library that knows nothing of runs, and no circles."""
+"""The source itself: a library that knows nothing of runs, no circle of imports, files and functions of some size."""
 
 import ast
 import graphlib
@@ -55,3 +55,19 @@ def test_the_library_knows_nothing_of_runs(package, allowed):
     assert len(found) > 20
     wrong = [pair for pair in sorted(found) if not inside(pair[1], *allowed, *sys.stdlib_module_names)]
     assert not wrong, "; ".join(f"{name} imports {other}" for name, other in wrong)
+
+
+def test_files_and_functions_can_be_read():
+    """At most 400 lines a file and 60 a function."""
+    long = []
+    for file in sorted(
+        file for folder in ("mutor", "baselines", "benchmarks") for file in (ROOT / folder).rglob("*.py")
+    ):
+        name, text = file.relative_to(ROOT), file.read_text()
+        lines = text.count("\n")
+        long += [f"{name}: {lines} lines"] if lines > 400 else []
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                long += [f"{name}: {node.name}: {lines} lines"] if lines > 60 else []
+    assert not long, "; ".join(long)
