@@ -273,8 +273,12 @@ def test_the_rates_are_what_the_method_says(tiny, kind):
 @pytest.mark.parametrize(
     ("groups", "says"),
     [
-        (lambda m: 2 * m.usual_groups(m.trunk.model.parameters()), "weight is in 2 groups"),
-        (lambda m: m.usual_groups(m.layer.parameters()), "head.weight is in 0 groups"),
+        (lambda m: 2 * m.usual_groups(m.trunk.model.parameters()), "weight is trained and in 2 groups"),
+        (lambda m: m.usual_groups(m.layer.parameters()), "head.weight is trained and in 0 groups"),
+        (
+            lambda m: [ParameterGroup(tuple(m.trunk.model.parameters()))],
+            "embed_tokens.weight is frozen and in 1 groups",
+        ),
         (
             lambda m: [*m.usual_groups(m.trunk.model.parameters()), ParameterGroup((nn.Parameter(torch.ones(2)),))],
             "not the model's",

@@ -42,7 +42,7 @@ def optimizer(model: nn.Module, method: Method, recipe: Recipe) -> torch.optim.O
     """The recipe's optimiser over the groups of parameters that the method names; those trained alike become one.
 
     With `muon`, Muon takes the groups that the method leaves to it and AdamW the rest. Raises ValueError where a
-    trained parameter of `model` is not in exactly one group, or where there is nothing to train.
+    trained parameter of `model` is not in one group, a frozen one is, or there is nothing to train.
     """
     groups = method.parameter_groups(recipe)
     _check(model, method, groups)
@@ -64,23 +64,24 @@ def _check(model: nn.Module, method: Method, groups: list[ParameterGroup]) -> No
     """Raise ValueError, naming the parameter, where the groups are not the model's trained parameters, each once."""
     where = f"parameter_groups of {type(method).__name__}"
     times = Counter(id(p) for group in groups for p in group.parameters)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError(f"{where}: all parameters of the model are frozen; nothing would be trained")
-    for name, parameter in trained.items():
-        if times[id(parameter)] != 1:
+    for name, parameter in model.named_parameters():
+        if times[id(parameter)] != parameter.requires_grad:
+            kind = "trained" if parameter.requires_grad else "frozen"
             raise ValueError(
-                f"{where}: {name} is in {times[id(parameter)]} groups; allowed: one, or none and requires_grad False"
+                f"{where}: {name} is {kind} and in {times[id(parameter)]} groups; allowed: one where requires_grad is "
+                "True, none where it is False"
             )
+    if not times:
+        raise ValueError(f"{where}: all parameters of the model are frozen; nothing would be trained")
     if times.keys() - {id(p) for p in model.parameters()}:
         raise ValueError(f"{where}: a parameter is not the model's; allowed: those of the model and of `trunk.add`")
 
 
 def _merged(groups: list[ParameterGroup], rate: float, recipe: Recipe) -> list[dict[str, Any]]:
-    """Groups as torch's optimisers take them: those of one rate and decay as one, frozen parameters left out."""
+    """Groups as torch's optimisers take them: those of one rate and decay as one, empty ones left out."""
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for group in groups:
-        found.setdefault((group.rate, group.decay), []).extend(p for p in group.parameters if p.requires_grad)
+        found.setdefault((group.rate, group.decay), []).extend(group.parameters)
     return [
         {"params": parameters, "lr": rate * factor, "weight_decay": recipe.weight_decay if decay else 0.0}
         for (factor, decay), parameters in found.items()
