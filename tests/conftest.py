@@ -224,7 +224,15 @@ def tools() -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(
-        close=close, attach=attach, gradients=gradients, same_gradients=same_gradients, picture=picture, given=given,
-        prefix_mask=prefix_mask, plain_logits=plain_logits, vocabulary=VOCABULARY, parts_of=parts_of,
+        close=close,
+        attach=attach,
+        gradients=gradients,
+        same_gradients=same_gradients,
+        picture=picture,
+        given=given,
+        prefix_mask=prefix_mask,
+        plain_logits=plain_logits,
+        vocabulary=VOCABULARY,
+        parts_of=parts_of,
         trunk_hidden=trunk_hidden,
-    )  # fmt: skip
+    )

@@ -60,11 +60,17 @@ def test_counted_by_torch():
 
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
-            "llama", hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=96, vocab_size=32, max_position_embeddings=64,
+            "llama",
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=96,
+            vocab_size=32,
+            max_position_embeddings=64,
         ),
         attn_implementation="eager",
-    )  # fmt: skip
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 24, dtype=torch.long))
     head = 2 * 24 * 64 * 32

@@ -43,11 +43,22 @@ def put(folder, cell, seed, solved, data_hash="d", count=200):
     metrics = {"solve_rate": 100 * solved / count, "first_step_accuracy": 100 * solved / count}
     scores = {"solve_rate": records.pack(np.arange(count) < solved)}
     record = {
-        "version": 1, "scale": spec.scale, "train_data": spec.data, "model": spec.model, "method": spec.method,
-        "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
-        "checkpoints": [{"names": ["best", "last"], "step": 1, "metrics": metrics, "scores": scores}], "curve": [],
-        "added_parameters": 0, "versions": {}, "steps": 1, "data_hash": data_hash,
-    }  # fmt: skip
+        "version": 1,
+        "scale": spec.scale,
+        "train_data": spec.data,
+        "model": spec.model,
+        "method": spec.method,
+        "settings": spec.settings,
+        "seed": seed,
+        "config": spec.as_dict(),
+        "config_hash": spec.config_hash,
+        "checkpoints": [{"names": ["best", "last"], "step": 1, "metrics": metrics, "scores": scores}],
+        "curve": [],
+        "added_parameters": 0,
+        "versions": {},
+        "steps": 1,
+        "data_hash": data_hash,
+    }
     write_json(records.seed_folder(folder, spec, seed) / "metrics.json", record)
 
 
@@ -69,9 +80,15 @@ def of(frame, words):
 
 def test_verdicts_on_made_up_runs(tmp_path):
     frame = frame_of(
-        tmp_path, {"next_token": (1000, 980, 1020), "mutor": (1980, 1990, 2000), "parallel_mtp": (1000, 1500, 2000),
-                   "mutor, d = 1": (1500, 1520, 1480)}, count=2000,
-    )  # fmt: skip
+        tmp_path,
+        {
+            "next_token": (1000, 980, 1020),
+            "mutor": (1980, 1990, 2000),
+            "parallel_mtp": (1000, 1500, 2000),
+            "mutor, d = 1": (1500, 1520, 1480),
+        },
+        count=2000,
+    )
     chance, solves = of(frame, "stays at chance"), of(frame, "fails on")
     assert (chance["verdict"], solves["verdict"]) == ("same direction", "same direction")
     assert solves["measured"] == pytest.approx(99.5 - 50) and solves["n_seeds"] == 3 and solves["p"] < 0.01

@@ -36,10 +36,18 @@ def bench():
 
 
 TINY = ModelConfig(
-    role="gemma-2b", architecture="llama",
-    config={"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64},
-)  # fmt: skip
+    role="gemma-2b",
+    architecture="llama",
+    config={
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+    },
+)
 
 
 def case(**changes):
@@ -201,8 +209,16 @@ def test_metrics_of_a_case_by_hand():
     found = {"seconds": [0.4, 0.2, 0.3], "reference_seconds": [0.2, 0.2, 0.1], "sequences": 4, "tokens": 60,
              "reference_tokens": 30, "flops": 9e13, "reference_flops": 6e13, "peak_memory_bytes": 5e9}  # fmt: skip
     got = {name: value for name, (value, _) in metrics_of(found, "NVIDIA H200").items()}
-    assert got == pytest.approx({
-        "ratio": 2.0, "token_ratio": 2.0, "flop_ratio": 1.5, "seconds_per_step": 0.3, "sequences_per_second": 4 / 0.3,
-        "tokens_per_second": 200.0, "utilisation": 100 * 9e13 / 0.3 / 989e12, "peak_memory": 5.0,
-    })  # fmt: skip
+    assert got == pytest.approx(
+        {
+            "ratio": 2.0,
+            "token_ratio": 2.0,
+            "flop_ratio": 1.5,
+            "seconds_per_step": 0.3,
+            "sequences_per_second": 4 / 0.3,
+            "tokens_per_second": 200.0,
+            "utilisation": 100 * 9e13 / 0.3 / 989e12,
+            "peak_memory": 5.0,
+        }
+    )
     assert "utilisation" not in metrics_of(found, "cpu (AMD EPYC)")

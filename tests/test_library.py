@@ -30,9 +30,16 @@ def trainer_of(mutor, model, folder, data, collator, **settings):
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=5,
-        remove_unused_columns=False, dataloader_pin_memory=False, **settings,
-    )  # fmt: skip
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=5,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        **settings,
+    )
     return Trainer(
         model, arguments, train_dataset=data, data_collator=collator, compute_loss_func=mutor.loss_from_outputs
     )
@@ -50,9 +57,16 @@ def test_a_stock_trainer_learns_and_exports_a_plain_model(tiny, tmp_path, family
     mutor.attach(model)
     start = model.mtp["registers"].weight.detach().clone()
     trainer = trainer_of(
-        mutor, model, tmp_path / "run", copies(256), mutor.collator(0, prefix_lm=prefix_lm),
-        max_steps=40, per_device_train_batch_size=16, learning_rate=1e-2, lr_scheduler_type="constant",
-    )  # fmt: skip
+        mutor,
+        model,
+        tmp_path / "run",
+        copies(256),
+        mutor.collator(0, prefix_lm=prefix_lm),
+        max_steps=40,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+    )
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 8 and losses[-1] < 0.7 * losses[0]
@@ -110,10 +124,19 @@ def test_gradient_accumulation_is_a_mean(tiny, tmp_path):
         mutor.attach(model)
         sample = {"input_ids": [5, 6, 7, 1, 5, 6, 7, 2], "prefix_length": 4, "index": 3}
         trainer_of(
-            mutor, model, tmp_path, [sample, sample], mutor.collator(0), max_steps=1, per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps, learning_rate=0.1, lr_scheduler_type="constant", optim="sgd",
+            mutor,
+            model,
+            tmp_path,
+            [sample, sample],
+            mutor.collator(0),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            optim="sgd",
             max_grad_norm=0.0,
-        ).train()  # fmt: skip
+        ).train()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
 

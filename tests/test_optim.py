@@ -9,9 +9,19 @@ from mutor.config.recipe import Recipe
 from mutor.registry import METHODS, load
 from mutor.training.optim import optimizer, schedule
 
-MATRICES = [f"model.layers.{n}.{part}_proj.weight" for n in (0, 1) for part in (
-    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down",
-)]  # fmt: skip
+MATRICES = [
+    f"model.layers.{n}.{part}_proj.weight"
+    for n in (0, 1)
+    for part in (
+        "self_attn.q",
+        "self_attn.k",
+        "self_attn.v",
+        "self_attn.o",
+        "mlp.gate",
+        "mlp.up",
+        "mlp.down",
+    )
+]
 NORMS = [f"model.layers.{n}.{part}_layernorm.weight" for n in (0, 1) for part in ("input", "post_attention")]
 TABLES = ["model.embed_tokens.weight", "lm_head.weight"]
 

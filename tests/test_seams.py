@@ -407,8 +407,11 @@ def test_the_table_says_what_a_backend_can_do(toy, tiny):
         assert model.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "toy"
     assert [answers_under(name) for name in ("toy", "flex_attention", "eager", "other")] == [
-        "sdpa", "sdpa", "eager", "other",
-    ]  # fmt: skip
+        "sdpa",
+        "sdpa",
+        "eager",
+        "other",
+    ]
     assert (fastest_attention("cuda"), fastest_attention("cpu")) == ("flex_attention", "sdpa")
     method.compute_loss(model, layout)[0].backward()
     ATTENTION["toy"] = replace(ATTENTION["toy"], cpu_gradients=False)

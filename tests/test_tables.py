@@ -76,11 +76,21 @@ def record(spec, seed, solve_rate):
     scores = {"solve_rate": records.pack(np.arange(100) < solve_rate)}
     curve = [{"step": 10, "next_token": 1.0, "register": 1.5, "loss": 1.2}, {"step": 20, "eval_solve_rate": solve_rate}]
     return {
-        "version": 1, "scale": spec.scale, "train_data": spec.data, "model": spec.model, "method": spec.method,
-        "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
-        "checkpoints": [{"names": ["best", "last"], "step": 20, "metrics": metrics, "scores": scores}], "curve": curve,
-        "added_parameters": 32, "versions": {"torch": "2.13.0"}, "steps": 20,
-    }  # fmt: skip
+        "version": 1,
+        "scale": spec.scale,
+        "train_data": spec.data,
+        "model": spec.model,
+        "method": spec.method,
+        "settings": spec.settings,
+        "seed": seed,
+        "config": spec.as_dict(),
+        "config_hash": spec.config_hash,
+        "checkpoints": [{"names": ["best", "last"], "step": 20, "metrics": metrics, "scores": scores}],
+        "curve": curve,
+        "added_parameters": 32,
+        "versions": {"torch": "2.13.0"},
+        "steps": 20,
+    }
 
 
 @pytest.fixture

@@ -243,17 +243,31 @@ def test_a_users_own_model_and_data(tmp_path):
     words = standins.tokenizer()
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            intermediate_size=64, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
     for part in (model, words):
         part.save_pretrained(folder / "mine")
     (folder / "data").mkdir()
     for name, count in (("train", 200), ("test", 30)):
         sums = [(n, (7 * n) % 50) for n in range(count)]
-        lines = [{"prompt": f"Question: {a} + {b} = ?\n\nAnswer:", "answer": f"{a} + {b} = {a + b} #### {a + b}",
-                  "gold": str(a + b)} for a, b in sums]  # fmt: skip
+        lines = [
+            {
+                "prompt": f"Question: {a} + {b} = ?\n\nAnswer:",
+                "answer": f"{a} + {b} = {a + b} #### {a + b}",
+                "gold": str(a + b),
+            }
+            for a, b in sums
+        ]
         (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     file = folder / "config/scales/own.yaml"
     text = file.read_text().replace("HuggingFaceTB/SmolLM2-135M", "mine").replace("epochs: 3", "epochs: 1")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mutor.checks import choose, setting
 from mutor.registry import ATTENTION, DRAWINGS, Drawing
 
-NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # said of a model that do not make it another one
+NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # fields that do not change what is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Dataset:
     setting_substitutes: dict = setting(
         {}, was="instead", doc="a setting's name -> a table's value of it -> the value here"
     )
-    iterations: int | None = setting(None, doc="published steps that the recipe's stand for", low=1)
+    iterations: int | None = setting(None, doc="the published steps that this recipe's steps represent", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,9 @@ class Scale:
     threads: int = setting(1, doc="CPU threads a process", low=1)
     gpus: int = setting(0, doc="GPUs a process", low=0)
     memory_mb: int = setting(2000, doc="memory a process is scheduled with", low=100)
-    processes: dict = setting({}, doc="model -> processes that train it together, on one machine, with one's losses")
+    processes: dict = setting(
+        {}, doc="model -> processes that train it together on one machine; losses equal those of one process"
+    )
     sharded: tuple[str, ...] = setting(
         (), doc="models of several processes that hold a part of the weights each (FSDP2)"
     )

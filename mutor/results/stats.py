@@ -11,7 +11,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Summary:
-    """mean and sample standard deviation over seeds, a 95% interval, and what it would vary over, if there is one."""
+    """Mean and sample standard deviation over seeds, a 95% interval, and what the interval accounts for."""
 
     n_seeds: int
     mean: float | None = None
@@ -62,8 +62,8 @@ def wilson(share: float, count: int, level: float = 0.95) -> tuple[float, float]
 class Interval:
     """An estimate with its interval.
 
-    covers: what it would vary over, "seeds and problems", "seeds" or "problems"; spread: standard deviation of one
-    seed's mean, None with one seed; over_problems: half the width that problems alone give.
+    covers: what the interval accounts for: "seeds and problems", "seeds" or "problems"; spread: standard deviation of
+    one seed's mean, None with one seed; over_problems: half the width that problems alone give.
     """
 
     estimate: float
