@@ -83,7 +83,7 @@ def test_in_a_browser(page, tmp_path, width):
     probed = tmp_path / "report.html"
     probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
-    done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True)
     assert not re.findall(r"CONSOLE.*(?:Error|Uncaught|error).*", done.stderr)
     found = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
     assert found["all"] >= 10 and len(found["searched"]) == 2  # a claim on reversed paths, one a graph
