@@ -196,7 +196,8 @@ class _Meaning(ast.NodeTransformer):
         found = resolve(self.root, dotted)
         if found is not None:
             home, name, rest = found
-            self.names.add((home, name))
+            if not isinstance(node.ctx, ast.Store):
+                self.names.add((home, name))
             dotted = ".".join([name or home.rpartition(".")[2], *rest])
         return ast.Name(dotted, node.ctx)
 
