@@ -1,8 +1,5 @@
-# make reproduce   everything at the configured scale into results/
-# make test        lint, types, unit tests, the whole workflow at smoke scale, dry runs of every scale
-# make benchmark   the training loop against a bare one, batched answers against one at a time, costs of a training step
-# make reference   keep the finished runs of a scale (SCALE=laptop) below results/reference/
-# All create .venv first. Without a GPU, point pip at PyTorch's CPU wheels to save a download of some gigabytes:
+# `make` lists the targets. All but help and clean create .venv first, from the versions of constraints.txt.
+# Without a GPU, point pip at PyTorch's CPU wheels to save a download of some gigabytes:
 #   PIP_EXTRA_INDEX_URL=<the CPU index from PyTorch's install page> make reproduce
 
 comma := ,
@@ -14,13 +11,48 @@ SCALE ?= laptop
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: reproduce test env lint benchmark reference clean
+.DEFAULT_GOAL := help
+.PHONY: help smoke reproduce test check format benchmark reference clean env
 
-reproduce: env
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+smoke: env  ## everything with tiny models into results/smoke: two minutes, the numbers mean nothing
+	$(BIN)/snakemake --cores all --config scale=smoke results=results/smoke
+
+reproduce: env  ## everything at the scale of config/config.yaml into results: hours
 	$(BIN)/snakemake --cores all
 
-test: env lint
+test: env check  ## check, then the tests: units, the workflow at smoke scale, dry runs of every scale
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: env  ## lint, formatting, types: changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check --compact-diff Snakefile workflow
+	$(BIN)/snakemake --lint
+
+format: env  ## write files as check wants them, where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+
+benchmark: env  ## what a training step, the training loop and decoding cost, at SCALE (default: laptop)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_loop.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decoding.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py --scale $(SCALE)
+	$(BIN)/python -m mutor collect rebuttal_latency cost_curves --scale $(SCALE)
+
+reference: env  ## keep SCALE's finished runs and their artifacts in results/reference, for a commit
+	mkdir -p results/reference/$(SCALE)
+	find runs/$(SCALE) -name metrics.json -o -path "*/seed*/samples-last.png" -o -path "*/cost/*.json" | tar cf - -T - | tar xf - -C results/reference/$(SCALE)
+	$(BIN)/python -m mutor collect --scale $(SCALE) \
+	  --runs results/reference/$(SCALE)/runs --results results/reference/$(SCALE)
+	$(BIN)/python -m mutor readme
+
+clean:  ## delete .venv, runs and Snakemake's notes; results stay
+	rm -rf $(VENV) .snakemake runs
 
 env: $(STAMP)
 
@@ -29,27 +61,3 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $(STAMP)
-
-lint: env
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/snakefmt --check --compact-diff Snakefile workflow
-	$(BIN)/snakemake --lint
-
-benchmark: env
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_loop.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decoding.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py --scale $(SCALE)
-	$(BIN)/python -m mutor collect rebuttal_latency cost_curves --scale $(SCALE)
-
-# keep the runs of a scale as its reference: their records and the artifacts built from them
-reference: env
-	mkdir -p results/reference/$(SCALE)
-	find runs/$(SCALE) -name metrics.json -o -path "*/seed*/samples-last.png" -o -path "*/cost/*.json" | tar cf - -T - | tar xf - -C results/reference/$(SCALE)
-	$(BIN)/python -m mutor collect --scale $(SCALE) \
-	  --runs results/reference/$(SCALE)/runs --results results/reference/$(SCALE)
-	$(BIN)/python -m mutor readme
-
-clean:
-	rm -rf $(VENV) .snakemake runs

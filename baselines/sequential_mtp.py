@@ -48,12 +48,8 @@ class SequentialMTP(Method):
         modules: list[Any] = []
         for _ in range(self.config.d_max - 1):
             with torch.device(trunk.embedding.weight.device):
-                projection = nn.Linear(2 * width, width, bias=False)
                 parts = {"hidden_norm": nn.RMSNorm(width, eps=1e-6), "token_norm": nn.RMSNorm(width, eps=1e-6)}
-            if trunk.initialise is not None:
-                trunk.initialise(projection)
-            elif not trunk.meta:
-                trunk.model._init_weights(projection)
+            projection = trunk.new_linear(2 * width, width)
             modules.append(nn.ModuleDict({**parts, "projection": projection, "layer": trunk.new_layer()}))
         self.depths = modules
         trunk.add(nn.ModuleDict({"depths": nn.ModuleList(modules)}))

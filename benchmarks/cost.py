@@ -29,13 +29,11 @@ from mutor.config.load import find_root, load_scale, load_table
 from mutor.config.recipe import Recipe
 from mutor.files import write_json
 from mutor.models.build import build
-from mutor.mtp.attention import dense_mask
 from mutor.mtp.layout import IGNORE, Example
 from mutor.mtp.method import Context
-from mutor.registry import METHODS, load
+from mutor.registry import METHODS, fastest_attention, load
 from mutor.results import provenance
 from mutor.results.cost import as_dict, file_of, measured, metrics_of
-from mutor.results.flops import step_flops
 from mutor.training.optim import optimizer
 
 RECIPE = Recipe(steps=1, batch_size=1, learning_rate=1e-6)
@@ -68,7 +66,7 @@ class Setup:
             self.plain = made(reference)
             self.plain.attach(self.model)
         self.model.train()
-        self.optimizer = optimizer(self.model, RECIPE)
+        self.optimizer = optimizer(self.model, self.method, RECIPE)
 
     def step(self, case, batch):
         """One optimiser step of a case."""
@@ -99,35 +97,7 @@ class Setup:
         """(tokens that pass the trunk, FLOPs) of a step: what the method needs, however it is computed."""
         method = self.plain if case.method == "next_token" else self.method
         layout, loss_targets = self.inputs(case, method, batch)
-        trunk, tokens = method.trunk, int((layout.segment >= 0).sum())
-        extra = getattr(self.model, "mtp", None) if method is self.method else None
-        layers = [*trunk.layers, *getattr(method, "heads", ()), *(d["layer"] for d in getattr(method, "depths", ()))]
-        parts = [
-            p
-            for part in (trunk.layers, extra)
-            if part is not None
-            for n, p in part.named_parameters()
-            if p.ndim == 2 and not n.startswith("registers")
-        ]
-        pairs = sum(int(dense_mask(row).sum()) for row in split(layout)) - int((layout.segment < 0).sum())
-        heads, width = trunk.config.num_attention_heads, getattr(trunk.config, "head_dim", None)
-        query = heads * (width or trunk.width // heads)
-        flops = step_flops(
-            matrices=sum(p.numel() for p in parts),
-            tokens=tokens,
-            head=trunk.head.weight.numel(),
-            targets=sum(len(g.index) for g in loss_targets.values()),
-            query=query,
-            layers=len(layers),
-            pairs=pairs,
-        )
-        return tokens, flops
-
-
-def split(layout):
-    """A layout a row at a time."""
-    for row in range(len(layout.ids)):
-        yield replace(layout, **{name: value[row : row + 1] for name, value in vars(layout).items()})
+        return int((layout.segment >= 0).sum()), method.step_flops(layout, loss_targets)
 
 
 def made(case):
@@ -192,8 +162,8 @@ def one_sequence(method, model, example, of):
 @contextlib.contextmanager
 def attending(setup, case):
     """The model's attention as a case wants it: block masks on a GPU, dense masks elsewhere, or no mask at all."""
-    block = case.attention == "auto" and setup.device == "cuda" and not case.one_at_a_time
-    setup.model.set_attn_implementation("flex_attention" if block else "sdpa")
+    as_fast = case.attention == "auto" and not case.one_at_a_time
+    setup.model.set_attn_implementation(fastest_attention(setup.device if as_fast else "cpu"))
     if case.attention == "causal":  # whole rows, so the model's own causal attention is the same
         with unittest.mock.patch("mutor.mtp.backbone.attention_mask", lambda *of: None):
             yield
@@ -257,8 +227,8 @@ def profile(case, reference, model_config, device, folder):
     name = "".join(c if c.isalnum() else "_" for c in case.key)
     folder.mkdir(parents=True, exist_ok=True)
     seen.export_chrome_trace(str(folder / f"{name}.json.gz"))
-    scaling = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    table = seen.key_averages().table(sort_by=scaling, row_limit=15, max_name_column_width=50)
+    order = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    table = seen.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50)
     text = f"{case.key}\n{device_name(device)}: {1e3 * seconds:.1f} ms a step under the profiler\n\n{table}\n"
     (folder / f"{name}.txt").write_text(text)
     print(text)
@@ -284,6 +254,8 @@ def main():
     scale = load_scale(root, args.scale)
     device = "cuda" if scale.device != "cpu" and torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
+    # a kernel of its own for each shape: else a case and its reference may run different ones
+    torch._dynamo.config.automatic_dynamic_shapes, torch._dynamo.config.recompile_limit = False, 256
     for name in args.tables:
         table = load_table(root, name)
         scaling, cases = cases_of(table, scale)
@@ -309,6 +281,9 @@ def main():
                 text = f"{metrics_of(new, '')['ratio'][0]:.3f} times {case.against}"
             except torch.cuda.OutOfMemoryError:
                 text = "does not fit into the memory of this device"
+                new = {"error": text}
+            except ValueError as error:  # one case that can't be measured does not keep the others from it
+                text = f"not measured: {error}"
                 new = {"error": text}
             content["cases"][case.key] = {**new, "case": as_dict(case)}
             content |= {"device": device_name(device), **provenance.provenance(root)}

@@ -55,7 +55,7 @@ def bare(spec, steps):
     model, method, samples, context = parts(spec, steps)
     model.train()
     recipe = spec.recipe
-    own = optimizer(model, recipe)
+    own = optimizer(model, method, recipe)
     rates = schedule(own, recipe)
     loader = torch.utils.data.DataLoader(
         samples, recipe.batch_size, collate_fn=lambda e: method.prepare_batch(e, context)

@@ -59,7 +59,8 @@ def from_mapping(cls: type, values: Mapping[str, Any] | None, where: str) -> Any
     renamed = {f.metadata["was"]: name for name, f in fields.items() if f.metadata.get("was")}
     for key in values:
         if key in renamed:
-            raise ValueError(f"{where}: {key!r} is now called {renamed[key]!r}; rename it")
+            new = renamed[key]
+            raise ValueError(f"{where}: the key {key!r} is now {new!r}: {fields[new].metadata['doc']}")
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."

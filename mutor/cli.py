@@ -26,9 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         root = find_root()
         project = load_project(root, {"scale": args.scale} if args.scale else None)
-        for name in ("runs", "results", "artifacts"):
-            if getattr(args, name, None):
-                project = replace(project, **{name: getattr(args, name)})
+        given: dict[str, Any] = {name: getattr(args, name, None) for name in ("runs", "results", "artifacts", "seeds")}
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v}
+        project = replace(project, **given)
         return args.command(args, root, project) or 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the method")
     one.add_argument("--budget-factor", type=float, default=1.0, help="times the recipe's steps or epochs")
-    one.add_argument("--seeds", nargs="+", type=int, help="seeds (default: the scale's)")
+    one.add_argument("--seeds", nargs="+", type=int, help="seeds (default: config.yaml's, or the scale's)")
     one.add_argument("--label", default="", help="printed in front of each line of progress")
     one.add_argument("--threads", type=int, help="CPU threads, shared by its processes (default: the scale's for each)")
     one.add_argument("--rerun-stale", action="store_true", help="run again what was made by older code")
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     draw = command("collect", collect, "build a table or figure from whatever runs exist")
     draw.add_argument("artifact", nargs="*", help="files of config/tables, claims, runs, report (default: all)")
     draw.add_argument("--artifacts", nargs="+", help="what the report shows (default: all wanted)")
+    draw.add_argument("--seeds", nargs="+", type=int, help="seeds that no run should lack (default: config.yaml's)")
     draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's)")
 
     look = command("plan", plan, "runs to do, their time, disk and memory")
@@ -90,8 +91,7 @@ def run(args: argparse.Namespace, root: Path, project: Project) -> None:
         if not equals:
             raise ValueError(f"--set {pair!r}: expected KEY=VALUE")
         settings[key] = yaml.safe_load(value)
-    seeds = args.seeds and tuple(args.seeds)
-    spec = make_spec(scale, args.data, args.model, args.method, settings, seeds, args.budget_factor)
+    spec = make_spec(scale, args.data, args.model, args.method, settings, project.seeds, args.budget_factor)
     threads = max(1, args.threads // spec.processes) if args.threads else scale.threads
     if spec.processes > 1 and processes() == 1:
         launch(args.arguments, spec.processes, scale.device, threads)
@@ -109,27 +109,26 @@ def run(args: argparse.Namespace, root: Path, project: Project) -> None:
 
 def collect(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Build artifacts."""
+    from mutor.results.cells import Evidence
     from mutor.results.claims import collect_claims
     from mutor.results.drawings import collect_artifact, collect_runs
-    from mutor.results.published import read_reported
     from mutor.results.report import collect_report
 
-    scale = load_scale(root, project.scale)
-    runs, folder = records.Records(root / project.runs), root / project.results
-    reported = read_reported(root / "config/reported.csv")
+    scale, folder = load_scale(root, project.scale), root / project.results
+    evidence = Evidence(root, scale, records.Records(root / project.runs), project.seeds)
     wanted = list(project.artifacts or scale.artifacts)
     for name in args.artifact or [*wanted, "claims", "runs", "report"]:
         if name == "runs":
-            files = collect_runs(runs, scale.name, folder)
+            files = collect_runs(evidence, folder)
         elif name == "claims":
-            files = collect_claims(root, scale, runs, reported, folder)
+            files = collect_claims(evidence, folder)
         elif name == "report":
-            files = collect_report(root, wanted, scale, runs, reported, folder)
+            files = collect_report(evidence, wanted, folder)
         else:
-            files = collect_artifact(load_table(root, name), scale, runs, reported, folder)
+            files = collect_artifact(evidence, evidence.table(name), folder)
         for file in files:
             print(_shown(file, root))
-    for problem in runs.problems:
+    for problem in evidence.runs.problems:
         print(f"left out: {problem}", file=sys.stderr)
 
 
@@ -143,7 +142,7 @@ def plan(args: argparse.Namespace, root: Path, project: Project) -> None:
 
     scale = load_scale(root, project.scale)
     chosen = [load_table(root, str(name)) for name in (args.target or project.artifacts or scale.artifacts)]
-    print("\n".join(lines(chosen, scale, root / project.runs, root / "results/reference")))
+    print("\n".join(lines(chosen, scale, root / project.runs, root / "results/reference", project.seeds)))
 
 
 def compare(args: argparse.Namespace, root: Path, project: Project) -> None:
@@ -162,7 +161,7 @@ def readme(args: argparse.Namespace, root: Path, project: Project) -> None:
 
 
 def stale(args: argparse.Namespace, root: Path, project: Project) -> None:
-    """Print runs made by older code, with the modules that changed."""
+    """Print runs made by older code, with the definitions that changed."""
     count = 0
     for file in sorted((root / project.runs / project.scale).glob("*/*/*/*/seed*/metrics.json")):
         changed = provenance.changed_code(records.read(file), root)
@@ -171,7 +170,7 @@ def stale(args: argparse.Namespace, root: Path, project: Project) -> None:
             print(f"{_shown(file, root)}: {', '.join(changed)}")
     print(
         f"{count} stale runs at scale {project.scale}"
-        + ("; --config rerun_stale=true runs them again" if count else "")
+        + ("; --config rerun_stale=True runs them again" if count else "")
     )
 
 

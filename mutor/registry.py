@@ -1,21 +1,75 @@
-"""Names of methods and tasks, resolved when used, so that planning never imports torch.
+"""Names of methods, tasks, attention backends and drawings, resolved when used.
+
+So planning imports neither torch nor matplotlib.
 
 A new method is one file and one line here:
 
     register(METHODS, "my_method", "baselines.my_method:MyMethod")
 """
 
+from __future__ import annotations
+
 import importlib
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from mutor.checks import choose
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """An attention implementation of transformers, and what it can do.
+
+    mask: "module:function" that builds its mask from (layout, dtype of the model's weights).
+    answers_under: the backend under which a model trained with this one answers; "" means this one. Answers grow token
+    by token, and prompts are padded on the left; a backend that can't do that names another one.
+    cpu_gradients: whether it trains on a CPU.
+    """
+
+    mask: str
+    answers_under: str = ""
+    cpu_gradients: bool = True
+
+
 METHODS: dict[str, str] = {}
 TASKS: dict[str, str] = {}
+ATTENTION: dict[str, AttentionBackend] = {}  # the fastest in training first
+DRAWINGS: dict[str, Drawing] = {}
 
 
-def register(registry: dict[str, str], name: str, target: str) -> None:
-    """Add `name` -> "module:Class"; a name that is taken raises ValueError."""
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure of a drawing, written as <table><suffix>.png and .svg."""
+
+    draw: str  # "module:function"(evidence, table) -> matplotlib's figure
+    shows: str = "numbers in the table below"  # for readers who can't see it
+    suffix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How a table's cells come about and how they are shown; functions are "module:function", imported when called.
+
+    Every drawing writes <table>.csv, .md and .tex, and its figures beside them.
+    """
+
+    made_of: str = "runs"  # where the numbers come from: runs, costs (benchmarks/cost.py) or config (nothing was run)
+    rows: str = "mutor.results.cells:run_rows"  # (evidence, table) -> a dict a cell, of columns of cells.py
+    figures: tuple[Figure, ...] = ()
+    printed: str = ""  # (frame, table) -> the cells printed in .md and .tex, where not all are or under other names
+    about: str = ""  # (evidence, table) -> sentences on how the numbers were made
+    heading: str = "Scale: {scale.name} ({scale.description})."  # first line of .md
+
+    @property
+    def suffixes(self) -> list[str]:
+        """Ends of the files of its figures: .png, .svg, _curves.png, ..."""
+        return [figure.suffix + ending for figure in self.figures for ending in (".png", ".svg")]
+
+
+def register(registry: dict[str, T], name: str, target: T) -> None:
+    """Add `name` -> "module:Class", an AttentionBackend or a Drawing; a name that is taken raises ValueError."""
     if name in registry:
         raise ValueError(f"{name!r} is already registered as {registry[name]}; choose another name for {target}")
     registry[name] = target
@@ -23,8 +77,23 @@ def register(registry: dict[str, str], name: str, target: str) -> None:
 
 def load(registry: dict[str, str], name: str, what: str) -> Any:
     """Import and return the class registered as `name`; an unknown name raises ValueError with the nearest one."""
-    module, _, attribute = registry[choose(name, registry, what)].partition(":")
+    return resolve(registry[choose(name, registry, what)])
+
+
+def resolve(target: str) -> Any:
+    """Import and return what "module:name" names."""
+    module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def answers_under(attention: str) -> str:
+    """The attention implementation under which a model trained with `attention` answers."""
+    return (attention in ATTENTION and ATTENTION[attention].answers_under) or attention
+
+
+def fastest_attention(device: str) -> str:
+    """The fastest backend that trains on this type of device."""
+    return next(name for name, backend in ATTENTION.items() if device != "cpu" or backend.cpu_gradients)
 
 
 register(METHODS, "next_token", "baselines.next_token:NextToken")
@@ -40,3 +109,59 @@ register(METHODS, "lora_mutor", "baselines.lora:LoRAMuToR")
 register(TASKS, "star_graph", "mutor.tasks.star_graph:StarGraph")
 register(TASKS, "text", "mutor.tasks.text:Text")
 register(TASKS, "images", "mutor.tasks.images:Images")
+
+register(
+    ATTENTION,
+    "flex_attention",
+    AttentionBackend("mutor.mtp.attention:block_mask", answers_under="sdpa", cpu_gradients=False),
+)
+register(ATTENTION, "sdpa", AttentionBackend("mutor.mtp.attention:dense_mask"))
+register(ATTENTION, "eager", AttentionBackend("mutor.mtp.attention:additive_mask"))
+register(DRAWINGS, "table", Drawing())
+register(
+    DRAWINGS,
+    "solve_rates",
+    Drawing(
+        printed="mutor.results.render:first_metric",
+        figures=(
+            Figure(draw="mutor.results.figures:solve_rates"),
+            Figure(draw="mutor.results.figures:curves", shows="learning curves", suffix="_curves"),
+        ),
+    ),
+)
+register(DRAWINGS, "sweep", Drawing(figures=(Figure(draw="mutor.results.figures:sweep"),)))
+register(
+    DRAWINGS,
+    "images",
+    Drawing(
+        figures=(
+            Figure(draw="mutor.results.figures:progress"),
+            Figure(
+                draw="mutor.results.figures:samples",
+                shows="pictures drawn by the last models, a column a class",
+                suffix="_samples",
+            ),
+        ),
+    ),
+)
+register(
+    DRAWINGS,
+    "flops",
+    Drawing(
+        made_of="config",
+        rows="mutor.results.flops:rows",
+        heading="Worked out from widths and lengths; nothing is trained.",
+    ),
+)
+register(DRAWINGS, "settings", Drawing(made_of="config", rows="mutor.results.cells:settings_rows"))
+register(
+    DRAWINGS,
+    "cost",
+    Drawing(
+        made_of="costs",
+        rows="mutor.results.cost:rows",
+        printed="mutor.results.cost:printed",
+        about="mutor.results.cost:circumstances",
+        figures=(Figure(draw="mutor.results.figures:costs"),),
+    ),
+)

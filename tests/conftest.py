@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mutor.mtp.layout import Example, TokenBatch, collate
+from mutor.registry import ATTENTION
 
 VOCABULARY = 61
 FAMILIES = (
@@ -211,6 +212,8 @@ def flex_with_gradients(monkeypatch: Any) -> None:
     from torch.nn.attention import flex_attention as torch_flex
     from transformers.integrations import flex_attention as transformers_flex
 
+    with_gradients = replace(ATTENTION["flex_attention"], cpu_gradients=True)
+    monkeypatch.setitem(ATTENTION, "flex_attention", with_gradients)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(transformers_flex, "WrappedFlexAttention", lambda training: lambda: torch_flex.flex_attention)
 
@@ -221,7 +224,15 @@ def tools() -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(
-        close=close, attach=attach, gradients=gradients, same_gradients=same_gradients, picture=picture, given=given,
-        prefix_mask=prefix_mask, plain_logits=plain_logits, vocabulary=VOCABULARY, parts_of=parts_of,
+        close=close,
+        attach=attach,
+        gradients=gradients,
+        same_gradients=same_gradients,
+        picture=picture,
+        given=given,
+        prefix_mask=prefix_mask,
+        plain_logits=plain_logits,
+        vocabulary=VOCABULARY,
+        parts_of=parts_of,
         trunk_hidden=trunk_hidden,
-    )  # fmt: skip
+    )

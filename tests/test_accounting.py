@@ -2,17 +2,15 @@
 
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mutor.config.load import load_scale, load_table
+from mutor.config.load import load_scale
 from mutor.config.schema import Shape
-from mutor.results.cells import cell_frame
+from mutor.results.cells import Evidence
 from mutor.results.drawings import collect_artifact
 from mutor.results.flops import attention_exceeds_feed_forward, layer_flops, tipping_point
-from mutor.results.published import read_reported
 from mutor.results.records import Records
 
 ROOT = Path(__file__).parent.parent
@@ -21,11 +19,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def flops(tmp_path):
     """The artifact's frame."""
-    reported = pd.read_csv(ROOT / "config/reported.csv", dtype=str, keep_default_na=False)
-    table, scale = load_table(ROOT, "rebuttal_flops"), load_scale(ROOT, "smoke")
-    reported = read_reported(ROOT / "config/reported.csv")
-    collect_artifact(table, scale, Records(tmp_path / "runs"), reported, tmp_path)
-    return cell_frame(table, scale, tmp_path / "runs", reported), tmp_path
+    evidence = Evidence(ROOT, load_scale(ROOT, "smoke"), Records(tmp_path / "runs"))
+    table = evidence.table("rebuttal_flops")
+    collect_artifact(evidence, table, tmp_path)
+    return evidence.frame(table), tmp_path
 
 
 def test_every_published_figure_cut_at_two_decimals(flops):
@@ -63,11 +60,17 @@ def test_counted_by_torch():
 
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
-            "llama", hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=96, vocab_size=32, max_position_embeddings=64,
+            "llama",
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=96,
+            vocab_size=32,
+            max_position_embeddings=64,
         ),
         attn_implementation="eager",
-    )  # fmt: skip
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 24, dtype=torch.long))
     head = 2 * 24 * 64 * 32

@@ -135,8 +135,11 @@ def test_parallel_heads_are_plain_loops(tiny, tools, family, batch, prefix_lm):
         for k in range(1, 5):
             out = hidden if k == 1 else run(model.mtp["heads"][k - 2], hidden, mask)
             logits = head(norm(out))[0]
-            losses[k - 1] += [cross_entropy(logits[i], span.ids[i + k])
-                              for i in range(span.prefix - 1, len(span.ids)) if i + k < len(span.ids)]  # fmt: skip
+            losses[k - 1] += [
+                cross_entropy(logits[i], span.ids[i + k])
+                for i in range(span.prefix - 1, len(span.ids))
+                if i + k < len(span.ids)
+            ]
     combine(tools, model, total, parts, ["head_2", "head_3", "head_4"], losses, 0.3)
 
 
@@ -170,8 +173,7 @@ def test_sequential_modules_are_plain_loops(tiny, tools, family, batch, prefix_l
                     break
                 hidden = run(module["layer"], torch.stack(states)[None], mask[:stop, :stop])[0]
             logits = head(norm(hidden))
-            losses[k] += [cross_entropy(logits[i], span.ids[i + k + 1])
-                          for i in range(span.prefix - 1, length - k - 1)]  # fmt: skip
+            losses[k] += [cross_entropy(logits[i], span.ids[i + k + 1]) for i in range(span.prefix - 1, length - k - 1)]
     combine(tools, model, total, parts, ["depth_1", "depth_2"], losses, 0.3)
 
 
@@ -316,10 +318,17 @@ def test_added_parameters_of_gemma_2b(method, added, millions):
     from transformers import GemmaConfig, GemmaForCausalLM
 
     with torch.device("meta"):
-        model = GemmaForCausalLM(GemmaConfig(
-            vocab_size=256000, hidden_size=2048, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1,
-            head_dim=256, intermediate_size=16384,
-        ))  # fmt: skip
+        model = GemmaForCausalLM(
+            GemmaConfig(
+                vocab_size=256000,
+                hidden_size=2048,
+                num_hidden_layers=18,
+                num_attention_heads=8,
+                num_key_value_heads=1,
+                head_dim=256,
+                intermediate_size=16384,
+            )
+        )
     before = sum(p.numel() for p in model.parameters())
     method.attach(model)
     assert method.added_parameters(model) == sum(p.numel() for p in model.parameters()) - before == added

@@ -81,8 +81,10 @@ def test_good_values_arrive_with_their_types():
     assert (got.steps, got.rate, got.betas, got.limit, got.flag) == (3, 0.01, (0, 1.0), 5, True)
     assert from_mapping(Everything, {"steps": 3, "limit": None}, "run").limit is None
     assert not_default(MuToRConfig(d_max=6, a=0.3, placement="every", registers=2)) == {
-        "d_max": 6, "placement": "every", "registers": 2,
-    }  # fmt: skip
+        "d_max": 6,
+        "placement": "every",
+        "registers": 2,
+    }
     assert list(not_default(MuToRConfig(registers=2, placement="every", a=0.1))) == ["a", "placement", "registers"]
 
 
@@ -124,7 +126,7 @@ def test_an_unknown_method_suggests_the_nearest(name, nearest):
 def test_a_taken_name_is_refused():
     """Registering twice would silently replace a method."""
     mine = {"mutor": "mutor.mtp.mutor:MuToR"}
-    with pytest.raises(ValueError, match=r"'mutor' is already registered as mutor\.mutor:MuToR"):
+    with pytest.raises(ValueError, match=r"'mutor' is already registered as mutor\.mtp\.mutor:MuToR"):
         register(mine, "mutor", "other:Thing")
     assert mine == {"mutor": "mutor.mtp.mutor:MuToR"}
 

@@ -9,18 +9,16 @@ from mutor.config.load import find_root, load_scale, load_table
 from mutor.config.runs import cells_of
 from mutor.files import write_json
 from mutor.results import claims, records
-from mutor.results.published import read_reported
+from mutor.results.cells import Evidence
 from mutor.results.stats import Interval
+from mutor.results.verdicts import judge
 
 ROOT = find_root()
-REPORTED = read_reported(ROOT / "config/reported.csv")
 
 
-def claim(direction, margin=0.0):
-    return claims.Claim(
-        claim="c", source="s", table="t", metric="m", model="x", train_data="d", ours={}, theirs=0.0,
-        direction=direction, margin=margin,
-    )  # fmt: skip
+def judged(scale, folder):
+    """The claims, held against the runs below a folder."""
+    return claims.claim_frame(Evidence(ROOT, load_scale(ROOT, scale), records.Records(folder)))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +34,7 @@ def claim(direction, margin=0.0):
     ],
 )  # fmt: skip
 def test_rule(direction, margin, low, high, verdict):
-    assert claims.judge(claim(direction, margin), Interval((low + high) / 2, low, high, "seeds")) == verdict
+    assert judge(direction, margin, Interval((low + high) / 2, low, high, "seeds")) == verdict
 
 
 def put(folder, cell, seed, solved, data_hash="d", count=200):
@@ -45,11 +43,22 @@ def put(folder, cell, seed, solved, data_hash="d", count=200):
     metrics = {"solve_rate": 100 * solved / count, "first_step_accuracy": 100 * solved / count}
     scores = {"solve_rate": records.pack(np.arange(count) < solved)}
     record = {
-        "version": 1, "scale": spec.scale, "train_data": spec.data, "model": spec.model, "method": spec.method,
-        "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
-        "checkpoints": [{"names": ["best", "last"], "step": 1, "metrics": metrics, "scores": scores}], "curve": [],
-        "added_parameters": 0, "versions": {}, "steps": 1, "data_hash": data_hash,
-    }  # fmt: skip
+        "version": 1,
+        "scale": spec.scale,
+        "train_data": spec.data,
+        "model": spec.model,
+        "method": spec.method,
+        "settings": spec.settings,
+        "seed": seed,
+        "config": spec.as_dict(),
+        "config_hash": spec.config_hash,
+        "checkpoints": [{"names": ["best", "last"], "step": 1, "metrics": metrics, "scores": scores}],
+        "curve": [],
+        "added_parameters": 0,
+        "versions": {},
+        "steps": 1,
+        "data_hash": data_hash,
+    }
     write_json(records.seed_folder(folder, spec, seed) / "metrics.json", record)
 
 
@@ -60,7 +69,7 @@ def frame_of(folder, solved, scale="smoke", count=200):
         key = cell.row.label or cell.spec.method
         for seed, right in zip((42, 43, 44), solved.get(key, ()), strict=False):
             put(folder, cell, seed, right, count=count)
-    return claims.claim_frame(ROOT, loaded, records.Records(folder), REPORTED)
+    return judged(scale, folder)
 
 
 def of(frame, words):
@@ -71,9 +80,15 @@ def of(frame, words):
 
 def test_verdicts_on_made_up_runs(tmp_path):
     frame = frame_of(
-        tmp_path, {"next_token": (1000, 980, 1020), "mutor": (1980, 1990, 2000), "parallel_mtp": (1000, 1500, 2000),
-                   "mutor, d = 1": (1500, 1520, 1480)}, count=2000,
-    )  # fmt: skip
+        tmp_path,
+        {
+            "next_token": (1000, 980, 1020),
+            "mutor": (1980, 1990, 2000),
+            "parallel_mtp": (1000, 1500, 2000),
+            "mutor, d = 1": (1500, 1520, 1480),
+        },
+        count=2000,
+    )
     chance, solves = of(frame, "stays at chance"), of(frame, "fails on")
     assert (chance["verdict"], solves["verdict"]) == ("same direction", "same direction")
     assert solves["measured"] == pytest.approx(99.5 - 50) and solves["n_seeds"] == 3 and solves["p"] < 0.01
@@ -84,7 +99,8 @@ def test_verdicts_on_made_up_runs(tmp_path):
     missing = of(frame, "Sequential modules are above")
     assert missing["verdict"] == "not run" and "snakemake results/figure4.csv" in missing["to_decide"]
     assert of(frame, "Llama 3 8B")["verdict"] == "not at this scale"
-    assert {c.claim for c in claims.load_claims(ROOT)} == set(frame["claim"])
+    content = yaml.safe_load((ROOT / "config/claims.yaml").read_text())
+    assert {c["claim"] for c in content["claims"]} == set(frame["claim"])
 
 
 def test_one_seed_is_over_problems_and_says_so(tmp_path):
@@ -103,14 +119,14 @@ def test_best_of_all_is_held_against_each_other_setting(tmp_path):
                 put(tmp_path, cell, seed, right, count=100)
                 file = records.seed_folder(tmp_path, cell.spec, seed) / "metrics.json"
                 file.write_text(file.read_text().replace("solve_rate", "accuracy"))
-    frame = claims.claim_frame(ROOT, scale, records.Records(tmp_path), REPORTED)
+    frame = judged("paper", tmp_path)
     row = frame[(frame["claim"] == "MuToR is best at d_max 4") & (frame["train_data"] == "gsm8k")].iloc[0]
     assert row["verdict"] == "inconclusive" and row["measured"] == pytest.approx(61 - 182 / 3, abs=1e-6)
     assert row["published"] == pytest.approx(42.10 - 41.93) and row["stands_in_for"] == ""
 
 
 def test_published_effects_stand_beside(tmp_path):
-    frame = claims.claim_frame(ROOT, load_scale(ROOT, "paper"), records.Records(tmp_path), REPORTED)
+    frame = judged("paper", tmp_path)
     assert frame["verdict"].isin(["not run", "not at this scale"]).all()
     table1 = frame[(frame["table"] == "table1") & (frame["theirs"] == "next_token") & (frame["direction"] == "above")]
     gains = {(r["model"], r["train_data"]): round(r["published"], 2) for _, r in table1.iterrows()}
@@ -133,7 +149,7 @@ def test_different_problems_are_compared_by_seeds(tmp_path):
             for seed, right in ((42, 90), (43, 110)):
                 mutor = cell.spec.method == "mutor"
                 put(tmp_path, cell, seed, right + 50 * mutor, data_hash=f"{cell.spec.method}")
-    row = of(claims.claim_frame(ROOT, scale, records.Records(tmp_path), REPORTED), "fails on")
+    row = of(judged("smoke", tmp_path), "fails on")
     assert row["covers"] == "seeds" and row["measured"] == pytest.approx(25)
     half = 4.302653 * (2 * 7.0710678**2 / 2) ** 0.5 / 1  # Welch at equal variances: t with 2 degrees of freedom
     assert row["ci_high"] - 25 == pytest.approx(half, rel=1e-4)
@@ -160,7 +176,7 @@ def test_wrong_claims_are_named(tmp_path, change, says):
         (root / "config" / name).symlink_to(ROOT / "config" / name)
     (root / "config/claims.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="claim 1") as error:
-        claims.load_claims(root)
+        claims.load_claims(Evidence(root, load_scale(ROOT, "smoke"), records.Records(tmp_path)))
     assert says in str(error.value)
 
 

@@ -15,13 +15,27 @@ def write(folder, method, seed, right, **more):
     """A record of a run that solves the problems in `right`, of ten."""
     scores = np.isin(np.arange(10), right)
     record = {
-        "version": 1, "scale": "smoke", "train_data": "x", "model": "m", "method": method, "settings": {}, "seed": seed,
-        "config_hash": "h", "config": {"method": method, "recipe": {"steps": 20}}, "data_hash": "d", "versions": {},
+        "version": 1,
+        "scale": "smoke",
+        "train_data": "x",
+        "model": "m",
+        "method": method,
+        "settings": {},
+        "seed": seed,
+        "config_hash": "h",
+        "config": {"method": method, "recipe": {"steps": 20}},
+        "data_hash": "d",
+        "versions": {},
         "checkpoints": [
-            {"names": ["best", "last"], "step": 20, "metrics": {"solve_rate": 100 * float(scores.mean())},
-             "scores": {"solve_rate": records.pack(scores)}}
-        ], **more,
-    }  # fmt: skip
+            {
+                "names": ["best", "last"],
+                "step": 20,
+                "metrics": {"solve_rate": 100 * float(scores.mean())},
+                "scores": {"solve_rate": records.pack(scores)},
+            }
+        ],
+        **more,
+    }
     write_json(folder / f"seed{seed}/metrics.json", record)
 
 

@@ -14,14 +14,13 @@ from mutor.checks import from_mapping
 from mutor.config.cost_cases import Case, cases_of, load_cases, settings_of
 from mutor.config.load import load_scale, load_table
 from mutor.config.schema import ModelConfig
+from mutor.mtp.flops import step_flops
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR
-from mutor.results.cells import cell_frame
+from mutor.results.cells import Evidence
 from mutor.results.cost import file_of, metrics_of
 from mutor.results.drawings import collect_artifact
-from mutor.results.flops import step_flops
-from mutor.results.published import read_reported
 from mutor.results.records import Records
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +36,18 @@ def bench():
 
 
 TINY = ModelConfig(
-    role="gemma-2b", architecture="llama",
-    config={"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64},
-)  # fmt: skip
+    role="gemma-2b",
+    architecture="llama",
+    config={
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+    },
+)
 
 
 def case(**changes):
@@ -72,6 +79,17 @@ def test_cases_over_a_value_are_compared_at_the_same_value():
         assert (c.tokens, c.batch) == (same.tokens, same.batch) and same.method == "next_token"
     assert max(c.tokens for c in cases) <= 1024
     assert [settings_of(c)["d_max"] for c in cases if c.label == "parallel_mtp"] == [2, 4, 6, 16]
+
+
+def test_cells_name_what_they_are_swept_over(tmp_path):
+    evidence = Evidence(ROOT, load_scale(ROOT, "paper"), Records(tmp_path))
+    frame = evidence.frame(evidence.table("cost_curves"))
+    frame = frame[(frame["metric"] == "ratio") & frame["benchmark"].str.contains("registers|^over length")]
+    swept = list(zip(frame["label"], frame["sweep"], frame["x"].fillna(0), strict=True))
+    mutor = [("mutor", "registers", count) for count in (16, 64, 128, 256)]
+    assert swept[:5] == [("next_token", "", 0), *mutor]
+    lengths = (256, 1024, 2048, 4096, 8192)
+    assert swept[5:10] == [("next_token", "tokens", length) for length in lengths] and len(swept) == 5 + 3 * 5
 
 
 @pytest.mark.parametrize(
@@ -170,9 +188,8 @@ def test_measurements_are_kept_and_drawn(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [*call, "Gemma 2B", "grouped"])
     bench.main()
     assert first == 6 and done[first:] == [k for k in done[first:] if "grouped" in k] and len(done) == 8
-    scale, table = load_scale(ROOT, "smoke"), load_table(ROOT, "rebuttal_latency")
-    reported = read_reported(ROOT / "config/reported.csv")
-    files = collect_artifact(table, scale, Records(tmp_path / "runs"), reported, tmp_path)
+    evidence = Evidence(ROOT, load_scale(ROOT, "smoke"), Records(tmp_path / "runs"))
+    files = collect_artifact(evidence, evidence.table("rebuttal_latency"), tmp_path)
     assert {f.suffix for f in files} == {".csv", ".md", ".tex", ".png", ".svg"}
     frame = pd.read_csv(tmp_path / "rebuttal_latency.csv")
     ratios = frame[frame["metric"] == "ratio"]
@@ -181,7 +198,8 @@ def test_measurements_are_kept_and_drawn(bench, tmp_path, monkeypatch):
     assert ratios[ratios["n_seeds"] == 0]["mean"].isna().all()
     assert frame["reported"].isna().all() and frame["stands_in_for"].ne("").all()
     assert "not run" in (tmp_path / "rebuttal_latency.md").read_text()
-    whole = cell_frame(table, load_scale(ROOT, "gpu"), Records(tmp_path / "runs"), reported)
+    gpu = Evidence(ROOT, load_scale(ROOT, "gpu"), Records(tmp_path / "runs"))
+    whole = gpu.frame(gpu.table("rebuttal_latency"))
     assert set(whole["reported"].dropna()) == {0.35, 0.34, 0.16, 1.4} and (whole["n_seeds"] == 0).all()
     content = json.loads(file_of(tmp_path / "runs", "smoke", "rebuttal_latency").read_text())
     assert content["device"] and content["versions"]["torch"]
@@ -191,8 +209,16 @@ def test_metrics_of_a_case_by_hand():
     found = {"seconds": [0.4, 0.2, 0.3], "reference_seconds": [0.2, 0.2, 0.1], "sequences": 4, "tokens": 60,
              "reference_tokens": 30, "flops": 9e13, "reference_flops": 6e13, "peak_memory_bytes": 5e9}  # fmt: skip
     got = {name: value for name, (value, _) in metrics_of(found, "NVIDIA H200").items()}
-    assert got == pytest.approx({
-        "ratio": 2.0, "token_ratio": 2.0, "flop_ratio": 1.5, "seconds_per_step": 0.3, "sequences_per_second": 4 / 0.3,
-        "tokens_per_second": 200.0, "utilisation": 100 * 9e13 / 0.3 / 989e12, "peak_memory": 5.0,
-    })  # fmt: skip
+    assert got == pytest.approx(
+        {
+            "ratio": 2.0,
+            "token_ratio": 2.0,
+            "flop_ratio": 1.5,
+            "seconds_per_step": 0.3,
+            "sequences_per_second": 4 / 0.3,
+            "tokens_per_second": 200.0,
+            "utilisation": 100 * 9e13 / 0.3 / 989e12,
+            "peak_memory": 5.0,
+        }
+    )
     assert "utilisation" not in metrics_of(found, "cpu (AMD EPYC)")

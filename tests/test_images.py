@@ -92,10 +92,10 @@ def test_first_row_alone_is_one_dimension(monkeypatch):
     # the pair's number in {1 .. 15}, kept in the first row: 1 .. 3, drawn as one dimension draws its offsets
     plain = registers.offsets
     monkeypatch.setattr(
-        registers, "offsets", lambda samples, *, seed, d_min, d_max, mixed=False: plain(
-            samples, seed=seed, d_min=1, d_max=3, mixed=mixed
-        ),
-    )  # fmt: skip
+        registers,
+        "offsets",
+        lambda samples, *, seed, d_min, d_max, mixed=False: plain(samples, seed=seed, d_min=1, d_max=3, mixed=mixed),
+    )
     rows = collate([image(c) for c in (4, 9)], 0)
     one, two = (m.train_layout(rows, Context(seed=2)) for m in (flat, grid))
     for name in ("ids", "position", "target", "register", "causal_index"):

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from mutor import MuToR
+from mutor.mtp.backbone import Backbone
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
@@ -29,9 +30,16 @@ def trainer_of(mutor, model, folder, data, collator, **settings):
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=5,
-        remove_unused_columns=False, dataloader_pin_memory=False, **settings,
-    )  # fmt: skip
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=5,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        **settings,
+    )
     return Trainer(
         model, arguments, train_dataset=data, data_collator=collator, compute_loss_func=mutor.loss_from_outputs
     )
@@ -49,9 +57,16 @@ def test_a_stock_trainer_learns_and_exports_a_plain_model(tiny, tmp_path, family
     mutor.attach(model)
     start = model.mtp["registers"].weight.detach().clone()
     trainer = trainer_of(
-        mutor, model, tmp_path / "run", copies(256), mutor.collator(0, prefix_lm=prefix_lm),
-        max_steps=40, per_device_train_batch_size=16, learning_rate=1e-2, lr_scheduler_type="constant",
-    )  # fmt: skip
+        mutor,
+        model,
+        tmp_path / "run",
+        copies(256),
+        mutor.collator(0, prefix_lm=prefix_lm),
+        max_steps=40,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+    )
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 8 and losses[-1] < 0.7 * losses[0]
@@ -109,10 +124,19 @@ def test_gradient_accumulation_is_a_mean(tiny, tmp_path):
         mutor.attach(model)
         sample = {"input_ids": [5, 6, 7, 1, 5, 6, 7, 2], "prefix_length": 4, "index": 3}
         trainer_of(
-            mutor, model, tmp_path, [sample, sample], mutor.collator(0), max_steps=1, per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps, learning_rate=0.1, lr_scheduler_type="constant", optim="sgd",
+            mutor,
+            model,
+            tmp_path,
+            [sample, sample],
+            mutor.collator(0),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            optim="sgd",
             max_grad_norm=0.0,
-        ).train()  # fmt: skip
+        ).train()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
 
@@ -146,3 +170,28 @@ def test_the_lines_of_the_readme_run_as_they_stand(tiny, tmp_path, monkeypatch):
     monkeypatch.undo()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert not torch.equal(plain.lm_head.weight, before) and not hasattr(plain, "mtp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_scales_its_logits_in_its_own_way_is_refused(tiny, monkeypatch, dtype):
+    """In bfloat16 two passes of a large model differ by some percent, and that is no reason to refuse it."""
+    model = tiny("llama", scale=1.0).to(dtype)
+    probe = Backbone.probe
+    monkeypatch.setattr(Backbone, "probe", lambda self, layout: probe(self, layout) * 1.02)
+    if dtype == torch.float32:
+        with pytest.raises(ValueError, match="can't be rebuilt from its final norm"):
+            Backbone(model)
+    else:
+        Backbone(model)
+    monkeypatch.undo()
+    Backbone(model)
+    own = type(model).forward
+
+    def scaled(self, *args, **kwargs):
+        out = own(self, *args, **kwargs)
+        out.logits = out.logits * 1.02
+        return out
+
+    monkeypatch.setattr(type(model), "forward", scaled)
+    with pytest.raises(ValueError, match="can't be rebuilt from its final norm"):
+        Backbone(model)

@@ -31,16 +31,20 @@ def published(config, seed=0):
     weights = {
         "tok_embeddings.weight": draw(config.codes, d) * 3,
         "cls_embedding.embedding_table.weight": draw(config.classes + 1, d) * 3,
-        "norm.weight": 1 + 0.2 * draw(d), "output.weight": draw(config.codes, d) * 2,
+        "norm.weight": 1 + 0.2 * draw(d),
+        "output.weight": draw(config.codes, d) * 2,
         "freqs_cis": torch.zeros(1),
-    }  # fmt: skip
+    }
     for n in range(config.num_hidden_layers):
         weights |= {
-            f"layers.{n}.attention.wqkv.weight": draw(3 * d, d), f"layers.{n}.attention.wo.weight": draw(d, d),
-            f"layers.{n}.feed_forward.w1.weight": draw(inner, d), f"layers.{n}.feed_forward.w2.weight": draw(d, inner),
+            f"layers.{n}.attention.wqkv.weight": draw(3 * d, d),
+            f"layers.{n}.attention.wo.weight": draw(d, d),
+            f"layers.{n}.feed_forward.w1.weight": draw(inner, d),
+            f"layers.{n}.feed_forward.w2.weight": draw(d, inner),
             f"layers.{n}.feed_forward.w3.weight": draw(inner, d),
-            f"layers.{n}.attention_norm.weight": 1 + 0.2 * draw(d), f"layers.{n}.ffn_norm.weight": 1 + 0.2 * draw(d),
-        }  # fmt: skip
+            f"layers.{n}.attention_norm.weight": 1 + 0.2 * draw(d),
+            f"layers.{n}.ffn_norm.weight": 1 + 0.2 * draw(d),
+        }
     return weights
 
 

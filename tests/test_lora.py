@@ -75,9 +75,15 @@ def test_exported_model_and_adapter_are_the_trained_model(tiny, batch, tmp_path,
 def test_size_for_gemma_2b():
     """About 39M trainable parameters at rank 32 (paper, Table 5): counted by hand, and on the meta device."""
     config = AutoConfig.for_model(
-        "gemma", hidden_size=2048, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, head_dim=256,
-        intermediate_size=16384, vocab_size=256000,
-    )  # fmt: skip
+        "gemma",
+        hidden_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=256,
+        intermediate_size=16384,
+        vocab_size=256000,
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     method = made("lora_next_token")

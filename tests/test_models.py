@@ -43,10 +43,15 @@ def test_fan_in_initialisation(architecture):
     small = {"gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "tie_word_embeddings": False}}.get(
         architecture,
         {
-            "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-            "intermediate_size": 128, "head_dim": 32, "tie_word_embeddings": False,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 128,
+            "head_dim": 32,
+            "tie_word_embeddings": False,
         },
-    )  # fmt: skip
+    )
     settings = ModelConfig(role="x", architecture=architecture, config=small, init="fan_in", embedding_std=0.7)
     model = build(settings, vocabulary=300, seed=3)
     norms = [p for n, p in model.named_parameters() if "norm" in n or "ln_" in n]
@@ -123,9 +128,17 @@ def small(spec, folder):
         batch |= {"accumulate": 2, "epochs": None}
     elif spec.dataset.task == "images":
         task = ImagesConfig(
-            pixels=8, test_size=20, copies=2, flip=spec.task_config.flip, codes=16, code_width=4, tokenizer_steps=3,
-            classifier_steps=3, valid_samples=10, test_samples=10,
-        )  # fmt: skip
+            pixels=8,
+            test_size=20,
+            copies=2,
+            flip=spec.task_config.flip,
+            codes=16,
+            code_width=4,
+            tokenizer_steps=3,
+            classifier_steps=3,
+            valid_samples=10,
+            test_samples=10,
+        )
         batch |= {"accumulate": 2, "keep_steps": ()}
     else:
         task = replace(spec.task_config, train_size=spec.task_config.train_size and 32, **size)

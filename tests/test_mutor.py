@@ -36,8 +36,10 @@ def vectors(model, ids, register, number, scaled=True):
     weight, table = model.get_input_embeddings().weight, model.mtp["registers"].weight
     root = weight.shape[1] ** 0.5 if gemma else 1.0
     bare = 1.0 / getattr(model.config, "embedding_multiplier", 1.0)
-    rows = [table[n] * (root if scaled else bare) if is_register else weight[i] * root
-            for i, is_register, n in zip(ids, register, number, strict=True)]  # fmt: skip
+    rows = [
+        table[n] * (root if scaled else bare) if is_register else weight[i] * root
+        for i, is_register, n in zip(ids, register, number, strict=True)
+    ]
     return torch.stack(rows)
 
 
@@ -165,8 +167,12 @@ def test_order_in_the_row_is_free(tiny, tools, batch, prefix_lm):
     """A layout with its columns shuffled gives the same logits, shuffled."""
     model = tiny()
     layout = ready(tools, model).train_layout(batch.rows, Context(prefix_lm=prefix_lm))
-    index = torch.stack([torch.randperm(layout.ids.shape[1], generator=torch.Generator().manual_seed(s))
-                         for s in range(layout.ids.shape[0])])  # fmt: skip
+    index = torch.stack(
+        [
+            torch.randperm(layout.ids.shape[1], generator=torch.Generator().manual_seed(s))
+            for s in range(layout.ids.shape[0])
+        ]
+    )
     ours, shuffled = forward(model, layout), forward(model, layout.take(index))
     used = (layout.segment >= 0).gather(1, index)
     tools.close(shuffled[used], ours.gather(1, index[..., None].expand(-1, -1, ours.shape[-1]))[used])

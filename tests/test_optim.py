@@ -4,8 +4,26 @@ import pytest
 import torch
 from torch import nn
 
+from mutor.checks import from_mapping
 from mutor.config.recipe import Recipe
-from mutor.training.optim import schedule
+from mutor.registry import METHODS, load
+from mutor.training.optim import optimizer, schedule
+
+MATRICES = [
+    f"model.layers.{n}.{part}_proj.weight"
+    for n in (0, 1)
+    for part in (
+        "self_attn.q",
+        "self_attn.k",
+        "self_attn.v",
+        "self_attn.o",
+        "mlp.gate",
+        "mlp.up",
+        "mlp.down",
+    )
+]
+NORMS = [f"model.layers.{n}.{part}_layernorm.weight" for n in (0, 1) for part in ("input", "post_attention")]
+TABLES = ["model.embed_tokens.weight", "lm_head.weight"]
 
 
 @pytest.mark.parametrize(
@@ -28,3 +46,50 @@ def test_rates_of_a_schedule(changes, rates):
         optimizer.step()
         scheduler.step()
     assert got == pytest.approx(rates)
+
+
+def groups_of(model, name, kind, **settings):
+    """[(names, rate, weight decay)] of a method's optimiser, in its order."""
+    cls = load(METHODS, name, "method")
+    method = cls(from_mapping(cls.Config, settings, name))
+    method.attach(model)
+    recipe = Recipe(steps=1, batch_size=1, learning_rate=3e-3, muon_rate=0.02, weight_decay=0.1, optimizer=kind)
+    made = optimizer(model, method, recipe)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [([names[id(p)] for p in g["params"]], g["lr"], g["weight_decay"]) for g in made.param_groups]
+    assert all(g["betas"] == recipe.betas for g in made.param_groups if "betas" in g)
+    return found
+
+
+def test_groups_of_a_method_that_says_nothing(tiny):
+    """Matrices and tables with weight decay, norms without; registers are a table."""
+    adamw = groups_of(tiny("llama"), "mutor", "adamw")
+    assert adamw == [
+        ([*MATRICES, *TABLES, "mtp.registers.weight"], 3e-3, 0.1),
+        ([*NORMS, "model.norm.weight"], 3e-3, 0.0),
+    ]
+    muon = groups_of(tiny("llama"), "mutor", "muon")
+    assert muon == [
+        (MATRICES, 0.02, 0.1),
+        ([*TABLES, "mtp.registers.weight"], 3e-3, 0.1),
+        ([*NORMS, "model.norm.weight"], 3e-3, 0.0),
+    ]
+
+
+def test_muon_takes_the_matrices_of_added_layers(tiny):
+    (matrices, _, _), (tables, _, _), (vectors, _, _) = groups_of(tiny("llama"), "sequential_mtp", "muon")
+    assert matrices[:14] == MATRICES and len(matrices) == 22 and "mtp.depths.0.projection.weight" in matrices
+    assert tables == TABLES and "mtp.depths.0.token_norm.weight" in vectors
+
+
+def test_muon_without_anything_for_adamw(tiny):
+    """Adapters are matrices, and all else is frozen."""
+    model = tiny("llama")
+    ((names, rate, _),) = groups_of(model, "lora_next_token", "muon", rank=4)
+    assert set(names) == {name for name, _ in model.named_parameters() if ".lora_" in name} and rate == 0.02
+
+
+def test_an_output_layer_with_biases_is_trained(tiny):
+    """Its bias is in one group, without weight decay."""
+    (decayed, _, _), (vectors, _, decay) = groups_of(tiny("phi"), "next_token", "adamw")
+    assert "lm_head.weight" in decayed and "lm_head.bias" in vectors and decay == 0.0

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import subprocess
-import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,8 @@ from mutor.cli import main
 from mutor.config.load import load_scale, load_table
 from mutor.config.runs import settings_name
 from mutor.files import write_json
-from mutor.results import records
-from mutor.results.readme import README_MARKS, readme
+from mutor.results import cells, claims, records, render
+from mutor.results.cells import Evidence
 from mutor.results.report import missing
 
 ROOT = Path(__file__).parent.parent
@@ -66,10 +66,8 @@ def test_everything_stands_on_one_page(page):
     scale = load_scale(ROOT, "laptop")
     for name in scale.artifacts:
         assert f'<section id="{name}">' in text and f'id="{name}-cells"' in text
-    drawn = [load_table(ROOT, name).draw for name in scale.artifacts]
-    assert text.count('<img src="data:image/') == sum(
-        {"solve_rates": 2, "images": 2, "sweep": 1, "cost": 1}.get(d, 0) for d in drawn
-    )
+    drawn = [len(load_table(ROOT, name).drawing.figures) for name in scale.artifacts]
+    assert text.count('<img src="data:image/') == sum(drawn) == 14
     for section in ("claims-part", "missing-part", "runs-part"):
         assert f'id="{section}"' in text
     assert "Not the published experiment." in text and text.count("gpt2-large (here a GPT-2 of 6 layers x 64)") >= 2
@@ -85,7 +83,7 @@ def test_in_a_browser(page, tmp_path, width):
     probed = tmp_path / "report.html"
     probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
-    done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True)
     assert not re.findall(r"CONSOLE.*(?:Error|Uncaught|error).*", done.stderr)
     found = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
     assert found["all"] >= 10 and len(found["searched"]) == 2  # a claim on reversed paths, one a graph
@@ -104,41 +102,77 @@ def test_without_runs_it_says_how_to_start(tmp_path):
 
 
 def test_missing_seeds_are_listed(tmp_path):
-    scale, table = load_scale(ROOT, "laptop"), load_table(ROOT, "figure4")
+    def listed(seeds=None):
+        evidence = Evidence(ROOT, load_scale(ROOT, "laptop"), records.Records(tmp_path / "runs"), seeds)
+        return missing(evidence, [evidence.table("figure4")]), evidence.runs.problems
+
     reference = ROOT / "results/reference/laptop/runs"
     shutil.copytree(reference, tmp_path / "runs")
-    assert len(missing([table], scale, records.Records(tmp_path / "runs"))) == 0
+    assert len(listed()[0]) == 0
+    assert set(listed(seeds=(43, 7))[0]["seeds"]) == {"7"}
     file = next((tmp_path / "runs/laptop/g2x5/gpt2-6x64/teacherless").glob("*/seed43/metrics.json"))
     file.write_text("{")
-    runs = records.Records(tmp_path / "runs")
-    row = missing([table], scale, runs).iloc[0]
+    rows, problems = listed()
+    row = rows.iloc[0]
     assert (row["seeds"], row["artifacts"]) == ("43", "figure4") and "teacherless" in row["setting"]
-    assert len(runs.problems) == 1 and "not a run record" in runs.problems[0]
+    assert len(problems) == 1 and "not a run record" in problems[0]
 
 
-def test_a_thousand_records_are_quick(tmp_path):
-    """CPU seconds, so that what else the machine does counts little."""
+def test_seeds_of_the_configuration_reach_plan_run_and_what_is_missing(tmp_path, monkeypatch, capsys):
+    import mutor.training.run
+
+    (tmp_path / "config").mkdir()
+    for file in (ROOT / "config").iterdir():
+        (tmp_path / "config" / file.name).symlink_to(file)
+    (tmp_path / "config/config.yaml").unlink()
+    text = (ROOT / "config/config.yaml").read_text()
+    (tmp_path / "config/config.yaml").write_text(text.replace("seeds: null", "seeds: [7, 8, 9]"))
+    monkeypatch.chdir(tmp_path)
+
+    assert main(["plan", "figure4", "--scale", "smoke"]) == 0
+    assert "9 settings, 27 seeded runs to do" in capsys.readouterr().out
+
+    asked = []
+    monkeypatch.setattr(mutor.training.run, "run", lambda spec, seeds, env: asked.append(seeds))
+    one = ["run", "--scale", "smoke", "--data", "g2x3", "--model", "gpt2-2x32", "--method", "next_token"]
+    assert main(one) == main([*one, "--seeds", "5"]) == 0
+    assert asked == [(7, 8, 9), (5,)]
+
+    for more, seeds in ([], "7, 8, 9"), (["--seeds", "3", "4"], "3, 4"):
+        assert main(["collect", "report", "--scale", "smoke", *more]) == 0
+        page = (tmp_path / "results/report.html").read_text()
+        lacking = re.findall(r'<th scope="row">smoke/g2x3/[^<]*</th>\s*<td>([^<]*)</td>', page)
+        assert len(lacking) >= 4 and set(lacking) == {seeds}
+
+
+def counted(monkeypatch, module, name, key):
+    """How often a function is called, by a key of its arguments."""
+    calls, real = Counter(), getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: (calls.update([key(*args)]), real(*args))[1])
+    return calls
+
+
+def test_everything_is_computed_once_of_a_thousand_records(tmp_path, monkeypatch):
+    """Tables read and expanded, cells, claims and records read: tables, claims, runs and report share them all."""
     source = ROOT / "results/reference/laptop/runs/laptop"
-    records = [json.loads(f.read_text()) for f in sorted(source.glob("g2x5/*/*/*/seed*/metrics.json"))]
+    known = [json.loads(f.read_text()) for f in sorted(source.glob("g2x5/*/*/*/seed*/metrics.json"))]
     for number in range(1000):
-        record = dict(records[number % len(records)], seed=1000 + number)
+        record = dict(known[number % len(known)], seed=1000 + number)
         setting = settings_name(record["settings"])
         folder = tmp_path / "runs/laptop/g2x5/gpt2-6x64" / record["method"] / setting / f"seed{1000 + number}"
         write_json(folder / "metrics.json", record)
-    began = time.process_time()
+    done = {
+        "tables read": counted(monkeypatch, cells, "load_table", lambda root, name: name),
+        "tables expanded": counted(monkeypatch, cells, "cells_of", lambda table, scale, seeds: table.name),
+        "cells computed": counted(monkeypatch, Evidence, "_frame", lambda self, table: table.name),
+        "tables laid out": counted(monkeypatch, render, "_shape", lambda frame, table: table.name),
+        "claims judged": counted(monkeypatch, claims, "_claim_frame", lambda evidence: "all"),
+        "records read": counted(monkeypatch, records, "read", lambda file: file),
+    }
     assert main(["collect", "--scale", "laptop", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]) == 0
-    assert time.process_time() - began < 30
+    artifacts = load_scale(ROOT, "laptop").artifacts
+    assert {what: max(calls.values()) for what, calls in done.items()} == dict.fromkeys(done, 1)
+    assert done["tables laid out"].keys() == {*artifacts} <= done["cells computed"].keys() <= done["tables read"].keys()
+    assert len(done["records read"]) == 1000
     assert (tmp_path / "report.html").stat().st_size < 5e6
     assert "1000 seeded runs" in (tmp_path / "report.html").read_text()
-
-
-def test_readme_shows_the_reference():
-    """`python -m mutor readme` writes it."""
-    text = (ROOT / "README.md").read_text()
-    assert readme(ROOT, text) == text
-    between = text.partition(README_MARKS[0])[2].partition(README_MARKS[1])[0]
-    assert "results/reference/laptop/figure4.png" in between and "Stands in for" in between
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / link).exists(), link
-    with pytest.raises(ValueError, match="needs the lines"):
-        readme(ROOT, "nothing")

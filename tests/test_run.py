@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from mutor.config.load import load_scale
 from mutor.config.runs import make_spec
-from mutor.results import provenance, records
+from mutor.results import records
 from mutor.training.devices import claim
 from mutor.training.run import RunEnvironment, run, write_index
 
@@ -54,10 +54,7 @@ def test_record_says_what_was_run_and_by_what(finished):
     assert (record["method"], record["seed"], record["settings"]) == ("mutor", 7, {"a": 0.5, "d_max": 3, "d_min": 2})
     assert record["added_parameters"] == 32 and record["train_data_name"] == "star_graph n=2 l=3 labels=10"
     assert record["steps"] == 20 and record["tokens"] > 20 * 16 * 18
-    assert {"mutor.mtp.mutor", "mutor.training.trainer", "mutor.mtp.layout", "mutor.tasks.star_graph"} <= set(
-        record["code"]
-    )
-    assert not any(name.startswith("baselines") for name in record["code"])
+    assert {"MuToR", "MethodTrainer", "Layout", "StarGraph", "NextToken"} <= set(record["code"])  # its base's too
     assert set(record["versions"]) >= {"python", "torch", "transformers", "numpy"}
     assert [e["step"] for e in record["curve"] if "register" in e] == [5, 10, 15, 20]
     assert [e["step"] for e in record["curve"] if "eval_solve_rate" in e] == [10, 20]
@@ -84,16 +81,12 @@ def test_saved_model_is_plain_and_scores_as_recorded(finished):
     assert metrics["loss"] == pytest.approx(records.checkpoint_metrics(record, "last")["loss"], rel=1e-5)
 
 
-def test_finished_seeds_are_left_alone_and_stale_ones_run_again(finished):
+def test_finished_seeds_are_left_alone(finished):
     spec, runs, folder = finished
     file = folder / "metrics.json"
     before = file.stat().st_mtime_ns
     run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=runs, rerun_stale=True))
     assert file.stat().st_mtime_ns == before
-    record = json.loads(file.read_text())
-    assert provenance.changed_code(record, ROOT) == []
-    record["code"]["mutor.training.trainer"] = "another"
-    assert provenance.changed_code(record, ROOT) == ["mutor.training.trainer"]
 
 
 def test_other_configuration_is_another_run(tmp_path):
@@ -267,17 +260,6 @@ def test_nonsensical_record_names_file_and_field(finished, tmp_path, change, say
     assert says in str(error.value)
 
 
-def test_hash_of_code_ignores_words_and_spaces(tmp_path):
-    one, two, three = (tmp_path / f"{i}.py" for i in range(3))
-    one.write_text('"""Doc."""\ndef f(x):\n    """More."""\n    return x + 1\n')
-    two.write_text("def f( x ):  # a comment\n    '''other'''\n    return (x+1)\n")
-    three.write_text("def f(x):\n    return x + 2\n")
-    one.write_text(one.read_text())
-    two.write_text('"""Another."""\n' + two.read_text())
-    three.write_text('"""Doc."""\n' + three.read_text())
-    assert provenance.meaning(one) == provenance.meaning(two) != provenance.meaning(three)
-
-
 def test_scores_pack_and_unpack():
     bits = np.array([True, False, True] * 7)
     assert (records.unpack(records.pack(bits)) == bits).all()
@@ -325,17 +307,23 @@ def test_a_run_on_star_graphs_needs_torch_transformers_and_numpy_alone():
     from mutor.registry import METHODS, TASKS
 
     targets = [TASKS["star_graph"], *(target for name, target in METHODS.items() if not name.startswith("lora_"))]
-    starts = ["mutor.training.run", *(target.partition(":")[0] for target in targets)]
-    modules = [*provenance.code_hashes(ROOT, *starts), *provenance.NOT_IN_RESULTS]
-    used = set()
-    for name in modules:
-        file = provenance._module_file(ROOT, name)
+    todo = ["mutor.cli", "mutor.training.run", *(target.partition(":")[0] for target in targets)]
+    modules, used = set(), set()
+    while todo:
+        name = todo.pop()
+        file = ROOT / f"{name.replace('.', '/')}.py"
+        if name in modules or not file.exists():
+            continue
+        modules.add(name)
         body = ast.parse(file.read_text())
         if name == "mutor.cli":  # `collect` and `plan` import more, when called
             body = ast.Module(body=[n for n in body.body if not isinstance(n, ast.FunctionDef)], type_ignores=[])
         for node in ast.walk(body):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names += [node.module or ""]
+                todo += [f"{node.module}.{a.name}" for a in node.names]
+            todo += names
             used |= {n.partition(".")[0] for n in names}
     assert len(modules) > 20
     brought = {"torch", "transformers", "accelerate", "numpy", "yaml", "mutor", "huggingface_hub", "safetensors"}

@@ -134,9 +134,14 @@ def test_parts_of_a_corpus(tmp_path):
 
     def file(name, count, start, sources):
         rows = [
-            {"problem": f"p{start + i}", "generated_solution": "s", "expected_answer": "1",
-             "problem_source": sources[i % len(sources)]} for i in range(count)
-        ]  # fmt: skip
+            {
+                "problem": f"p{start + i}",
+                "generated_solution": "s",
+                "expected_answer": "1",
+                "problem_source": sources[i % len(sources)],
+            }
+            for i in range(count)
+        ]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}-00000-of-00001.parquet")
 
     file("train_1M", 40, 0, ["gsm8k", "math", "augmented_gsm8k", "augmented_math"])

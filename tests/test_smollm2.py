@@ -63,9 +63,15 @@ def test_batched_answers_to_published_problems_equal_a_plain_loop(smollm2):
     model, own = smollm2
     found = problems(CORPORA["gsm8k"], "test", Origin("folder", DATA), PROBLEMS)
     outputs, scores = evaluate(
-        model, own, "gsm8k", found, lambda o, g: {"accuracy": float(COMPARE["number"](EXTRACT["hashes"](o), g))},
-        new_tokens=NEW_TOKENS, batch_size=10, prefix_lm=False,
-    )  # fmt: skip
+        model,
+        own,
+        "gsm8k",
+        found,
+        lambda o, g: {"accuracy": float(COMPARE["number"](EXTRACT["hashes"](o), g))},
+        new_tokens=NEW_TOKENS,
+        batch_size=10,
+        prefix_lm=False,
+    )
     plain = [one_by_one(model, own(p.prompt)["input_ids"], NEW_TOKENS, own.eos_token_id) for p in found]
     assert outputs == [own.decode(ids, skip_special_tokens=True) for ids in plain]
     assert len(scores["accuracy"]) == PROBLEMS

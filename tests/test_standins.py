@@ -58,9 +58,11 @@ def test_no_test_problem_is_trained_on(name):
     """Compared by what is asked, over all datasets."""
     held_out = {
         re.sub(r"\s*\n[A-E]\).*", "", p.prompt, flags=re.DOTALL)
-        for other in CORPORA.values() if other.train[0] not in ("own",) for split in ("valid", "test")
+        for other in CORPORA.values()
+        if other.train[0] not in ("own",)
+        for split in ("valid", "test")
         for p in problems(other, split, GENERATED)
-    }  # fmt: skip
+    }
     trained = problems(CORPORA[name], "train", GENERATED, 3000)
     assert not held_out & {re.sub(r"\s*\n[A-E]\).*", "", p.prompt, flags=re.DOTALL) for p in trained}
 

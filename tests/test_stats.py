@@ -17,25 +17,37 @@ def rng(seed=0):
 def test_spread_of_seeds_alone_is_students_t():
     """Seeds that score all problems alike: nothing varies but seeds."""
     means = np.array([0.2, 0.5, 0.6, 0.4])
-    got = interval(np.repeat(means[:, None], 50, axis=1), rng())
+    got = interval(np.repeat(means[:, None], 50, axis=1))
     low, high = stats.t.interval(0.95, 3, loc=means.mean(), scale=stats.sem(means))
     assert (got.low, got.high, got.covers) == (pytest.approx(low), pytest.approx(high), "seeds and problems")
 
 
 def test_one_seed_is_over_problems_only():
-    """The bootstrap's standard error of a share is sqrt(p (1 - p) / n)."""
-    scores = (np.arange(400) < 100)[None]
-    got = interval(scores, rng(), draws=20_000)
-    half = stats.t.ppf(0.975, 399) * (0.25 * 0.75 / 400) ** 0.5
+    """100 of 400 right: the standard error is sqrt(p (1 - p) / (N - 1))."""
+    got = interval((np.arange(400) < 100)[None])
+    half = stats.t.ppf(0.975, 399) * (0.25 * 0.75 / 399) ** 0.5
     assert got.covers == "problems" and got.estimate == 0.25
-    assert got.high - got.estimate == pytest.approx(half, rel=0.03)
+    assert got.over_problems == pytest.approx(half) and got.high - got.estimate == pytest.approx(half)
+
+
+def test_standard_error_over_problems_is_what_a_bootstrap_estimates():
+    """Two seeds, six problems, means 1, 1, 1/2, 1/2, 0, 0: resampling whole columns 200,000 times comes to s / sqrt(N).
+
+    The bootstrap divides by N where s divides by N - 1, and its own error is 1 / sqrt(2 * 200,000) = 0.16%.
+    """
+    scores = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]])
+    drawn = rng().integers(0, 6, size=(200_000, 6))
+    resampled = scores.mean(axis=0)[drawn].mean(axis=1).std() * (6 / 5) ** 0.5
+    t = stats.t.ppf(0.975, 5)
+    assert interval(scores).over_problems == pytest.approx(t * (1 / 5 / 6) ** 0.5)  # s^2 = (4 * 0.25) / 5
+    assert interval(scores).over_problems == pytest.approx(t * resampled, rel=4 * 0.0016)
 
 
 def test_nothing_that_varies_has_no_width():
-    got = interval(np.ones((3, 20)), rng())
+    got = interval(np.ones((3, 20)))
     assert (got.estimate, got.low, got.high) == (1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match=r"expected \[seeds, problems\], got shape \(4,\)"):
-        interval(np.ones(4), rng())
+        interval(np.ones(4))
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
@@ -46,7 +58,7 @@ def test_coverage(seeds):
         skill = draw.normal(0.0, 0.3 if seeds > 1 else 0.0, size=(seeds, 1))
         ease = draw.normal(0.0, 1.0, size=(1, 150))
         scores = draw.random((seeds, 150)) < 1 / (1 + np.exp(-(skill + ease)))
-        got = interval(scores, draw, draws=200)
+        got = interval(scores)
         hits += got.low <= 0.5 <= got.high
     assert 0.93 <= hits / runs <= (0.98 if seeds == 1 else 1.0)
 

@@ -1,26 +1,40 @@
 """Statistics, tables and figures from a fixed set of run records."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
+from mutor import registry
 from mutor.config.load import load_scale, load_table
 from mutor.config.runs import cells_of, run_cells
 from mutor.files import write_json
 from mutor.results import records
-from mutor.results.cells import COLUMNS, cell_frame
+from mutor.results.cells import COLUMNS, Evidence
 from mutor.results.drawings import collect_artifact
-from mutor.results.published import read_reported
+from mutor.results.published import Published, read_reported
 from mutor.results.records import Records
 from mutor.results.stats import summarise, wilson
 
 ROOT = Path(__file__).parent.parent
-REPORTED = read_reported(ROOT / "config/reported.csv")
+
+
+def evidence(scale, runs):
+    """What the runs below a folder say."""
+    return Evidence(ROOT, load_scale(ROOT, scale), Records(runs))
+
+
+def collect(scale, name, runs, folder):
+    """All files of an artifact, made into a folder."""
+    found = evidence(scale, runs)
+    return collect_artifact(found, found.table(name), folder)
 
 
 def test_summary_by_hand():
@@ -45,14 +59,14 @@ def test_one_seed_has_an_interval_over_problems():
 
 
 def test_seeds_and_problems_vary_together():
-    """Half-widths in quadrature: t over the seeds' means, and the bootstrap over problems."""
+    """Half-widths in quadrature: t over the seeds' means, and over the problems' means."""
     scores = [np.arange(400) < n for n in (180, 200, 220)]
     both = summarise([45.0, 50.0, 55.0], scores)
     over_seeds = stats.t.ppf(0.975, 2) * 5 / 3**0.5
     ease = np.mean(scores, axis=0)
-    over_problems = stats.t.ppf(0.975, 399) * 100 * ease.std() / 400**0.5
+    over_problems = stats.t.ppf(0.975, 399) * 100 * ease.std(ddof=1) / 400**0.5
     assert both.covers == "seeds and problems" and both.mean == 50.0
-    assert both.ci_high - 50 == pytest.approx(np.hypot(over_seeds, over_problems), rel=0.02)
+    assert both.ci_high - 50 == pytest.approx(np.hypot(over_seeds, over_problems))
     assert summarise([45.0, 50.0], [scores[0], None]).covers == "seeds"
 
 
@@ -62,11 +76,21 @@ def record(spec, seed, solve_rate):
     scores = {"solve_rate": records.pack(np.arange(100) < solve_rate)}
     curve = [{"step": 10, "next_token": 1.0, "register": 1.5, "loss": 1.2}, {"step": 20, "eval_solve_rate": solve_rate}]
     return {
-        "version": 1, "scale": spec.scale, "train_data": spec.data, "model": spec.model, "method": spec.method,
-        "settings": spec.settings, "seed": seed, "config": spec.as_dict(), "config_hash": spec.config_hash,
-        "checkpoints": [{"names": ["best", "last"], "step": 20, "metrics": metrics, "scores": scores}], "curve": curve,
-        "added_parameters": 32, "versions": {"torch": "2.13.0"}, "steps": 20,
-    }  # fmt: skip
+        "version": 1,
+        "scale": spec.scale,
+        "train_data": spec.data,
+        "model": spec.model,
+        "method": spec.method,
+        "settings": spec.settings,
+        "seed": seed,
+        "config": spec.as_dict(),
+        "config_hash": spec.config_hash,
+        "checkpoints": [{"names": ["best", "last"], "step": 20, "metrics": metrics, "scores": scores}],
+        "curve": curve,
+        "added_parameters": 32,
+        "versions": {"torch": "2.13.0"},
+        "steps": 20,
+    }
 
 
 @pytest.fixture
@@ -80,8 +104,7 @@ def built(tmp_path):
             file = records.seed_folder(tmp_path / "runs", cell.spec, seed) / "metrics.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(record(cell.spec, seed, rate)))
-    files = collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path / "out")
-    return tmp_path, files
+    return tmp_path, collect("smoke", "figure4", tmp_path / "runs", tmp_path / "out")
 
 
 def test_cells_equal_numbers_worked_by_hand(built):
@@ -103,9 +126,9 @@ def test_cells_equal_numbers_worked_by_hand(built):
 
 
 def test_a_metric_that_nothing_measures_is_named(built, tmp_path):
-    scale, table = load_scale(ROOT, "smoke"), load_table(ROOT, "figure4")
+    found = evidence("smoke", built[0] / "runs")
     with pytest.raises(ValueError, match="figure4: metric on g2x3: 'solve_rat' is unknown, did you mean 'solve_rate'"):
-        collect_artifact(replace(table, metrics=("solve_rat",)), scale, Records(built[0] / "runs"), REPORTED, tmp_path)
+        collect_artifact(found, replace(found.table("figure4"), metrics=("solve_rat",)), tmp_path)
 
 
 def test_files_equal_the_golden_ones(built):
@@ -116,17 +139,64 @@ def test_files_equal_the_golden_ones(built):
 
 def test_same_records_give_the_same_picture(built, tmp_path):
     folder, files = built
-    scale, table = load_scale(ROOT, "smoke"), load_table(ROOT, "figure4")
-    collect_artifact(table, scale, Records(folder / "runs"), REPORTED, tmp_path / "again")
+    collect("smoke", "figure4", folder / "runs", tmp_path / "again")
     for file in files:
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
     svg = (folder / "out/figure4.svg").read_text()
     assert "parallel_mtp" in svg and "not run" in svg and "chance 1/n" in svg
 
 
+def test_a_new_drawing_is_one_entry_and_its_functions(built, tmp_path, monkeypatch):
+    def draw(evidence, table):
+        figure = Figure()
+        figure.subplots().plot(evidence.frame(table)["mean"])
+        return figure
+
+    monkeypatch.setitem(sys.modules, "own_figures", SimpleNamespace(draw=draw))
+    toy = registry.Drawing(figures=(registry.Figure(draw="own_figures:draw", suffix="_means"),))
+    monkeypatch.setitem(registry.DRAWINGS, "toy", toy)
+    found = evidence("smoke", built[0] / "runs")
+    table = replace(found.table("figure4"), draw="toy")
+    files = collect_artifact(found, table, tmp_path)
+    assert [file.name for file in files] == [f"figure4{ending}" for ending in (".csv", ".md", ".tex", *toy.suffixes)]
+    assert toy.suffixes == ["_means.png", "_means.svg"] and all(file.stat().st_size > 500 for file in files)
+    with pytest.raises(ValueError, match="draw: 'toi' is unknown, did you mean 'toy'"):
+        replace(table, draw="toi")
+
+
+@pytest.mark.parametrize("name", registry.DRAWINGS)
+def test_functions_of_every_drawing_are_there(name):
+    drawing = registry.DRAWINGS[name]
+    assert drawing.made_of in ("runs", "costs", "config")
+    for target in (drawing.rows, drawing.printed, drawing.about, *(figure.draw for figure in drawing.figures)):
+        assert not target or registry.resolve(target).__doc__, target
+
+
+def test_published_value_is_equal_in_all_that_both_state():
+    table = load_table(ROOT, "table4")
+    rows = [
+        ("gemma-2b", "mutor", "2", "5", "1"), ("gemma-2b", "mutor", "4", "5", "2"),
+        ("gemma-2b", "mutor", "4", "10", "3"), ("gemma-2b", "next_token", "", "5", "4"),
+        ("llama-3-8b", "mutor", "", "5", "5"),
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["model", "method", "d_max", "epochs", "value"]).assign(artifact="table4")
+    published = Published(frame, table)
+
+    def beside(model, method, d_max, budget_factor=1.0):
+        return published.beside({"model": [model], "method": [method], "d_max": [d_max]}, budget_factor)
+
+    assert beside("gemma-2b", "mutor", "2") == 1 and beside("gemma-2b", "mutor", "4") == 2
+    assert beside("gemma-2b", "mutor", "4", budget_factor=2) == 3 and beside("gemma-2b", "mutor", "2", 2) is None
+    assert beside("gemma-2b", "mutor", "6") is None and beside("gemma-2b", "next_token", "") == 4
+    assert beside("llama-3-8b", "mutor", "2") == 5  # the source states no d_max
+    assert beside("llama-3-8b", "next_token", "") is beside("gemma-2b", "lora", "2") is None
+    assert published.beside({"model": ["gemma-2b"], "method": ["mutor"]}) == 1  # a cell that states no d_max
+    elsewhere = Published(frame.assign(model="decoder-8x384"), table)  # a reference on a model of its own
+    assert elsewhere.beside({"model": ["gemma-2b"], "method": ["next_token"], "d_max": [""]}) == 4
+
+
 def test_published_values_stand_beside_their_cells(tmp_path):
-    scale, table = load_scale(ROOT, "gpu"), load_table(ROOT, "figure4")
-    collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path / "out")
+    collect("gpu", "figure4", tmp_path / "runs", tmp_path / "out")
     frame = pd.read_csv(tmp_path / "out/figure4.csv")
     cells = frame[frame["metric"] == "solve_rate"].set_index(["train_data", "method", "d_max"])["reported"]
     assert cells["star_graph n=3 l=5 labels=30", "parallel_mtp", 4] == 100
@@ -152,11 +222,10 @@ def test_broken_record_is_left_out_visibly(built, tmp_path, field, value, says):
     content = json.loads(file.read_text())
     content["checkpoints"][0]["metrics"][field] = value
     file.write_text(json.dumps(content))
-    scale, table = load_scale(ROOT, "smoke"), load_table(ROOT, "figure4")
-    runs = Records(folder / "runs")
-    collect_artifact(table, scale, runs, REPORTED, tmp_path / "out")
+    found = evidence("smoke", folder / "runs")
+    collect_artifact(found, found.table("figure4"), tmp_path / "out")
     text = (tmp_path / "out/figure4.md").read_text()
-    assert f"Left out: {file.relative_to(folder / 'runs')}: field {says}" in text and len(runs.problems) == 1
+    assert f"Left out: {file.relative_to(folder / 'runs')}: field {says}" in text and len(found.runs.problems) == 1
     frame = pd.read_csv(tmp_path / "out/figure4.csv")
     assert sorted(frame.loc[frame["n_seeds"] > 0, "n_seeds"].unique()) == [1, 2]
 
@@ -189,8 +258,9 @@ def test_records_merge_by_copying_and_contradictions_are_reported(built):
 
 
 def test_reported_values_are_all_there():
-    assert len(REPORTED) == 300 and REPORTED["artifact"].nunique() == 21
-    assert {f"table{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17)} <= set(REPORTED["artifact"])
+    reported = read_reported(ROOT / "config/reported.csv")
+    assert len(reported) == 300 and reported["artifact"].nunique() == 21
+    assert {f"table{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17)} <= set(reported["artifact"])
 
 
 PUBLISHED = (
@@ -202,9 +272,9 @@ PUBLISHED = (
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_published_value_has_its_cell_at_paper_scale(name, tmp_path):
     """Each published number once, beside the cell with its model, data, method, metric, settings and epochs."""
-    table, scale = load_table(ROOT, name), load_scale(ROOT, "paper")
-    frame = cell_frame(table, scale, Records(tmp_path), REPORTED)
-    published = REPORTED[REPORTED["artifact"] == name]
+    found = evidence("paper", tmp_path)
+    table = found.table(name)
+    frame, published = found.frame(table), found.published(table).frame
     key = ["role", "method", "train_data", "benchmark", "metric"]
     ours = frame[frame["reported"].notna()]
     got = [ours[k].str.replace(r" \(.*", "", regex=True) for k in key]
@@ -216,17 +286,17 @@ def test_every_published_value_has_its_cell_at_paper_scale(name, tmp_path):
     assert sorted(zip(*got, when, ours["reported"], strict=True)) == sorted(
         zip(*(theirs[k] for k in key), then, theirs["value"].astype(float), strict=True)
     )
-    assert {len(c.spec.seeds) for c in cells_of(table, scale)} == {int(s) for s in published["seeds"]}
+    assert {len(c.spec.seeds) for c in found.cells(table)} == {int(s) for s in published["seeds"]}
 
 
 def test_settings_tables_say_what_the_protocol_says(tmp_path):
     """Best settings and budgets of the paper, read off the tables that the workflow writes."""
-    scale = load_scale(ROOT, "paper")
+    found = evidence("paper", tmp_path)
     frames = {}
     for name in ("table10", "table11"):
-        collect_artifact(load_table(ROOT, name), scale, Records(tmp_path), REPORTED, tmp_path)
-        frames[name] = cell_frame(load_table(ROOT, name), scale, Records(tmp_path), REPORTED)
-        assert run_cells(load_table(ROOT, name), scale) == []
+        collect_artifact(found, found.table(name), tmp_path)
+        frames[name] = found.frame(found.table(name))
+        assert run_cells(found.table(name), found.scale) == []
 
     def value(name, metric, **where):
         frame = frames[name][frames[name]["metric"] == metric]
@@ -247,15 +317,14 @@ def test_settings_tables_say_what_the_protocol_says(tmp_path):
 
 
 def test_sweep_figure_is_drawn_with_and_without_runs(tmp_path):
-    table, scale = load_table(ROOT, "table4"), load_scale(ROOT, "paper")
-    collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path)
+    collect("paper", "table4", tmp_path / "runs", tmp_path)
     empty = (tmp_path / "table4.svg").read_text()
-    for cell in cells_of(table, scale):
+    for cell in cells_of(load_table(ROOT, "table4"), load_scale(ROOT, "paper")):
         for seed in cell.spec.seeds:
             made = record(cell.spec, seed, 50.0)
             made["checkpoints"][0]["metrics"] = {"accuracy": 40.0 + seed % 3}
             write_json(records.seed_folder(tmp_path / "runs", cell.spec, seed) / "metrics.json", made)
-    files = collect_artifact(table, scale, Records(tmp_path / "runs"), REPORTED, tmp_path)
+    files = collect("paper", "table4", tmp_path / "runs", tmp_path)
     assert [f.suffix for f in files] == [".csv", ".md", ".tex", ".png", ".svg"]
     full = (tmp_path / "table4.svg").read_text()
     assert "parallel_mtp" in full and "d_max" in full and len(full) > len(empty)

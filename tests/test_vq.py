@@ -174,8 +174,12 @@ def test_a_small_one_learns_its_images():
     """Far below the variance of the images within seconds, with many codes in use, and the same twice."""
     g = torch.Generator().manual_seed(0)
     rows = torch.arange(8)
-    stripes = torch.stack([((rows[:, None] * a + rows[None] * b + c) % 8 < 4).float() * 2 - 1
-                           for a, b, c in torch.randint(3, (64, 3), generator=g).tolist()])[:, None]  # fmt: skip
+    stripes = torch.stack(
+        [
+            ((rows[:, None] * a + rows[None] * b + c) % 8 < 4).float() * 2 - 1
+            for a, b, c in torch.randint(3, (64, 3), generator=g).tolist()
+        ]
+    )[:, None]
 
     class Stripes:
         def __len__(self):

@@ -21,21 +21,24 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 pytest.importorskip("snakemake")
 
 
-def snakemake(folder, *arguments, timeout=900):
+def snakemake(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*SNAKEMAKE, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    return subprocess.run([*SNAKEMAKE, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
+def copied(folder):
     """A copy of the project without its runs and results."""
-    folder = tmp_path_factory.mktemp("project")
+    folder.mkdir(exist_ok=True)
     for name in ("Snakefile", "workflow", "config", "profiles", "mutor", "baselines", "benchmarks", "environment.yml"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the project, shared by tests."""
+    return copied(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ JOBS = {
 
 @pytest.mark.parametrize("scale", scale_names(ROOT))
 def test_dry_run_lists_exactly_the_configured_jobs(checkout, scale):
-    done = snakemake(checkout, "-n", "--config", f"scale={scale}", timeout=120)
+    done = snakemake(checkout, "-n", "--config", f"scale={scale}")
     assert done.returncode == 0, done.stdout + done.stderr
     loaded = load_scale(ROOT, scale)
     tables = [load_table(ROOT, name) for name in loaded.artifacts]
@@ -84,8 +87,41 @@ def test_dry_run_lists_exactly_the_configured_jobs(checkout, scale):
     ],
 )
 def test_wrong_configuration_stops_the_workflow_at_once(checkout, changes, says):
-    done = snakemake(checkout, "-n", "--config", *changes, timeout=120)
+    done = snakemake(checkout, "-n", "--config", *changes)
     assert done.returncode != 0 and says in done.stdout + done.stderr
+
+
+def test_a_new_drawing_is_one_entry_and_its_functions(tmp_path):
+    """The rules find it and its figures: an entry of DRAWINGS, a function, and a table that is drawn so."""
+    folder = copied(tmp_path / "project")
+    with open(folder / "mutor/registry.py", "a") as file:
+        file.write(
+            'figures = (Figure(draw="baselines.toy:draw", suffix="_toy"),)\n'
+            'register(DRAWINGS, "toy", Drawing(made_of="config", rows="baselines.toy:rows", figures=figures))\n'
+        )
+    (folder / "baselines/toy.py").write_text(
+        "def rows(evidence, table):\n"
+        '    return [{"metric": "steps", "mean": 3.0, "label": "one"}]\n\n\n'
+        "def draw(evidence, table):\n"
+        "    from matplotlib.figure import Figure\n\n"
+        "    return Figure()\n"
+    )
+    text = "title: Toy\ncaption: A toy.\ndraw: toy\nmetrics: [steps]\nrows: []\n"
+    (folder / "config/tables/toy.yaml").write_text(text)
+    done = snakemake(folder, "results/toy_toy.svg", "--cores", "1", "--config", "scale=smoke")
+    assert done.returncode == 0 and re.search(r"^draw_toy\s+1$", done.stdout + done.stderr, re.M), done.stderr
+    assert pd.read_csv(folder / "results/toy.csv")["mean"].tolist() == [3.0]
+    assert {f.name for f in (folder / "results").iterdir()} == {
+        f"toy{ending}" for ending in (".csv", ".md", ".tex", "_toy.png", "_toy.svg")
+    }
+
+
+def test_seeds_given_to_the_workflow_reach_its_commands(checkout):
+    arguments = ("-n", "-p", "--config", "scale=smoke", "seeds=[7,8]", "artifacts=[figure4]")
+    done = snakemake(checkout, *arguments)
+    commands = re.findall(r"-m mutor (run|collect \w+) (.*)", done.stdout + done.stderr)
+    assert done.returncode == 0 and {name for name, _ in commands} >= {"run", "collect figure4", "collect report"}
+    assert all("--seeds 7 8 " in words for _, words in commands)
 
 
 def test_smoke_scale_runs_from_data_to_figure(smoke):
@@ -146,8 +182,8 @@ def test_smoke_scale_ends_in_claims_and_a_report(smoke):
     assert "No cell lacks a seed." in page
 
 
-def test_nothing_to_do_is_quick_and_does_nothing(smoke):
-    done = snakemake(smoke, "--cores", "2", "--config", "scale=smoke", timeout=60)
+def test_nothing_to_do_does_nothing(smoke):
+    done = snakemake(smoke, "--cores", "2", "--config", "scale=smoke")
     assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
 
 
@@ -184,7 +220,7 @@ def test_cells_without_runs_are_empty_rows(smoke, tmp_path):
 
 
 def test_snakemake_report_works(smoke, tmp_path):
-    done = snakemake(smoke, "--report", str(tmp_path / "report.html"), "--config", "scale=smoke", timeout=300)
+    done = snakemake(smoke, "--report", str(tmp_path / "report.html"), "--config", "scale=smoke")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "figure4" in (tmp_path / "report.html").read_text()
 
@@ -197,28 +233,41 @@ def test_cleanup_frees_models_and_keeps_metrics(smoke):
     assert not list(smoke.glob("runs/**/model.safetensors")) and list(smoke.glob("runs/**/metrics.json"))
 
 
-def test_a_users_own_model_and_data(checkout, tmp_path):
+def test_a_users_own_model_and_data(tmp_path):
     """200 lines of JSONL and a model folder, named in config/scales/own.yaml: every method, one command, a table."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mutor.tasks import standins
 
-    folder = tmp_path / "project"
-    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("runs", "results", ".snakemake"))
+    folder = copied(tmp_path / "project")
     words = standins.tokenizer()
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            intermediate_size=64, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
     for part in (model, words):
         part.save_pretrained(folder / "mine")
     (folder / "data").mkdir()
     for name, count in (("train", 200), ("test", 30)):
         sums = [(n, (7 * n) % 50) for n in range(count)]
-        lines = [{"prompt": f"Question: {a} + {b} = ?\n\nAnswer:", "answer": f"{a} + {b} = {a + b} #### {a + b}",
-                  "gold": str(a + b)} for a, b in sums]  # fmt: skip
+        lines = [
+            {
+                "prompt": f"Question: {a} + {b} = ?\n\nAnswer:",
+                "answer": f"{a} + {b} = {a + b} #### {a + b}",
+                "gold": str(a + b),
+            }
+            for a, b in sums
+        ]
         (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     file = folder / "config/scales/own.yaml"
     text = file.read_text().replace("HuggingFaceTB/SmolLM2-135M", "mine").replace("epochs: 3", "epochs: 1")

@@ -7,7 +7,7 @@ from mutor.checks import setting
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Optimiser, schedule, batch and how often a run looks up from its work."""
+    """Optimiser, schedule, batch; intervals of logging, evaluation and checkpoints."""
 
     steps: int | None = setting(None, doc="optimiser steps; 0: the model is scored as it starts", low=0)
     epochs: float | None = setting(None, doc="or passes through the training data, each of whole batches", low=0)

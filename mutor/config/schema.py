@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutor.checks import setting
+from mutor.checks import choose, setting
+from mutor.registry import ATTENTION, DRAWINGS, Drawing
 
-NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # said of a model that do not make it another one
+NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # fields that do not change what is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,9 @@ class Dataset:
     controls: bool = setting(True, doc="whether rows marked `control` run here")
     seeds: tuple[int, ...] | None = setting(None, doc="seeds here, instead of the scale's", low=0)
     base: str | dict | None = setting(
-        None, doc="what models are trained by first: a dataset, or a mapping of data, model, method, settings, seed"
+        None,
+        was="base_seed",
+        doc="what models are trained by first: a dataset, or a mapping of data, model, method, settings, seed",
     )
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
     plan: dict = setting({}, doc="for `plan` before anything ran: examples, about, and tokens of one, at most")
@@ -58,7 +61,7 @@ class Dataset:
     setting_substitutes: dict = setting(
         {}, was="instead", doc="a setting's name -> a table's value of it -> the value here"
     )
-    iterations: int | None = setting(None, doc="published steps that the recipe's stand for", low=1)
+    iterations: int | None = setting(None, doc="the published steps that this recipe's steps represent", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,9 @@ class Scale:
     threads: int = setting(1, doc="CPU threads a process", low=1)
     gpus: int = setting(0, doc="GPUs a process", low=0)
     memory_mb: int = setting(2000, doc="memory a process is scheduled with", low=100)
-    processes: dict = setting({}, doc="model -> processes that train it together, on one machine, with one's losses")
+    processes: dict = setting(
+        {}, doc="model -> processes that train it together on one machine; losses equal those of one process"
+    )
     sharded: tuple[str, ...] = setting(
         (), doc="models of several processes that hold a part of the weights each (FSDP2)"
     )
@@ -109,9 +114,7 @@ class Table:
 
     title: str = setting(doc="title of the artifact")
     caption: str = setting(doc="what it shows; also the caption in reports")
-    draw: str = setting(
-        "table", doc="how it is drawn", choices=("table", "solve_rates", "sweep", "images", "flops", "settings", "cost")
-    )
+    draw: str = setting("table", doc="how it is drawn, one of DRAWINGS in mutor/registry.py")
     metrics: tuple[str, ...] = setting(doc="metrics, one cell each")
     checkpoint: str = setting("last", doc="which checkpoint's numbers are shown", choices=("last", "best"))
     reported: tuple[str, ...] = setting((), doc="artifacts of config/reported.csv whose values stand beside")
@@ -124,13 +127,21 @@ class Table:
     shapes: dict = setting({}, doc="with draw flops: role of a model -> widths of its layers")
     lengths: tuple[int, ...] = setting((), doc="with draw flops: sequence lengths", low=1)
     models: dict = setting({}, doc="with draw cost: role -> model of the published size, with random weights")
-    sections: tuple = setting((), doc="with draw cost: groups of cases, see config/cost_cases.py: Case")
+    sections: tuple = setting((), doc="with draw cost: groups of cases, see mutor/config/cost_cases.py: Case")
     name: str = setting("", doc="the file's name")
+
+    def __post_init__(self) -> None:
+        choose(self.draw, DRAWINGS, "draw")
+
+    @property
+    def drawing(self) -> Drawing:
+        """How its cells come about and how they are shown."""
+        return DRAWINGS[self.draw]
 
     @property
     def needs_runs(self) -> bool:
-        """Whether its numbers come from runs, not from configuration or arithmetic alone."""
-        return self.draw not in ("flops", "settings", "cost")
+        """Whether its numbers come from runs, not from configuration, arithmetic or measured costs."""
+        return self.drawing.made_of == "runs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +168,10 @@ class ModelConfig:
         choices=("float32", "bfloat16", "mixed"),
     )
     recipe_changes: dict = setting({}, doc="changes of every recipe for this model, the same for all methods")
-    attention: str = setting("sdpa", doc="attention implementation", choices=("sdpa", "eager", "flex_attention"))
+    attention: str = setting("sdpa", doc="attention implementation, one of mutor/registry.py: ATTENTION")
 
     def __post_init__(self) -> None:
+        choose(self.attention, ATTENTION, "attention")
         if (self.architecture is None) == (self.pretrained is None):
             raise ValueError("give either architecture (from scratch) or pretrained (hub name or folder)")
 

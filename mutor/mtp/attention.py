@@ -2,21 +2,35 @@
 
 The rule, for query q and key k of one row:
 
-    same document, k not a register, and (k no later than q's order, or both in the prefix of a prefix-LM)
+    same segment, k not a register, and (k's causal index at most q's, or both in the prefix of a prefix-LM)
     or q is k
 
 so regular tokens never see a register, and a register sees the regular tokens up to its anchor and itself.
+
+mutor/registry.py: ATTENTION says which of these masks an attention implementation takes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mutor.mtp.layout import Layout
+from mutor.registry import ATTENTION, resolve
 
 
-def dense_mask(layout: Layout) -> Tensor:
+def attention_mask(layout: Layout, implementation: str, dtype: torch.dtype) -> Any:
+    """The mask in the form that transformers' attention `implementation` takes; dtype: of the model's weights.
+
+    Raises ValueError for an implementation that is not in the table of backends.
+    """
+    if implementation not in ATTENTION:
+        raise ValueError(f"attention {implementation!r} can't hold registers; allowed: {', '.join(sorted(ATTENTION))}")
+    return resolve(ATTENTION[implementation].mask)(layout, dtype)
+
+
+def dense_mask(layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
     """bool [B, 1, L, L], True where the query (third axis) sees the key (fourth axis). Padding sees itself only."""
     q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
     sees = (layout.causal_index[k] <= layout.causal_index[q]) | (layout.prefix[k] & layout.prefix[q])
@@ -25,7 +39,12 @@ def dense_mask(layout: Layout) -> Tensor:
     return sees[:, None]
 
 
-def mask_mod(layout: Layout) -> Any:
+def additive_mask(layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The same rule as floats [B, 1, L, L] to add to the scores: a bool would be added as 0 and 1, silently wrong."""
+    return torch.where(dense_mask(layout), 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def mask_mod(layout: Layout) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The same rule as a FlexAttention `mask_mod(batch, head, query, key)`."""
     segment, causal_index, prefix, register = layout.segment, layout.causal_index, layout.prefix, layout.register
 
@@ -37,7 +56,7 @@ def mask_mod(layout: Layout) -> Any:
     return rule
 
 
-def block_mask(layout: Layout) -> Any:
+def block_mask(layout: Layout, dtype: torch.dtype | None = None) -> Any:
     """The same rule as a FlexAttention BlockMask on the layout's device."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -45,16 +64,7 @@ def block_mask(layout: Layout) -> Any:
     return create_block_mask(mask_mod(layout), batch, None, length, length, device=layout.ids.device)
 
 
-def attention_mask(layout: Layout, implementation: str, dtype: torch.dtype) -> Any:
-    """The mask in the form that transformers' attention `implementation` takes.
-
-    sdpa: bool. eager: floats to add (a bool would be added as 0 and 1, silently wrong). flex_attention: BlockMask.
-    Raises ValueError for an implementation that can't hold an arbitrary mask.
-    """
-    if implementation == "sdpa":
-        return dense_mask(layout)
-    if implementation == "flex_attention":
-        return block_mask(layout)
-    if implementation == "eager":
-        return torch.where(dense_mask(layout), 0.0, torch.finfo(dtype).min).to(dtype)
-    raise ValueError(f"attention {implementation!r} can't hold registers; allowed: sdpa, eager, flex_attention")
+def visible_pairs(layout: Layout) -> int:
+    """How many pairs of a token and one that it sees a layout has, padding left out; in the memory of one row."""
+    rows = range(len(layout.ids))
+    return sum(int(dense_mask(layout.row(row)).sum()) for row in rows) - int((layout.segment < 0).sum())

@@ -1,20 +1,16 @@
-"""Answers to prompts: token by token with a cache, or all tokens in one pass; and scores under teacher forcing."""
+"""Answers to prompts: token by token with a cache, or all tokens in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mutor.mtp.attention import attention_mask
-from mutor.mtp.layout import IGNORE, Example, Layout, collate
-
-if TYPE_CHECKING:
-    from mutor.mtp.method import Context, Method
+from mutor.mtp.layout import Layout
 
 
 def most_likely(logits: Tensor, step: int) -> Tensor:
@@ -105,31 +101,3 @@ def decode_in_one_pass(model: Any, prompts: Prompts) -> Tensor:
     logits = model(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False).logits
     behind = logits[:, start - 1 :].float()
     return torch.stack([prompts.choose(behind[:, step], step) for step in range(prompts.length)], dim=1)
-
-
-@torch.no_grad()
-def teacher_forced_scores(
-    model: Any, method: Method, context: Context, examples: Sequence[tuple[np.ndarray, int]], batch_size: int
-) -> tuple[np.ndarray, float]:
-    """Teacher-forced argmax accuracy and mean loss on the inputs the method feeds, registers left out.
-
-    Returns bool [N, A] (A: longest answer, False beyond an answer's end) and the loss in nats a token.
-    """
-    longest = max(len(ids) - prefix for ids, prefix in examples)
-    right, loss, tokens = np.zeros((len(examples), longest), dtype=bool), 0.0, 0
-    for start in range(0, len(examples), batch_size):
-        part = examples[start : start + batch_size]
-        rows = collate([Example(ids, prefix) for ids, prefix in part], context.pad_id)
-        layout = method.eval_layout(rows, context).to(model.device)
-        mask = attention_mask(layout, model.config._attn_implementation, model.dtype)
-        logits = model(
-            input_ids=layout.ids, position_ids=layout.position, attention_mask=mask, use_cache=False
-        ).logits.float()
-        where = layout.target != IGNORE
-        losses = torch.nn.functional.cross_entropy(logits[where], layout.target[where], reduction="sum")
-        loss, tokens = loss + float(losses), tokens + int(where.sum())
-        facts = (where, logits.argmax(-1) == layout.target, layout.causal_index)
-        for i, (predicts, hit, order) in enumerate(zip(*(fact.cpu().numpy() for fact in facts), strict=True)):
-            at = np.flatnonzero(predicts)  # a method may feed more than the plain tokens, and in another order
-            right[start + i, : len(at)] = hit[at[order[at].argsort()]]
-    return right, loss / tokens

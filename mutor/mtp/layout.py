@@ -2,10 +2,10 @@
 
 A batch of rows (two prefix tokens, an answer of four; registers of offset 2 behind all regular tokens):
 
-    ids        Q  Q  A  B  C  D | r  r  r
-    position   0  1  2  3  4  5 | 2  3  4      a register stands where its target is normally predicted
-    order      0  1  2  3  4  5 | 1  2  3      a register sees the regular tokens up to its anchor, and itself
-    target     .  A  B  C  D  . | B  C  D      "." predicts nothing
+    ids           Q  Q  A  B  C  D | r  r  r
+    position      0  1  2  3  4  5 | 2  3  4   a register stands where its target is normally predicted
+    causal_index  0  1  2  3  4  5 | 1  2  3   a register sees the regular tokens up to its anchor, and itself
+    target        .  A  B  C  D  . | B  C  D   "." predicts nothing
 
 Order in the row does not matter, since positions and visibility are explicit: this equals the paper's interleaved
 picture exactly, and the regular part stays plain causal attention.
@@ -25,7 +25,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence: `ids` int64 [T], the first `prefix` of them the prompt, `counter` its sample number."""
+    """One training sequence: `ids` int64 [T], the first `prefix` of them the prompt, `sample` its number."""
 
     ids: np.ndarray
     prefix: int
@@ -36,8 +36,8 @@ class Example:
 class TokenBatch:
     """Sequences laid into rows of equal length, padded or packed. All tensors [B, T].
 
-    ids: token ids; document: number of the sequence inside its row, -1 for padding; position: index inside the
-    sequence; answer: whether the token is to be predicted; counter: sample number of the token's sequence.
+    ids: token ids; segment: number of the sequence inside its row, -1 for padding; position: index inside the
+    sequence; is_target: whether the token is to be predicted; sample: sample number of the token's sequence.
     """
 
     ids: Tensor
@@ -87,7 +87,7 @@ def collate(
 
 
 def _packed(examples: Sequence[Example], row_length: int, tokens: Callable[[Example], int]) -> list[list[Example]]:
-    """The longest first, each into the emptiest row; as few rows as none is over `row_length` with."""
+    """The longest first, each into the emptiest row: the fewest rows in which none exceeds `row_length`."""
     takes = [tokens(example) for example in examples]
     count = -(-sum(takes) // row_length)
     while True:
@@ -106,9 +106,9 @@ def _packed(examples: Sequence[Example], row_length: int, tokens: Callable[[Exam
 class Layout:
     """The input of one training step. All tensors [B, L], regular tokens first, registers behind.
 
-    ids: token ids, a register is `vocabulary size + its number`; position: position ids; document: as in Rows;
-    order: a regular token's index in its row, a register's anchor; prefix: sees the whole prefix of its document
-    in both directions; register: is a register; target: the id to predict, -100 for none.
+    ids: token ids, a register is `vocabulary size + its number`; position: position ids; segment: as in TokenBatch;
+    causal_index: a regular token's index in its row, a register's anchor; prefix: sees the whole prefix of its
+    sequence in both directions; register: is a register; target: the id to predict, -100 for none.
     """
 
     ids: Tensor
@@ -134,6 +134,10 @@ class Layout:
         kept = replace(self, segment=self.segment.masked_fill(last, -1))
         absent = kept.segment < 0
         return kept.take(absent.to(torch.int8).argsort(dim=1, stable=True)[:, : int((~absent).sum(1).max())])
+
+    def row(self, number: int) -> "Layout":
+        """One row as a batch of its own."""
+        return replace(self, **{f.name: getattr(self, f.name)[number : number + 1] for f in fields(self)})
 
     def take(self, index: Tensor) -> "Layout":
         """The same layout with its columns in another order; index: int64 [L] or [B, L]."""
@@ -161,8 +165,8 @@ def regular(rows: TokenBatch, *, prefix_lm: bool = False) -> Layout:
 def targets_ahead(layout: Layout, distance: int) -> Tensor:
     """int64 [B, L]: the target `distance` tokens on, for heads and modules; -100 where there is none.
 
-    Kept at the positions that predict an answer token next, so the last prefix token is the first; never across
-    the end of a document. `ahead(layout, 1)` is the next token, the layout's own target.
+    Only at positions that predict an answer token next, so the last prefix token is the first; never across the end
+    of a sequence. `targets_ahead(layout, 1)` is the next token, the layout's own target.
     """
     here = layout.target
     out = torch.full_like(here, IGNORE)
@@ -178,8 +182,8 @@ def targets_ahead(layout: Layout, distance: int) -> Tensor:
 def with_registers(base: Layout, has_register: Tensor, offset: Tensor, target: Tensor, number: Tensor) -> Layout:
     """Put the chosen registers behind all regular tokens.
 
-    base: layout of T regular tokens; keep: bool [B, T] which tokens a register follows; offset, target, number:
-    int64 [B, T] each such register's offset, target id and embedding id. Rows with fewer registers are padded.
+    base: layout of T regular tokens; has_register: bool [B, T] which tokens a register follows; offset, target,
+    number: int64 [B, T] each such register's offset, target id and embedding id. Rows with fewer registers are padded.
     """
     count = int(has_register.sum(1).max())
     if count == 0:

@@ -11,13 +11,21 @@ from torch.utils.checkpoint import checkpoint
 
 from mutor.mtp.layout import IGNORE
 
+Criterion = Callable[[Tensor, Tensor], Tensor]  # (logits float32 [n, V], targets [n]) -> losses [n]
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """[n]: minus log probability, in nats, of each target id [n] under logits [n, V]."""
+    return F.cross_entropy(logits, target, reduction="none")
+
 
 @dataclass(frozen=True)
 class LossTargets:
-    """What one loss predicts: sum over its N targets of share x cross entropy, divided by count.
+    """What one loss predicts: sum over its N targets of share x their loss, divided by count.
 
-    index: int64 [N] where, in the flattened [B x L]; target: int64 [N] token ids; share: float32 [N] what each counts
-    for, 1, or 1 over its sequence's number of targets; count: int64 [] how many targets, or sequences, there are.
+    index: int64 [N] where, in the flattened [B x L]; target: int64 [N] token ids, or [N, ...] whatever the criterion
+    takes; share: float32 [N] what each counts for, 1, or 1 over its sequence's number of targets; count: int64 [] how
+    many targets, or sequences, there are.
     Made on the CPU, so that no step waits for the device to say how many targets a batch has.
     """
 
@@ -28,7 +36,7 @@ class LossTargets:
 
     @classmethod
     def of(cls, target: Tensor, segment: Tensor, per_sequence: bool = False) -> "LossTargets":
-        """The goal of targets int64 [B, L] (-100 for none); document: [B, L] number of the sequence inside its row.
+        """The loss targets of int64 [B, L] (-100 for none); segment: [B, L] number of the sequence inside its row.
 
         per_sequence: a mean over tokens inside each sequence first, as in the published recipe.
         """
@@ -47,23 +55,24 @@ def head_loss(
     hidden: Tensor,
     targets: LossTargets,
     vocabulary: int,
+    criterion: Criterion = cross_entropy,
     *,
     max_logits: int | None = None,
 ) -> Tensor:
-    """A goal's loss, in float32, without ever holding all logits of a large vocabulary.
+    """The loss of some targets, in float32, without ever holding all logits of a large vocabulary.
 
-    head: [n, d] -> [n, V]; hidden: [B, L, d]. Beyond `most` logits they are computed in parts, and again in the
-    backward pass: the same values in the memory of one part. Zero without targets, still part of the graph.
+    head: [n, d] -> [n, V]; hidden: [B, L, d]; vocabulary: V. Beyond `max_logits` logits they are computed in parts, and
+    again in the backward pass: the same values in the memory of one part. Without targets the loss is zero, and still
+    part of the graph.
     """
-    if (
-        max_logits is None
-    ):  # a GPU reads the whole output layer for each part, so that they are larger there: 1 GB in float32
+    if max_logits is None:
+        # a GPU reads the whole output layer for each part, so that they are larger there: 1 GB in float32
         max_logits = 2**28 if hidden.is_cuda else 2**25
     hidden = hidden.flatten(0, 1).index_select(0, targets.index)
     rows = max(1, max_logits // vocabulary)
 
     def part(some: Tensor, wanted: Tensor, share: Tensor) -> Tensor:
-        return (F.cross_entropy(head(some).float(), wanted, reduction="none") * share).sum()
+        return (criterion(head(some).float(), wanted) * share).sum()
 
     pieces = list(zip(*(values.split(rows) for values in (hidden, targets.target, targets.share)), strict=True))
     losses = [part(*p) if len(pieces) == 1 else checkpoint(part, *p, use_reentrant=False) for p in pieces]

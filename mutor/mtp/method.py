@@ -4,8 +4,9 @@ The training loop, the evaluation and the workflow know this interface and no me
 
     method = load(METHODS, "mutor")(from_mapping(Config, {"d_max": 4}, "mutor"))
     method.attach(model)                          # adds parameters under model.mtp
-    layout, goals = method.prepare_batch(examples, context)       # on the CPU, in the data loader
-    total, parts = method.compute_loss(model, layout, goals)   # on the device
+    method.parameter_groups(recipe)               # what the optimiser trains, and how
+    layout, loss_targets = method.prepare_batch(examples, context)     # on the CPU, in the data loader
+    total, parts = method.compute_loss(model, layout, loss_targets)    # on the device
     method.metrics(model, examples, context, 500) # what it measures beside the task's scores
     method.export(model, folder)                  # a plain checkpoint of the base architecture
     method.save_own(model, folder / "method")     # what export leaves out; load_own puts it on the plain model again
@@ -16,10 +17,10 @@ This module and the methods' files import torch inside functions only, so that p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from mutor.checks import setting
 
@@ -53,6 +54,44 @@ class AuxiliarySettings:
     a: float = setting(0.1, doc="weight of the auxiliary loss, 1 - a that of next-token", low=0, high=1, open_ends=True)
 
 
+class TrainingRecipe(Protocol):
+    """What a method may read of how it is trained; the suite's own is mutor/config/recipe.py."""
+
+    @property
+    def optimizer(self) -> str:
+        """adamw, or muon with AdamW for what Muon does not take."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak rate of AdamW."""
+
+    @property
+    def muon_rate(self) -> float:
+        """Peak rate of Muon."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay, where a group has it."""
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterGroup:
+    """Parameters that are trained alike.
+
+    rate: multiple of the recipe's rate, Muon's or AdamW's; decay: whether the recipe's weight decay applies; muon:
+    whether Muon may take them, all of which are matrices then.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    rate: float = 1.0
+    decay: bool = True
+    muon: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < float("inf"):
+            raise ValueError(f"rate: {self.rate} is out of range, allowed: (0, inf); freeze what is not to be trained")
+
+
 class Method:
     """Base of all methods: plain next-token prediction without added parameters."""
 
@@ -75,6 +114,24 @@ class Method:
 
     def add_parameters(self) -> None:
         """Build what the method adds, through `self.trunk.add`."""
+
+    def parameter_groups(self, recipe: TrainingRecipe) -> list[ParameterGroup]:
+        """All parameters that are trained, each in one group; frozen ones (`requires_grad` False) are in none."""
+        return self.usual_groups(self.trunk.model.parameters())
+
+    def usual_groups(self, parameters: Iterable[nn.Parameter], rate: float = 1.0) -> list[ParameterGroup]:
+        """The groups that parameters are in where nothing else is said, frozen ones left out.
+
+        Muon may take the matrices inside layers. Embeddings, output layers, norms, biases and registers stay with
+        AdamW, as Muon's author advises. Weight decay is for matrices, embeddings and output layers.
+        """
+        tables = {id(p) for p in self.trunk.tables()}
+        trained = [p for p in parameters if p.requires_grad]
+        return [
+            ParameterGroup(tuple(p for p in trained if p.ndim == 2 and id(p) not in tables), rate, muon=True),
+            ParameterGroup(tuple(p for p in trained if p.ndim == 2 and id(p) in tables), rate),
+            ParameterGroup(tuple(p for p in trained if p.ndim != 2), rate, decay=False),
+        ]
 
     def eval_layout(self, rows: TokenBatch, context: Context) -> Layout:
         """What the trained model is fed for these rows, auxiliary tokens left out: the plain rows."""
@@ -121,8 +178,8 @@ class Method:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise (a scalar) and its parts, detached scalars by name, for the log.
 
-        goals: by default those of `layout` alone. For a part of a larger batch, those whose `count` is the whole
-        batch's: then the parts' losses add up to the batch's loss.
+        loss_targets: by default those of `layout` alone. For a part of a larger batch, those whose `count` is the
+        whole batch's: then the parts' losses add up to the batch's loss.
         """
         loss_targets = loss_targets or self.loss_targets(layout)
         loss = self.cross_entropy(self.trunk(model, layout).normed, loss_targets["next_token"])
@@ -133,6 +190,29 @@ class Method:
         from mutor.mtp.loss import head_loss
 
         return head_loss(self.trunk.logits, normed, targets, self.trunk.vocabulary)
+
+    def step_flops(self, layout: Layout, loss_targets: dict[str, LossTargets]) -> int:
+        """FLOPs that a training step on `layout` needs, however it is computed; see mutor/mtp/flops.py.
+
+        Here all tokens pass the model's layers and all that the method added, and each target an output layer of the
+        model's size. A method that computes something else counts it itself.
+        """
+        from mutor.mtp.attention import visible_pairs
+        from mutor.mtp.flops import step_flops
+
+        trunk = self.trunk
+        parts = [trunk.layers] if trunk.added is None else [trunk.layers, trunk.added]
+        tables = {id(p) for p in trunk.tables()}
+        heads = trunk.config.num_attention_heads
+        return step_flops(
+            matrices=sum(p.numel() for m in parts for p in m.parameters() if p.ndim == 2 and id(p) not in tables),
+            tokens=int((layout.segment >= 0).sum()),
+            head=trunk.head.weight.numel(),
+            targets=sum(len(each.index) for each in loss_targets.values()),
+            query=heads * (getattr(trunk.config, "head_dim", None) or trunk.width // heads),
+            layers=sum(trunk.is_layer(m) for part in parts for m in part.modules()),
+            pairs=visible_pairs(layout),
+        )
 
     def added_parameters(self, model: nn.Module) -> int:
         """Number of parameters that the method added."""

@@ -1,11 +1,11 @@
 """MuToR: registers between the tokens, each predicting a token further on (NeurIPS 2025, arXiv 2505.10518).
 
-mutor = MuToR.of(d_max=4, a=0.3)
-mutor.attach(model)                                   # any Hugging Face causal LM; adds one vector
+method = MuToR.of(d_max=4, a=0.3)
+method.attach(model)                                  # any Hugging Face causal LM; adds one vector
 Trainer(model, args, train_dataset=data,
-        data_collator=mutor.collator(tokenizer.pad_token_id),
-        compute_loss_func=mutor.loss_from_outputs).train()
-mutor.export(model, "out")                            # the plain model, registers dropped
+        data_collator=method.collator(tokenizer.pad_token_id),
+        compute_loss_func=method.loss_from_outputs).train()
+method.export(model, "out")                           # the plain model, registers dropped
 """
 
 from __future__ import annotations
@@ -67,41 +67,12 @@ class MuToR(Method):
 
     def add_parameters(self) -> None:
         """One vector (or one per offset), fed where the input id is the vocabulary size or above."""
-        import torch
         from torch import nn
 
         config, trunk = self.config, self.trunk
         count = 1 if config.register_embedding == "shared" else self.different_offsets
-        device = trunk.embedding.weight.device
-        table = nn.Embedding(count, trunk.width, device=device)
-        if not trunk.meta:
-            with torch.no_grad():
-                if config.register_init == "mean":
-                    table.weight.copy_(trunk.embedding.weight.float().mean(0).expand(count, -1))
-                else:
-                    table.weight.normal_(0, float(trunk.embedding.weight.float().std()))
-        trunk.add(nn.ModuleDict({"registers": table}))
-        scale = getattr(trunk.embedding, "embed_scale", None)  # Gemma scales inside its embedding layer
-        later = getattr(trunk.config, "embedding_multiplier", None)  # Granite behind it, whatever came out
-        vocabulary = trunk.vocabulary
-
-        asked: list[Tensor] = []  # ids of the call under way: forward hooks only see them clamped
-
-        def clamp(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            asked.append(args[0])
-            return (args[0].clamp(max=vocabulary - 1), *args[1:])
-
-        def put(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            ids = asked.pop()
-            vectors = table((ids - vocabulary).clamp(0, count - 1)).to(output.dtype)
-            if scale is not None and config.register_scaled:
-                vectors = vectors * scale.to(output.dtype)
-            if later is not None and not config.register_scaled:
-                vectors = vectors / later
-            return torch.where((ids >= vocabulary)[..., None], vectors, output)
-
-        trunk.embedding.register_forward_pre_hook(clamp)
-        trunk.embedding.register_forward_hook(put)
+        rows = trunk.extra_rows(count, config.register_init, scaled=config.register_scaled)
+        trunk.add(nn.ModuleDict({"registers": rows}))
         if not trunk.meta:
             self._check_invariant()
 
@@ -111,7 +82,7 @@ class MuToR(Method):
         return self.config.d_max - self.config.d_min + 1
 
     def offsets(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Each token's offset and that offset's number from 0, int64 [B, T]. counters: [B, T] of the samples."""
+        """Each token's offset and that offset's number from 0, int64 [B, T]. samples: [B, T] their numbers."""
         from mutor.mtp.registers import offsets
 
         config = self.config
@@ -119,7 +90,7 @@ class MuToR(Method):
         return found, found - config.d_min
 
     def train_layout(self, rows: TokenBatch, context: Context) -> Layout:
-        """Regular tokens first, registers behind; offsets from the sample counters and `context.seed`."""
+        """Regular tokens first, registers behind; offsets from the samples' numbers and `context.seed`."""
         from mutor.mtp import registers as r
         from mutor.mtp.layout import with_registers
 

@@ -28,9 +28,10 @@ def _block(seed: int, stream: int, block: int) -> np.ndarray:
 
 
 def uniform(seed: int, stream: str, samples: Tensor) -> Tensor:
-    """Numbers in [0, 1), one for each sample counter: a function of (seed, stream, counter) alone.
+    """Numbers in [0, 1), one for each sample: a function of (seed, stream, sample) alone.
 
-    counters: int64 tensor of any shape, counting every sample ever drawn. Returns float64, same shape, on CPU.
+    samples: int64 tensor of any shape, numbers of samples, counted over the whole run. Returns float64 of the same
+    shape, on the CPU.
     Never touches a global generator, so a resumed or re-batched run draws the same numbers.
     """
     flat = samples.reshape(-1).cpu().numpy()
@@ -44,7 +45,7 @@ def uniform(seed: int, stream: str, samples: Tensor) -> Tensor:
 def offsets(samples: Tensor, *, seed: int, d_min: int, d_max: int, mixed: bool = False) -> Tensor:
     """Offsets drawn uniformly from {d_min .. d_max}.
 
-    counters: [B, T] the counter of the sample that each token belongs to. Returns int64 [B, T]: one draw per
+    samples: [B, T] the number of the sample that each token belongs to. Returns int64 [B, T]: one draw per
     sample, or one per token of a sample with `mixed` (paper, section 3: allowed, not used there).
     """
     if mixed:
@@ -78,7 +79,7 @@ def _per_token(samples: Tensor, seed: int, stream: str) -> Tensor:
 def anchors(segment: Tensor, is_target: Tensor) -> Tensor:
     """bool [B, T]: behind which tokens a register may stand, which is where an answer token is predicted next.
 
-    document: [B, T] number of the document a token belongs to, -1 for padding. answer: bool [B, T].
+    segment: [B, T] number of the sequence that a token belongs to, -1 for padding. is_target: bool [B, T].
     """
     out = torch.zeros_like(is_target)
     out[:, :-1] = is_target[:, 1:] & (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] >= 0)
@@ -88,8 +89,8 @@ def anchors(segment: Tensor, is_target: Tensor) -> Tensor:
 def placed(anchor: Tensor, segment: Tensor, samples: Tensor, *, placement: str, registers: int, seed: int) -> Tensor:
     """bool [B, T]: the anchors that keep their register.
 
-    placement "all": every one. "every": every `registers`-th of a document, its first included (the rebuttal's
-    sparse registers with 2). "random": `registers` random ones of each document, drawn anew for each sample.
+    placement "all": every one. "every": every `registers`-th of a sequence, its first included (the rebuttal's
+    sparse registers with 2). "random": `registers` random ones of each sequence, drawn anew for each sample.
     """
     if placement == "all":
         return anchor
@@ -109,7 +110,7 @@ def targets(ids: Tensor, segment: Tensor, is_target: Tensor, offset: Tensor) -> 
     """What a register behind each token would predict.
 
     offset: int64 [B, T]. Returns (target ids [B, T], bool [B, T] whether that target exists): it does where the
-    token `offset` further on is an answer token of the same document.
+    token `offset` further on is an answer token of the same sequence.
     """
     length = ids.shape[1]
     index = torch.arange(length) + offset

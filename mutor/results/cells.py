@@ -1,25 +1,31 @@
-"""Artifacts from run records: a tidy CSV (one row a cell, the same columns in all), Markdown, LaTeX, figures.
+"""What the runs of a scale say, cell by cell, each number computed once.
 
-collect_artifact(load_table(root, "figure4"), scale, Records(runs), read_reported(file), folder)
+    evidence = Evidence(root, scale, Records(runs))
+    evidence.frame(evidence.table("figure4"))  # one row a cell, the same columns in all tables
+
+Tables, figures, claims, report and README read from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from mutor.checks import choose
-from mutor.config.runs import Cell, cells_of
+from mutor.config.load import load_table
+from mutor.config.runs import Cell, Spec, cells_of
 from mutor.config.schema import Scale, Table
-from mutor.registry import TASKS, load
-from mutor.results import cost, records
-from mutor.results.flops import attention_exceeds_feed_forward, layer_flops, tipping_point
-from mutor.results.published import _published
+from mutor.registry import TASKS, load, resolve
+from mutor.results.published import Published, read_reported
+from mutor.results.records import Records, checkpoint_metrics, problem_scores
 from mutor.results.stats import summarise
 from mutor.tasks.corpora import CORPORA
 
+T = TypeVar("T")
 COLUMNS = [
     "artifact",
     "scale",
@@ -48,62 +54,131 @@ COLUMNS = [
     "stands_in_for",
 ]
 PUBLISHED_SETTINGS = ("d_max", "a", "registers", "placement", "register_embedding")
+NUMBERS = ("mean", "std", "ci_low", "ci_high", "reported", "reported_difference", "chance")
+# for drawing, not in the .csv: name in figures; every seed's number; of cost tables, what is swept over and its value
+FOR_DRAWING = ["label", "values", "chance", "sweep", "x"]
 
 
-def cell_frame(table: Table, scale: Scale, runs: records.Records, reported: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell, in the table's order, with COLUMNS and for drawing: label, values, chance, data, path."""
-    if table.draw == "flops":
-        rows = list(_flops_rows(table, scale, reported))
-    elif table.draw == "cost":
-        rows = list(cost.rows(table, scale, runs.runs, reported))
-    else:
-        found = cells_of(table, scale)
-        if table.needs_runs:
-            rows = [_cell_row(table, cell, runs, reported) for cell in found]
-        else:
-            rows = [_settings_row(table, cell) for cell in found]
+class Evidence:
+    """A scale's tables, cells, runs and published values, from which all artifacts are made.
+
+    Each table is read, expanded and computed when it is first asked for, and then kept. seeds: of every run, in the
+    place of the scale's, as in config.yaml; they decide which runs are wanted, not which are shown.
+    """
+
+    def __init__(self, root: Path, scale: Scale, runs: Records, seeds: tuple[int, ...] | None = None) -> None:
+        self.root, self.scale, self.runs, self.seeds = root, scale, runs, seeds
+        self._kept: dict[tuple[str, str], Any] = {}
+
+    def once(self, what: str, name: str, compute: Callable[[], T]) -> T:
+        """What `compute` returns, called the first time alone."""
+        if (what, name) not in self._kept:
+            self._kept[what, name] = compute()
+        return self._kept[what, name]
+
+    @cached_property
+    def reported(self) -> pd.DataFrame:
+        """The published values, config/reported.csv."""
+        return read_reported(self.root / "config/reported.csv")
+
+    def table(self, name: str) -> Table:
+        """A file of config/tables."""
+        return self.once("table", name, lambda: load_table(self.root, name))
+
+    def cells(self, table: Table) -> list[Cell]:
+        """The cells of a table at this scale."""
+        return self.once("cells", table.name, lambda: cells_of(table, self.scale, self.seeds))
+
+    def published(self, table: Table) -> Published:
+        """The published values that belong to a table."""
+        return self.once("published", table.name, lambda: Published(self.reported, table))
+
+    def frame(self, table: Table) -> pd.DataFrame:
+        """One row a cell, in the table's order, with COLUMNS and FOR_DRAWING.
+
+        Raises ValueError where the scale has nothing in the place of the table's models and data.
+        """
+        return self.once("frame", table.name, lambda: self._frame(table))
+
+    def records_of(self, cell: Cell) -> list[dict[str, Any]]:
+        """The records that a cell is made of: all seeds there are, or as many as the source has."""
+        return self.runs.of(cell.spec)[: cell.row.max_seeds]
+
+    def _frame(self, table: Table) -> pd.DataFrame:
+        rows = list(resolve(table.drawing.rows)(self, table))
         if not rows:
             roles = {f"{row.model} on {row.train_data}" for row in table.rows}
             raise ValueError(
-                f"{table.name}: scale {scale.name!r} has nothing in the place of {', '.join(sorted(roles))}"
+                f"{table.name}: scale {self.scale.name!r} has nothing in the place of {', '.join(sorted(roles))}"
             )
-    return pd.DataFrame(rows, columns=[*COLUMNS, "label", "values", "chance", "data", "path"])
+        columns = [*COLUMNS, *FOR_DRAWING]
+        blank = {column: None if column in NUMBERS else "" for column in columns}
+        blank |= {"artifact": table.name, "scale": self.scale.name}
+        rows = [blank | row for row in rows]
+        for row in rows:
+            if row["mean"] is not None and row["reported"] is not None and not row["stands_in_for"]:
+                row["reported_difference"] = row["mean"] - row["reported"]
+        return pd.DataFrame(rows, columns=columns)
 
 
-def cell_records(cell: Cell, runs: records.Records) -> list[dict[str, Any]]:
-    """The records that a cell is made of: all seeds there are, or as many as the source has."""
-    return runs.of(cell.spec)[: cell.row.max_seeds]
+def run_rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
+    """Cells that runs fill: means and intervals over seeds and problems; n_seeds 0 where there are none."""
+    for cell in evidence.cells(table):
+        found = evidence.records_of(cell)
+        measured = [checkpoint_metrics(record, cell.checkpoint) for record in found]
+        for metrics in measured:
+            choose(cell.measured, metrics, f"{table.name}: metric on {cell.spec.data}")
+        values = [metrics[cell.measured] for metrics in measured]
+        scores = [problem_scores(record, cell.checkpoint, cell.measured) for record in found]
+        summary = summarise(values, scores, rate=cell.unit == "percent")
+        row = _described(cell)
+        task = load(TASKS, cell.spec.dataset.task, "task")
+        yield row | {
+            "added_params": found[0]["added_parameters"] if found else "",
+            "n_seeds": summary.n_seeds,
+            "mean": summary.mean,
+            "std": summary.std,
+            "ci_low": summary.ci_low,
+            "ci_high": summary.ci_high,
+            "reported": _published(evidence.published(table), cell, row["train_data"]),
+            "values": values,
+            "chance": task.chance(cell.spec.task_config) if hasattr(task, "chance") else None,
+        }
 
 
-def _cell_row(table: Table, cell: Cell, runs: records.Records, reported: pd.DataFrame) -> dict[str, Any]:
+def settings_rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
+    """Cells that name a setting of a run: of its recipe, its method or its task; nothing where it has none."""
+    for cell in evidence.cells(table):
+        spec = cell.spec
+        places = (spec.recipe, spec.method_config, spec.task_config, _corpus(spec))
+        values = [getattr(place, cell.metric, None) for place in places]
+        row = _described(cell)
+        label = f"{row['label'].split(', d_max')[0]} on {row['train_data']}"
+        yield row | {"mean": next((v for v in values if v is not None), None), "unit": "", "label": label}
+
+
+def _corpus(spec: Spec) -> Any:
+    return CORPORA.get(getattr(spec.task_config, "corpus", ""))
+
+
+def _published(published: Published, cell: Cell, train_data: str) -> float | None:
+    """The published value beside a run's cell."""
     spec = cell.spec
-    task = load(TASKS, spec.dataset.task, "task")
-    found = cell_records(cell, runs)
-    measured = [records.checkpoint_metrics(record, cell.checkpoint) for record in found]
-    for metrics in measured:
-        choose(cell.measured, metrics, f"{table.name}: metric on {spec.data}")
-    values = [metrics[cell.measured] for metrics in measured]
-    scores = [records.problem_scores(record, cell.checkpoint, cell.measured) for record in found]
-    summary = summarise(values, scores, rate=cell.unit == "percent")
-    row = _described(table, cell)
-    published = _published(reported, table, cell, row["train_data"])
-    stands_in = spec.stands_in_for
-    difference = None if published is None or summary.mean is None or stands_in else summary.mean - published
-    return row | {
-        "added_params": found[0]["added_parameters"] if found else "",
-        "n_seeds": summary.n_seeds,
-        "mean": summary.mean,
-        "std": summary.std,
-        "ci_low": summary.ci_low,
-        "ci_high": summary.ci_high,
-        "reported": published,
-        "reported_difference": difference,
-        "values": values,
-        "chance": task.chance(spec.task_config) if hasattr(task, "chance") else None,
+    stated: dict[str, list[str]] = {
+        "model": [spec.model_config.role],
+        "method": [spec.method],
+        "train_data": [train_data, str(cell.row.train_data)],
+        "metric": [cell.metric],
     }
+    if cell.row.iterations is not None:
+        stated["iterations"] = [str(cell.row.iterations)]
+    for setting in ("d_max", "a", "register_embedding", "placement"):
+        ours = str(getattr(spec.method_config, setting, ""))
+        stated[setting] = [{"all": "every_token", "every": "every_second_token"}.get(ours, ours)]
+    return published.beside(stated, spec.budget_factor)
 
 
-def _described(table: Table, cell: Cell) -> dict[str, Any]:
+def _described(cell: Cell) -> dict[str, Any]:
     """A cell's columns without its numbers."""
     spec = cell.spec
     task = load(TASKS, spec.dataset.task, "task")
@@ -111,8 +186,6 @@ def _described(table: Table, cell: Cell) -> dict[str, Any]:
     if settings["placement"] == "all":
         settings["registers"] = ""
     return {
-        "artifact": table.name,
-        "scale": spec.scale,
         "role": spec.model_config.role,
         "model": spec.model,
         "method": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""),
@@ -125,63 +198,15 @@ def _described(table: Table, cell: Cell) -> dict[str, Any]:
         "epochs": spec.recipe.epochs,
         "stands_in_for": spec.stands_in_for,
         "label": cell.row.label or _label(spec),
-        "data": spec.data,
-        "path": spec.path,
     }
 
 
-def _settings_row(table: Table, cell: Cell) -> dict[str, Any]:
-    """One setting of a run, by name: of its recipe, its method or its task; nothing where it has none of that name."""
-    spec = cell.spec
-    places = (spec.recipe, spec.method_config, spec.task_config, CORPORA.get(getattr(spec.task_config, "corpus", "")))
-    values = [getattr(place, cell.metric, None) for place in places]
-    row = _described(table, cell)
-    text = f"{row['label'].split(', d_max')[0]} on {row['train_data']}"
-    value = next((v for v in values if v is not None), None)
-    return row | {"mean": value, "n_seeds": "", "unit": "", "reported": None, "label": text}
-
-
-def _flops_rows(table: Table, scale: Scale, reported: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Cells that are computed, not run: FLOPs of a layer by model and length, and both tipping points."""
-    for role, shape in table.shapes.items():
-        found = []
-        for length in table.lengths:
-            attention, feed_forward = layer_flops(shape, length)
-            values = (attention, feed_forward, attention + feed_forward)
-            found += [(f"{length} tokens", m, v / 1e9, "1e9 FLOP") for m, v in zip(table.metrics, values, strict=True)]
-        for rule in (tipping_point, attention_exceeds_feed_forward):
-            found.append(("tipping points", rule.__name__, rule(shape), "tokens"))
-        for label, metric, value, unit in found:
-            same = reported[
-                reported["artifact"].isin(table.reported)
-                & (reported["model"] == role)
-                & (reported["metric"] == metric)
-                & (reported["variant"] == f"sequence_length={label.removesuffix(' tokens')}")
-            ]
-            published = float(same["value"].iloc[0]) if len(same) else None
-            yield dict.fromkeys(COLUMNS, "") | {
-                "artifact": table.name,
-                "scale": scale.name,
-                "role": role,
-                "model": role,
-                "benchmark": label,
-                "metric": metric,
-                "unit": unit,
-                "mean": value,
-                "reported": published,
-                "label": label,
-                "reported_difference": None if published is None else value - published,
-                "data": "",
-                "path": "",
-            }
-
-
-def _extra(spec: Any) -> str:
+def _extra(spec: Spec) -> str:
     """Settings that have no column of their own."""
     rest = {k: v for k, v in spec.settings.items() if k not in PUBLISHED_SETTINGS and k != "d_min"}
     return ", ".join(f"{k}={v}" for k, v in sorted(rest.items()))
 
 
-def _label(spec: Any) -> str:
+def _label(spec: Spec) -> str:
     d_max = getattr(spec.method_config, "d_max", None)
     return spec.method if d_max is None else f"{spec.method}, d_max {d_max}"

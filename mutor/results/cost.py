@@ -10,10 +10,16 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mutor.config.cost_cases import Case, cases_of, settings_of
+from mutor.config.schema import Table
 from mutor.results.flops import PEAKS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mutor.results.cells import Evidence
 
 UNITS = {
     "ratio": "times",
@@ -68,65 +74,60 @@ def metrics_of(found: Mapping[str, Any], device: str) -> dict[str, tuple[float, 
     }
 
 
-def rows(table: Any, scale: Any, runs: Path, reported: Any) -> Iterator[dict[str, Any]]:
+def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
     """Cells of a cost table, one a case and metric; n_seeds counts rounds, 0 where nothing was measured."""
-    content = measured(file_of(runs, scale.name, table.name))
-    scaling, wanted = cases_of(table, scale)
+    content = measured(file_of(evidence.runs.runs, evidence.scale.name, table.name))
+    scaling, wanted = cases_of(table, evidence.scale)
     for case in wanted:
         found = content["cases"].get(case.key)
         # left by an older configuration
         found = found if found and found["case"] == as_dict(case) and "seconds" in found else None
         values = metrics_of(found, content["device"]) if found else {}
-        model = scaling.models.get(case.model, case.model)
-        stands_in = "" if model == case.model else f"{case.model} (here {model}, random weights)"
-        settings = settings_of(case)
+        row = _described(case, scaling.models.get(case.model, case.model))
         for metric in table.metrics:
             mean, std = values.get(metric, (None, None))
-            same = reported[
-                reported["artifact"].isin(table.reported)
-                & (reported["variant"] == case.published)
-                & (reported["model"] == case.model)
-                & (reported["metric"] == metric)
-            ]
-            published = float(same["value"].iloc[0]) if case.published and len(same) and not stands_in else None
-            yield {
-                "artifact": table.name,
-                "scale": scale.name,
-                "role": case.model,
-                "model": model,
-                "method": case.method,
-                "train_data": case.label if case.value is None else f"{case.label}, {case.sweep_over} {case.value}",
-                "benchmark": case.section,
+            same = {"model": [case.model], "variant": [case.published], "metric": [metric]}
+            yield row | {
                 "metric": metric,
                 "unit": UNITS[metric],
-                "d_max": settings.get("d_max", ""),
-                "a": settings.get("a", ""),
-                "registers": settings.get("registers", ""),
-                "placement": settings.get("placement", "all") if case.method == "mutor" else "",
-                "iterations": "",
-                "epochs": "",
-                "register_embedding": "",
                 "added_params": found["added_parameters"] if found else "",
                 "n_seeds": len(found["seconds"]) if found else 0,
                 "mean": mean,
                 "std": std,
-                "ci_low": None,
-                "ci_high": None,
-                "reported": published,
-                "reported_difference": None if published is None or mean is None else mean - published,
-                "stands_in_for": stands_in,
-                "label": case.label,
+                "reported": None if row["stands_in_for"] else evidence.published(table).beside(same),
                 "values": found["seconds"] if found else [],
-                "chance": None,
-                "data": case.sweep_over or "",
-                "path": "" if case.value is None else case.value,
             }
 
 
-def circumstances(table: Any, scale: Any, runs: Path) -> list[str]:
+def _described(case: Case, model: str) -> dict[str, Any]:
+    """A case's columns without its numbers; model: what is measured in the place of the case's."""
+    settings = settings_of(case)
+    return {
+        "role": case.model,
+        "model": model,
+        "method": case.method,
+        "train_data": case.label if case.value is None else f"{case.label}, {case.sweep_over} {case.value}",
+        "benchmark": case.section,
+        "d_max": settings.get("d_max", ""),
+        "a": settings.get("a", ""),
+        "registers": settings.get("registers", ""),
+        "placement": settings.get("placement", "all") if case.method == "mutor" else "",
+        "stands_in_for": "" if model == case.model else f"{case.model} (here {model}, random weights)",
+        "label": case.label,
+        "sweep": case.sweep_over or "",
+        "x": case.value,
+    }
+
+
+def printed(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """The cells as .md and .tex name them: by section and case, whose names say the model."""
+    return frame.assign(label=frame["benchmark"] + ": " + frame["train_data"], role="")
+
+
+def circumstances(evidence: Evidence, table: Table) -> list[str]:
     """Sentences on the device, the number of rounds, and how the scale shrinks the cases."""
-    scaling, wanted = cases_of(table, scale)
-    device = measured(file_of(runs, scale.name, table.name))["device"]
+    scaling, wanted = cases_of(table, evidence.scale)
+    device = measured(file_of(evidence.runs.runs, evidence.scale.name, table.name))["device"]
     where = f"Measured on {device}" if device else "Not measured yet"
     out = [f"{where}; medians ± standard deviation of n rounds."]
     if (scaling.tokens, scaling.batch) != (1, 1):

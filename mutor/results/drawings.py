@@ -1,4 +1,7 @@
-"""All files of an artifact, from its cells."""
+"""All files of an artifact, from its cells; what is drawn, and by which functions, says DRAWINGS in mutor/registry.py.
+
+collect_artifact(evidence, evidence.table("figure4"), folder)
+"""
 
 from __future__ import annotations
 
@@ -6,54 +9,35 @@ from pathlib import Path
 
 import pandas as pd
 
-from mutor.config.schema import Scale, Table
-from mutor.files import write
-from mutor.results import records
-from mutor.results.cells import COLUMNS, cell_frame
-from mutor.results.published import published_rows
-from mutor.results.render import latex, markdown, published_shape
+from mutor.config.schema import Table
+from mutor.files import write_text
+from mutor.registry import resolve
+from mutor.results.cells import COLUMNS, Evidence
+from mutor.results.render import latex, markdown
 
 
-def collect_artifact(
-    table: Table, scale: Scale, runs: records.Records, reported: pd.DataFrame, folder: Path
-) -> list[Path]:
+def collect_artifact(evidence: Evidence, table: Table, folder: Path) -> list[Path]:
     """Build all files of one table or figure from whatever runs exist; returns them.
 
     What is wrong with a record, which is then left out, stands below the table.
     """
-    frame = cell_frame(table, scale, runs, reported)
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{table.name}.{ending}" for ending in ("csv", "md", "tex")]
-    write(files[0], lambda f: frame[COLUMNS].to_csv(f, index=False, lineterminator="\n", float_format="%.6g"))
-    shown = published_shape(frame, table)
-    beside = published_rows(reported, table)
-    write(files[1], lambda f: f.write_text(markdown(table, scale, shown, beside, runs)))
-    write(files[2], lambda f: f.write_text(latex(table, scale, shown)))
-    if table.draw == "solve_rates":
-        from mutor.results.figures import curves, solve_rates
+    csv = evidence.frame(table)[COLUMNS].to_csv(index=False, lineterminator="\n", float_format="%.6g")
+    write_text(files[0], csv)
+    write_text(files[1], markdown(evidence, table))
+    write_text(files[2], latex(evidence, table))
+    if table.drawing.figures:
+        from mutor.results.figures import save  # matplotlib, which tables do without
 
-        files += solve_rates(table, scale, frame, folder)
-        files += curves(table, scale, runs, folder)
-    if table.draw == "sweep":
-        from mutor.results.figures import sweep
-
-        files += sweep(table, scale, frame, folder)
-    if table.draw == "cost":
-        from mutor.results.figures import costs
-
-        files += costs(table, scale, frame, folder)
-    if table.draw == "images":
-        from mutor.results.figures import samples, sweep
-
-        files += sweep(table, scale, frame, folder)
-        files += samples(table, scale, runs, folder)
+        for figure in table.drawing.figures:
+            files += save(resolve(figure.draw), evidence, table, folder / f"{table.name}{figure.suffix}")
     return files
 
 
-def collect_runs(runs: records.Records, scale: str, folder: Path) -> list[Path]:
+def collect_runs(evidence: Evidence, folder: Path) -> list[Path]:
     """runs.csv: one row a seeded run, every setting and metric, and what made it."""
     rows = []
-    for record in runs.of_scale(scale):
+    for record in evidence.runs.of_scale(evidence.scale.name):
         flat = {k: v for k, v in record.items() if isinstance(v, (str, int, float, bool)) or v is None}
         flat |= {f"setting.{k}": v for k, v in record["config"]["settings"].items()}
         flat |= {f"recipe.{k}": v for k, v in record["config"]["recipe"].items()}
@@ -64,6 +48,5 @@ def collect_runs(runs: records.Records, scale: str, folder: Path) -> list[Path]:
                 flat[f"{name}.step"] = checkpoint["step"]
         rows.append(flat)
     file = folder / "runs.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    write(file, lambda f: pd.DataFrame(rows).to_csv(f, index=False, lineterminator="\n"))
+    write_text(file, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
     return [file]

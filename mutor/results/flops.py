@@ -7,10 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from mutor.config.schema import Shape
+from mutor.config.schema import Shape, Table
+
+if TYPE_CHECKING:
+    from mutor.results.cells import Evidence
 
 # dense bfloat16 FLOP/s as their makers state them, by a part of the device's name
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -38,17 +41,33 @@ def attention_exceeds_feed_forward(shape: Shape) -> float:
     return (6 * d * f - 2 * (d * q + 2 * d * kv + q * d)) / (4 * d)
 
 
-def step_flops(*, matrices: int, tokens: int, head: int, targets: int, query: int, layers: int, pairs: int) -> int:
-    """FLOPs of a training step: what its matrices, output layer and attention compute, three times the forward pass.
-
-    matrices: parameters of all layers' matrices; tokens: that pass them, registers included; head: parameters of the
-    output layer; targets: positions it is applied to; query: width of all query heads together; pairs: of a token and
-    one that it sees, in one layer (scores and their sum, 4 x width a pair). Recomputed activations do not count.
-    """
-    return 6 * matrices * tokens + 6 * head * targets + 12 * query * layers * pairs
-
-
 def training_flops(record: Mapping[str, Any]) -> float | None:
     """FLOPs of a finished run as the paper counts: 6 x parameters x tokens through the model, registers included."""
     parameters = record.get("parameters", record.get("trainable_parameters"))
     return 6.0 * parameters * record["tokens"] if parameters and record.get("tokens") else None
+
+
+def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
+    """Cells that are computed, not run: FLOPs of a layer by model and length, and both tipping points."""
+    for role, shape in table.shapes.items():
+        found = []
+        for length in table.lengths:
+            attention, feed_forward = layer_flops(shape, length)
+            values = (attention, feed_forward, attention + feed_forward)
+            found += [(f"{length} tokens", m, v / 1e9, "1e9 FLOP") for m, v in zip(table.metrics, values, strict=True)]
+        for rule in (tipping_point, attention_exceeds_feed_forward):
+            found.append(("tipping points", rule.__name__, rule(shape), "tokens"))
+        for label, metric, value, unit in found:
+            variant = f"sequence_length={label.removesuffix(' tokens')}"
+            yield {
+                "role": role,
+                "model": role,
+                "benchmark": label,
+                "metric": metric,
+                "unit": unit,
+                "mean": value,
+                "reported": evidence.published(table).beside(
+                    {"model": [role], "metric": [metric], "variant": [variant]}
+                ),
+                "label": label,
+            }

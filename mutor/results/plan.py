@@ -20,11 +20,16 @@ from mutor.results.records import Records
 UTILISATION = 0.4  # of the peak; what fine-tuning at these lengths may reach
 
 
-def lines(chosen: list[Table], scale: Scale, runs: Path, reference: Path) -> list[str]:
-    """The plan as printable lines; reference: folder of committed runs, used where `runs` has none alike."""
+def lines(
+    chosen: list[Table], scale: Scale, runs: Path, reference: Path, seeds: tuple[int, ...] | None = None
+) -> list[str]:
+    """The plan as printable lines.
+
+    reference: folder of committed runs, used where `runs` has none alike; seeds: of every run, if not the scale's.
+    """
     here = Records(runs)
     measured = here.of_scale(scale.name) or Records(reference / scale.name / "runs").of_scale(scale.name)
-    wanted = specs_of([cell for table in chosen for cell in run_cells(table, scale)])
+    wanted = specs_of([cell for table in chosen for cell in run_cells(table, scale, seeds)])
     out = [
         f"scale {scale.name}: {scale.description}",
         f"{'done':>5} {'to do':>5} {'minutes':>8} {'FLOPs':>9}  setting",

@@ -1,77 +1,126 @@
-"""What made a run: the code it depends on, the commit, versions of packages, the platform."""
+"""What made a run: the code it depends on, the commit, versions of packages, the platform.
+
+A record's `code` names each top-level definition (function, class, constant) that the run reaches, with a hash of what
+it does: run_code(root, "mutor", "star_graph") -> {"Backbone": "0f3c...", "MuToR": "51d0...", ...}. From where a run
+starts, its method and its task, all names that a definition uses are followed through the project's modules. A class is
+one definition. Statements that do more than define something, in any module that is imported on the way, count together
+as ON_IMPORT; of a module imported as `import a.b`, for its effects, everything counts. Names are bare, so that neither
+moving a definition nor an edit of import lines changes anything.
+
+Not covered: what is found by a text (getattr, importlib); decorators that register what nobody names; packages other
+than the project's, whose versions stand beside; and what NOT_IN_RESULTS lists. A method of an object counts where its
+class is named, as the trunk's in Method.attach. Two classes whose objects a run is handed, a recipe and a model's
+settings, are named in STARTS.
+"""
 
 from __future__ import annotations
 
-import ast
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mutor.checks import choose
+from mutor.registry import METHODS, TASKS
+from mutor.results.definitions import module, statement
+
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
-# code that decides which runs there are and how they are shown, not what comes out of one
+# code that decides which runs there are and how they are kept and shown, not what comes out of one: settings stand in
+# a record as they were resolved
 NOT_IN_RESULTS = (
-    "mutor",
-    "mutor.__main__",
-    "mutor.cli",
-    "mutor.config",
-    "mutor.registry",
     "mutor.checks",
-    "mutor.results",
+    "mutor.cli",
+    "mutor.config.cost_cases",
+    "mutor.config.load",
+    "mutor.config.runs",
     "mutor.files",
+    "mutor.registry",
+    "mutor.results",
 )
+# defaults of settings do not stand in config_hash, and a recipe computes steps
+STARTS = ("mutor.training.run:run", "mutor.config.recipe:Recipe", "mutor.config.schema:ModelConfig")
+ON_IMPORT = "(on import)"
+OLD = "(recorded by module, as earlier versions did)"
 
 
-def meaning(file: Path) -> str:
-    """Hash of what a Python file does: comments, docstrings and formatting do not count."""
-    tree = ast.parse(file.read_text())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            assert isinstance(body, list)
-            body[0] = ast.Pass()
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+def run_code(root: Path, method: str, task: str, base: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """name -> hash of every definition that a run of this method and task depends on.
+
+    base: what the run starts from, with its method, task and base, as `config` of a record has it; None: nothing.
+    Raises ValueError for a method or task that is not registered.
+    """
+    starts = {*STARTS, METHODS[choose(method, METHODS, "method")], TASKS[choose(task, TASKS, "task")]}
+    while base is not None:
+        starts |= {METHODS[choose(base["method"], METHODS, "method")], TASKS[choose(base["task"], TASKS, "task")]}
+        base = base["base"]
+    return dict(code_hashes(root, *sorted(starts)))
 
 
-def code_hashes(root: Path, *starts: str) -> dict[str, str]:
-    """module -> hash of what it does, of the modules `starts` and all of this project that they import, anywhere."""
-    found: dict[str, str] = {}
-    todo = list(starts)
+@functools.cache
+def code_hashes(root: Path, *starts: str) -> Mapping[str, str]:
+    """name -> hash of the definitions `starts` ("module:name") and of all that they name, directly or not.
+
+    Definitions of one name in several modules share one hash, of what each does and of who names it. Read once in a
+    process: later edits of a file are not those of the code that runs.
+    """
+    found: dict[tuple[str, str, int], set[str]] = {}  # name, its module and statement there -> who names it
+    imported: set[str] = set()
+    todo: list[tuple[str, str | None, str]] = []  # module, what is named there (None: it is imported), who names it
+    for start in starts:
+        where, _, name = start.partition(":")
+        todo.append((where, name, ""))
     while todo:
-        name = todo.pop()
-        file = _module_file(root, name)
-        if (
-            name in found
-            or name in NOT_IN_RESULTS
-            or name.startswith(("mutor.config.", "mutor.results."))
-            or not file.exists()
-        ):
+        where, wanted, user = todo.pop()
+        home = None if _left_out(where) else module(root, where)
+        if home is None:
             continue
-        found[name] = meaning(file)
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                todo += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return dict(sorted(found.items()))
+        names = home.definitions if wanted == "" else [wanted] if wanted in home.definitions else []
+        numbers = [(name, number) for name in names for number in home.definitions[name]]
+        if where not in imported:
+            imported.add(where)
+            todo.append((where.rpartition(".")[0], None, ""))  # its package runs first
+            numbers += [(ON_IMPORT, number) for number in home.effects] + [("", number) for number in home.imports]
+        for name, number in numbers:
+            if (name, where, number) not in found:
+                does = statement(root, where, number)
+                todo += [(*named, name) for named in does.names] + [(other, None, name) for other in does.imports]
+            found.setdefault((name, where, number), set()).add(user)
+    return {name: _together(root, name, found) for name in sorted({name for name, _, _ in found} - {""})}
 
 
-def _module_file(root: Path, name: str) -> Path:
-    stem = root / Path(*name.split("."))
-    return stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+def _left_out(name: str) -> bool:
+    return any(f"{name}.".startswith(f"{other}.") for other in NOT_IN_RESULTS)
 
 
-def changed_code(record: dict[str, Any], root: Path) -> list[str]:
-    """Modules whose meaning differs from when the record was made."""
-    changed = []
-    for name, was in record.get("code", {}).items():
-        file = _module_file(root, name)
-        if not file.exists() or meaning(file) != was:
-            changed.append(name)
-    return changed
+def _together(root: Path, name: str, found: Mapping[tuple[str, str, int], set[str]]) -> str:
+    """The hash of all statements under a name."""
+    places = {(where, number): users for (other, where, number), users in found.items() if other == name}
+    digests = {place: statement(root, *place).digest for place in places}
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    if name != ON_IMPORT and len({where for where, _ in places}) > 1:
+        digests = {place: f"{digest} {sorted(places[place])}" for place, digest in digests.items()}
+    return hashlib.sha256("\n".join(sorted(digests.values())).encode()).hexdigest()[:12]
+
+
+def changed_code(record: Mapping[str, Any], root: Path) -> list[str]:
+    """Names of the definitions that a record's run would reach now and that are not as they were: others, new or gone.
+
+    [OLD] for a record whose code was recorded in another way; a method or task that is gone says so.
+    """
+    was, config = record.get("code", {}), record["config"]
+    if not was or any("." in name for name in was):
+        return [OLD]
+    try:
+        now = run_code(root, record["method"], config["task"], config["base"])
+    except ValueError as error:
+        return [str(error)]
+    return sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
 
 
 def provenance(root: Path) -> dict[str, Any]:

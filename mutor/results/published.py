@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from mutor.config.runs import Cell
 from mutor.config.schema import Table
+
+# columns that name what was measured; the others that a cell may state are settings of it
+IDENTITY = ("model", "method", "variant", "train_data", "metric", "iterations")
 
 
 def read_reported(file: Path) -> pd.DataFrame:
@@ -15,32 +18,37 @@ def read_reported(file: Path) -> pd.DataFrame:
     return pd.read_csv(file, dtype=str, keep_default_na=False)
 
 
-def _published(reported: pd.DataFrame, table: Table, cell: Cell, name: str) -> float | None:
-    """The published value of the same cell: equal in all that the source states.
+class Published:
+    """The published values that belong to a table, those of the artifacts that it names in `reported`.
 
-    A model trained longer than its dataset's recipe says is compared with the published one trained as much longer.
+    Published(read_reported(file), table).beside({"model": ["gemma-2b"], "metric": ["ratio"], ...})
     """
-    spec = cell.spec
-    rows = reported[
-        reported["artifact"].isin(table.reported)
-        & (reported["method"] == spec.method)
-        & reported["train_data"].isin([name, cell.row.train_data])
-        & (reported["metric"] == cell.metric)
-    ]
-    if cell.row.iterations is not None:
-        rows = rows[rows["iterations"] == str(cell.row.iterations)]
-    if spec.model_config.role in set(rows["model"]):
-        rows = rows[rows["model"] == spec.model_config.role]
-    if len(rows) and rows["epochs"].ne("").all():
-        epochs = rows["epochs"].astype(float)
-        rows = rows[(epochs / epochs.min() - spec.budget_factor).abs() < 0.1]
-    for setting in ("d_max", "a", "register_embedding", "placement"):
-        ours = getattr(spec.method_config, setting, "")
-        words = {"all": "every_token", "every": "every_second_token"} if setting == "placement" else {}
-        rows = rows[rows[setting].isin(["", words.get(ours, f"{ours}")])]
-    return float(rows["value"].iloc[0]) if len(rows) else None
 
+    def __init__(self, reported: pd.DataFrame, table: Table) -> None:
+        self.frame = reported[reported["artifact"].isin(table.reported)]
+        self._rows: list[dict[str, str]] = self.frame.to_dict("records")  # type: ignore[assignment]
+        roles = {*(row.model for row in table.rows), *table.shapes, *table.models}
+        known = {row["artifact"] for row in self._rows if row["model"] in roles}
+        self._own_models = {row["artifact"] for row in self._rows} - known
 
-def published_rows(reported: pd.DataFrame, table: Table) -> pd.DataFrame:
-    """All published values that belong to a table."""
-    return reported[reported["artifact"].isin(table.reported)]
+    def beside(self, cell: Mapping[str, Collection[str]], budget_factor: float = 1.0) -> float | None:
+        """The published value of the same cell: equal in all that both the source and the cell state.
+
+        cell: column -> texts that mean the cell's own; an empty text says that it has no such setting. A column that
+        the source leaves empty fits every cell. A source with none of the table's models is a reference on a model of
+        its own, which is not compared. A cell trained `budget_factor` times as long as its dataset's recipe says
+        stands beside the value published for as much longer training.
+        """
+        found = [row for row in self._rows if self._fits(row, cell, IDENTITY)]
+        if found and all(row["epochs"] for row in found):
+            shortest = min(float(row["epochs"]) for row in found)
+            found = [row for row in found if abs(float(row["epochs"]) / shortest - budget_factor) < 0.1]
+        settings = cell.keys() - {*IDENTITY}
+        return next((float(row["value"]) for row in found if self._fits(row, cell, settings)), None)
+
+    def _fits(self, row: Mapping[str, str], cell: Mapping[str, Collection[str]], columns: Collection[str]) -> bool:
+        return all(
+            row[column] in ("", *cell[column]) or (column == "model" and row["artifact"] in self._own_models)
+            for column in columns
+            if column in cell
+        )

@@ -1,17 +1,21 @@
-"""README.md's results, written anew from results/reference."""
+"""README.md's results, written anew from results/reference: three figures and the claims marked `headline`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mutor.config.load import load_scale, load_table
-from mutor.config.schema import Scale
-from mutor.results import claims, records
-from mutor.results.published import read_reported
+import pandas as pd
+
+from mutor.config.load import load_scale
+from mutor.results.cells import Evidence
+from mutor.results.claims import claim_frame, load_claims, shown
+from mutor.results.figures import graph_name
+from mutor.results.records import Records
 from mutor.results.render import grid
-from mutor.results.report import _cost
+from mutor.results.report import spent
 
 README_MARKS = ("<!-- results -->", "<!-- end of results -->")
+FIGURES = ("figure4", "table4", "table7")  # the first figure of each kind of task: graphs, texts, images
 
 
 def readme(root: Path, text: str) -> str:
@@ -22,26 +26,54 @@ def readme(root: Path, text: str) -> str:
         raise ValueError(f"README.md: needs the lines {README_MARKS[0]} and {README_MARKS[1]}")
     parts = [README_MARKS[0]]
     for folder in sorted((root / "results/reference").iterdir()):
-        parts += _reference(root, load_scale(root, folder.name), folder)
+        evidence = Evidence(root, load_scale(root, folder.name), Records(folder / "runs"))
+        if evidence.runs.of_scale(folder.name):  # else costs alone, which benchmarks/README.md tells
+            parts += _reference(evidence, folder)
     return before + "\n".join([*parts, README_MARKS[1]]) + after
 
 
-def _reference(root: Path, scale: Scale, folder: Path) -> list[str]:
-    runs = records.Records(folder / "runs")
-    frame = claims.claim_frame(root, scale, runs, read_reported(root / "config/reported.csv"))
+def _reference(evidence: Evidence, folder: Path) -> list[str]:
+    frame, scale = claim_frame(evidence), evidence.scale
     frame = frame[~frame["verdict"].isin(["not at this scale", "not run"])]
-    said = claims.shown(frame)
-    where = folder.relative_to(root)
-    names = [name for name in scale.artifacts if (folder / f"{name}.csv").exists()]
-    parts = [f"**Scale {scale.name}**: {scale.description}. {_cost(runs.of_scale(scale.name))}", ""]
-    stands = dict.fromkeys(part for texts in sorted(set(frame["stands_in_for"])) for part in texts.split("; ") if part)
-    parts += [f"Stands in for {'; '.join(stands)}.", ""] if stands else []
-    parts += [f"![{load_table(root, n).title}]({where}/{n}.png)\n" for n in names if (folder / f"{n}.png").exists()]
-    if len(said):
-        counts = ", ".join(f"{count} {verdict}" for verdict, count in said["verdict"].value_counts().items())
-        table = grid(said[["claim", "on", "verdict", "measured"]].set_index("claim"))
-        parts += [f"<details><summary>What the sources claim, and what came out here: {counts}</summary>\n", table, ""]
-        parts += ["</details>", ""]
-    links = [f"[{n}]({where}/{n}.md)" for n in names]
-    links += [f"[{f}]({where}/{f})" for f in ("claims.md", "runs.csv", "report.html") if (folder / f).exists()]
-    return [*parts, f"Committed: {', '.join(links)}.", ""]
+    where = folder.relative_to(evidence.root)
+    parts = [f"**Scale {scale.name}**: {scale.description}. {spent(evidence.runs.of_scale(scale.name))}", ""]
+    drawn = [name for name in FIGURES if (folder / f"{name}.png").exists()]
+    parts += [f"![{evidence.table(name).title}]({where}/{name}.png)\n" for name in drawn]
+    headlines = frame[frame["claim"].isin([c.claim for c in load_claims(evidence) if c.headline])]
+    if len(headlines):
+        parts += [grid(one_row_each(headlines, str(where)).set_index("claim")), ""]
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in frame["verdict"].value_counts().items())
+    named, known = headlines["claim"].nunique(), frame["claim"].nunique()
+    return [
+        *parts,
+        f"These are {named} of {known} claims. All of them make {len(frame)} comparisons: {counts}.",
+        f"[claims.md]({where}/claims.md) has each, with the rule and with what stands in for what. All tables and",
+        f"figures are in [{where}]({where}): [report.html]({where}/report.html) shows them on one page,",
+        f"[runs.csv]({where}/runs.csv) has a row for each seeded run.",
+        "",
+    ]
+
+
+def one_row_each(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Rows of a claims frame with one row a claim: in its cells, a line for each dataset that it is about.
+
+    No dataset is left out and none is averaged with another. Spaces inside a line do not break, so that the lines of
+    a row stand side by side. where: the folder of the tables, to which the claims link.
+    """
+    rows = []
+    for _, group in frame.groupby("claim", sort=False):
+        said, first = shown(group), group.iloc[0]
+        rows.append(
+            {
+                "claim": f"[{first['claim']}]({where}/{first['table']}.md): {first['metric']}",
+                "on": _lines(group["train_data"].map(graph_name)),
+                "difference here": _lines(said["measured"]),
+                "published": _lines(said["published"]),
+                "verdict": _lines(said["verdict"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _lines(texts: pd.Series) -> str:
+    return "<br>".join(text.replace(" ", "\u00a0") or "–" for text in texts)

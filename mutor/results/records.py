@@ -91,7 +91,8 @@ class Records:
 
     def of(self, spec: Spec) -> list[dict[str, Any]]:
         """The records of a setting whose configuration is the one asked for, by seed."""
-        return [r for r in self.at(spec.path) if r["config_hash"] == spec.config_hash]
+        asked = spec.config_hash
+        return [r for r in self.at(spec.path) if r["config_hash"] == asked]
 
     def of_scale(self, scale: str) -> list[dict[str, Any]]:
         """All records of a scale, by folder and seed."""

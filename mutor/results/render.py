@@ -2,66 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from mutor.config.runs import cells_of
-from mutor.config.schema import Scale, Table
-from mutor.results import records
-from mutor.results.cost import circumstances
+from mutor.config.runs import Spec
+from mutor.config.schema import Table
+from mutor.registry import resolve
+from mutor.results.cells import Evidence
+from mutor.results.numbers import is_missing, text
+
+DIGITS = {"fraction": 3, "score": 2, "times": 2, "s": 4, "1/s": 0, "GB": 2}  # by unit, behind the point; others: 1
 
 
-def published_shape(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+def printed_cells(evidence: Evidence, table: Table) -> pd.DataFrame:
+    """The cells that stand in .md and .tex, under the names that they have there."""
+    frame = evidence.frame(table)
+    return resolve(table.drawing.printed)(frame, table) if table.drawing.printed else frame
+
+
+def first_metric(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """The cells of the table's first metric."""
+    return frame[frame["metric"] == table.metrics[0]]
+
+
+def published_shape(evidence: Evidence, table: Table) -> pd.DataFrame:
     """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)"."""
-    if table.draw == "cost":
-        frame = frame.assign(label=frame["benchmark"] + ": " + frame["train_data"], train_data="", role="")
-    planned = not table.needs_runs
-    cells = frame[frame["metric"] == table.metrics[0]] if table.draw == "solve_rates" else frame
-    metrics = set(cells["metric"])
-    several = len(set(cells["role"])) > 1
-    names = [f"{row['role']}: {row['label']}" if several else row["label"] for _, row in cells.iterrows()]
-    columns = [
-        row["metric"] if planned else " ".join([row["train_data"], row["metric"] * (len(metrics) > 1)]).strip()
-        for _, row in cells.iterrows()
-    ]
-    shown = pd.DataFrame("", index=list(dict.fromkeys(names)), columns=list(dict.fromkeys(columns)))
-    for name, column, (_, row) in zip(names, columns, cells.iterrows(), strict=True):
-        shown.loc[name, column] = _text(row)
-    return shown
+    return evidence.once("shape", table.name, lambda: _shape(printed_cells(evidence, table), table))
 
 
-def _text(row: Any) -> str:
-    published = "" if row["reported"] is None or pd.isna(row["reported"]) else f" [published {row['reported']:g}]"
-    if row["n_seeds"] == "":
-        if row["mean"] is None or pd.isna(row["mean"]):
-            return ""
-        return f"{row['mean']:.2f}{published}" if row["unit"] == "1e9 FLOP" else f"{row['mean']:g}"
+def _shape(cells: pd.DataFrame, table: Table) -> pd.DataFrame:
+    several_roles, several_metrics = (cells[column].nunique() > 1 for column in ("role", "metric"))
+    shown: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}  # in the order in which they come up, as the rows are
+    for row in cells.to_dict("records"):
+        name = f"{row['role']}: {row['label']}" if several_roles else row["label"]
+        column = row["metric"]
+        if table.needs_runs:
+            column = f"{row['train_data']} {row['metric'] if several_metrics else ''}".strip()
+        columns[column] = None
+        shown.setdefault(name, {})[column] = _text(row)
+    texts = [[row.get(column, "") for column in columns] for row in shown.values()]
+    return pd.DataFrame(texts, index=list(shown), columns=list(columns), dtype=object)
+
+
+def _text(row: Mapping[Any, Any]) -> str:
+    """A cell in words: "99.5 ± 0.3 (n=3) [published 98]"."""
+    published = "" if is_missing(row["reported"]) else f" [published {row['reported']:g}]"
+    if is_missing(row["n_seeds"]):  # a setting, or worked out
+        return f"{text(row['mean'], '.2f')}{published}" if row["unit"] == "1e9 FLOP" else text(row["mean"], "g")
     if not row["n_seeds"]:
         return "not run"
-    if row["mean"] is None or pd.isna(row["mean"]):
+    if is_missing(row["mean"]):
         return ""
-    digits = {"fraction": 3, "score": 2, "times": 2, "s": 4, "1/s": 0, "GB": 2}.get(row["unit"], 1)
-    spread = f" ± {row['std']:.{digits}f}" if row["std"] is not None and not pd.isna(row["std"]) else ""
-    return f"{row['mean']:.{digits}f}{spread} (n={row['n_seeds']}){published}"
+    form = f".{DIGITS.get(row['unit'], 1)}f"
+    spread = "" if is_missing(row["std"]) else f" ± {text(row['std'], form)}"
+    return f"{text(row['mean'], form)}{spread} (n={row['n_seeds']}){published}"
 
 
-def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFrame, runs: records.Records) -> str:
+def markdown(evidence: Evidence, table: Table) -> str:
     """The table in Markdown, with what stands in for what, notes and the published values."""
-    where = f"Scale: {scale.name} ({scale.description})."
-    if table.draw == "flops":
-        where = "Worked out from widths and lengths; nothing is trained."
-    parts = [f"# {table.title}", "", where, "", table.caption, ""]
-    if table.draw == "cost":
-        parts += [" ".join(circumstances(table, scale, runs.runs)), ""]
+    parts = [f"# {table.title}", "", table.drawing.heading.format(scale=evidence.scale), "", table.caption, ""]
+    if about := circumstances(evidence, table):
+        parts += [" ".join(about), ""]
     if table.needs_runs:
-        parts += [f"{_metrics(table, scale)}, mean ± standard deviation over seeds (n = seeds).", ""]
-    parts += [grid(shown), ""]
-    shown_specs = [cell.spec for cell in cells_of(table, scale)]
-    stands = {text for s in shown_specs for text in (s.dataset.stands_in_for, s.model_config.stands_in_for)}
-    parts += [f"- Stands in for {text}." for text in sorted(filter(None, stands))]
+        units = _units(printed_cells(evidence, table))
+        parts += [f"{units}, mean ± standard deviation over seeds (n = seeds).", ""]
+    parts += [grid(published_shape(evidence, table)), ""]
+    specs = [cell.spec for cell in evidence.cells(table)]
+    stands = {words for s in specs for words in (s.dataset.stands_in_for, s.model_config.stands_in_for)}
+    parts += [f"- Stands in for {words}." for words in sorted(filter(None, stands))]
     parts += [f"- {note}" for note in table.notes]
-    parts += [f"- Left out: {problem}" for problem in _problems(shown_specs, runs)]
+    parts += [f"- Left out: {problem}" for problem in _problems(evidence, specs)]
+    beside = evidence.published(table).frame
     if len(beside):
         order = "model variant method d_max a train_data metric epochs value seeds source"
         columns = [name for name in order.split() if beside[name].ne("").any()]
@@ -69,21 +83,24 @@ def markdown(table: Table, scale: Scale, shown: pd.DataFrame, beside: pd.DataFra
     return "\n".join(parts) + "\n"
 
 
-def _metrics(table: Table, scale: Scale) -> str:
+def circumstances(evidence: Evidence, table: Table) -> list[str]:
+    """Sentences on how a table's numbers were made, where its drawing has some."""
+    return resolve(table.drawing.about)(evidence, table) if table.drawing.about else []
+
+
+def _units(cells: pd.DataFrame) -> str:
     """What is shown, with units: "accuracy, percent"."""
-    units = {cell.measured: cell.unit for cell in cells_of(table, scale)}
-    if table.draw == "solve_rates":
-        units = {table.metrics[0]: units.get(table.metrics[0], "percent")}
     names: dict[str, list[str]] = {}
-    for metric, unit in units.items():
+    for metric, unit in dict(zip(cells["metric"], cells["unit"], strict=True)).items():
         names.setdefault(unit, []).append(metric)
     return "; ".join(f"{', '.join(metrics)}, {unit}" for unit, metrics in names.items())
 
 
-def _problems(specs: list[Any], runs: records.Records) -> list[str]:
+def _problems(evidence: Evidence, specs: list[Spec]) -> list[str]:
     """What is wrong with records of these settings, files named from the folder of runs."""
-    paths = {f"{runs.runs / spec.path}/" for spec in specs}
-    return [p.replace(f"{runs.runs}/", "") for p in runs.problems if any(p.startswith(path) for path in paths)]
+    folder = evidence.runs.runs
+    paths = tuple({f"{folder / spec.path}/" for spec in specs})
+    return [p.replace(f"{folder}/", "") for p in evidence.runs.problems if p.startswith(paths)]
 
 
 def grid(frame: pd.DataFrame) -> str:
@@ -96,8 +113,9 @@ def grid(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def latex(table: Table, scale: Scale, shown: pd.DataFrame) -> str:
+def latex(evidence: Evidence, table: Table) -> str:
     """The table in LaTeX (booktabs)."""
+    shown = published_shape(evidence, table)
     escaped = shown.map(_escape)
     escaped.index, escaped.columns = [_escape(i) for i in shown.index], [_escape(c) for c in shown.columns]
     body = [" & ".join(["", *escaped.columns]) + r" \\", r"\midrule"]
@@ -110,14 +128,14 @@ def latex(table: Table, scale: Scale, shown: pd.DataFrame) -> str:
         *body,
         r"\bottomrule",
         r"\end{tabular}",
-        rf"\caption{{{_escape(table.title)}. Scale: {_escape(scale.name)}. {_escape(table.caption)}}}",
+        rf"\caption{{{_escape(table.title)}. Scale: {_escape(evidence.scale.name)}. {_escape(table.caption)}}}",
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _escape(text: Any) -> str:
-    out = str(text).replace("\\", r"\textbackslash{}")
+def _escape(value: Any) -> str:
+    out = str(value).replace("\\", r"\textbackslash{}")
     for char in "&%$#_{}":
         out = out.replace(char, "\\" + char)
     return out.replace("±", r"$\pm$")

@@ -96,7 +96,7 @@ class Images(Task):
         """
         import torch
 
-        from mutor.mtp.decode import teacher_forced_scores
+        from mutor.mtp.teacher_forcing import teacher_forced_scores
         from mutor.tasks.image_scores import distance_to, frechet_distance, inception_score, precision_recall
 
         c, assets = self.config, self.assets

@@ -242,7 +242,7 @@ class StarGraph(Task):
 
         Scores of every graph come of the rates of solved graphs and of right first steps.
         """
-        from mutor.mtp.decode import teacher_forced_scores
+        from mutor.mtp.teacher_forcing import teacher_forced_scores
 
         length, examples = self.config.l, self.examples(split)
         right = self._answered(model, method, context, examples, batch_size) == self._answers(self.splits[split])

@@ -179,7 +179,7 @@ class Text(Task):
         All predictions are written to `predictions_file`. Answers are kept beside it as they come, so that a killed
         evaluation goes on. Scores of every problem come of all metrics but the loss.
         """
-        from mutor.mtp.decode import teacher_forced_scores
+        from mutor.mtp.teacher_forcing import teacher_forced_scores
         from mutor.tasks.harness import evaluate
 
         found = self.problems[split]

@@ -1,12 +1,14 @@
 """Optimisers from a recipe: AdamW, or torch's Muon for the matrices of the layers with AdamW for the rest."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
 from mutor.config.recipe import Recipe
+from mutor.mtp.method import Method, ParameterGroup
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
@@ -36,31 +38,55 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self._share()
 
 
-def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the model's trainable parameters.
+def optimizer(model: nn.Module, method: Method, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser over the groups of parameters that the method names; those trained alike become one.
 
-    Muon takes the matrices inside layers (added ones too); embeddings, output layer, norms, biases and registers
-    stay with AdamW, as Muon's author advises. Weight decay is for matrices only.
+    With `muon`, Muon takes the groups that the method leaves to it and AdamW the rest. Raises ValueError where a
+    trained parameter of `model` is not in one group, a frozen one is, or there is nothing to train.
     """
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    tables |= {id(p) for p in head.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in tables]
-    vectors = [p for p in trainable if p.ndim != 2]
-    tables_only = [p for p in trainable if id(p) in tables]
-    fused = all(p.device.type in ("cpu", "cuda") for p in trainable)
-    adamw: dict[str, Any] = {"lr": recipe.learning_rate, "betas": recipe.betas, "fused": fused}
-    decayed = tables_only if recipe.optimizer == "muon" else [*matrices, *tables_only]
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    groups = method.parameter_groups(recipe)
+    _check(model, method, groups)
+    muon = recipe.optimizer == "muon"
+    for_muon = _merged([g for g in groups if muon and g.muon], recipe.muon_rate, recipe)
+    for_adamw = _merged([g for g in groups if not (muon and g.muon)], recipe.learning_rate, recipe)
+    if muon and not for_muon:
+        raise ValueError("optimizer: 'muon' finds no matrices of layers that are trained here; allowed: 'adamw'")
+    parts: list[torch.optim.Optimizer] = []
+    if for_muon:
+        parts.append(torch.optim.Muon(for_muon, lr=recipe.muon_rate, weight_decay=recipe.weight_decay))
+    if for_adamw:
+        fused = all(p.device.type in ("cpu", "cuda") for group in for_adamw for p in group["params"])
+        parts.append(torch.optim.AdamW(for_adamw, lr=recipe.learning_rate, betas=recipe.betas, fused=fused))
+    return CombinedOptimizer(parts) if muon else parts[0]
+
+
+def _check(model: nn.Module, method: Method, groups: list[ParameterGroup]) -> None:
+    """Raise ValueError, naming the parameter, where the groups are not the model's trained parameters, each once."""
+    where = f"parameter_groups of {type(method).__name__}"
+    times = Counter(id(p) for group in groups for p in group.parameters)
+    for name, parameter in model.named_parameters():
+        if times[id(parameter)] != parameter.requires_grad:
+            kind = "trained" if parameter.requires_grad else "frozen"
+            raise ValueError(
+                f"{where}: {name} is {kind} and in {times[id(parameter)]} groups; allowed: one where requires_grad is "
+                "True, none where it is False"
+            )
+    if not times:
+        raise ValueError(f"{where}: all parameters of the model are frozen; nothing would be trained")
+    if times.keys() - {id(p) for p in model.parameters()}:
+        raise ValueError(f"{where}: a parameter is not the model's; allowed: those of the model and of `trunk.add`")
+
+
+def _merged(groups: list[ParameterGroup], rate: float, recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups as torch's optimisers take them: those of one rate and decay as one, empty ones left out."""
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for group in groups:
+        found.setdefault((group.rate, group.decay), []).extend(group.parameters)
+    return [
+        {"params": parameters, "lr": rate * factor, "weight_decay": recipe.weight_decay if decay else 0.0}
+        for (factor, decay), parameters in found.items()
+        if parameters
     ]
-    rest = torch.optim.AdamW([g for g in groups if g["params"]], **adamw)
-    if recipe.optimizer == "adamw":
-        return rest
-    muon = torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay)
-    return CombinedOptimizer([muon, rest])
 
 
 def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LambdaLR:

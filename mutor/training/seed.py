@@ -19,7 +19,7 @@ from mutor.config.recipe import Recipe
 from mutor.config.runs import Spec
 from mutor.files import complete_folder, write_json
 from mutor.mtp.method import Context, Method
-from mutor.registry import METHODS, load
+from mutor.registry import METHODS, answers_under, load
 from mutor.results import provenance, records
 from mutor.tasks.task import Log, Source, Task
 from mutor.training.devices import agreed, device_name, is_main, processes
@@ -67,6 +67,8 @@ class SeedRun:
         self.context = Context(seed=seed, pad_id=task.pad_id, prefix_lm=task.prefix_lm)
         method_class: type[Method] = load(METHODS, spec.method, "method")
         self.method = method_class(spec.method_config, per_sequence=spec.recipe.loss_mean == "sequence")
+        # read before training, in which a file may be edited
+        self.code = provenance.run_code(env.root, spec.method, spec.dataset.task, spec.as_dict()["base"])
         self.trainer: MethodTrainer | None = None
         self._best = float("-inf")
 
@@ -223,7 +225,7 @@ class SeedRun:
         model: Any = AutoModelForCausalLM.from_pretrained(
             self.folder / name,
             dtype=torch_dtype(spec.model_config),
-            attn_implementation="eager" if spec.model_config.attention == "eager" else "sdpa",
+            attn_implementation=answers_under(spec.model_config.attention),
         )
         model.to(self.device)
         model.eval()
@@ -268,9 +270,7 @@ class SeedRun:
             "processes": processes(),
             "finished": _now(),
             "data_hash": task.data_hash(),
-            "code": provenance.code_hashes(
-                self.env.root, "mutor.training.run", type(self.method).__module__, type(task).__module__
-            ),
+            "code": self.code,
             **provenance.provenance(self.env.root),
         }
 

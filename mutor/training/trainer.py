@@ -93,7 +93,7 @@ class MethodTrainer(Trainer):
         own: Any = self.model
         if self.is_fsdp_enabled:
             _shard(own, self.method.trunk.layers[-1], self.args.device.type)
-        self.optimizer = optimizer(own, self.recipe)
+        self.optimizer = optimizer(own, self.method, self.recipe)
         self.lr_scheduler = schedule(self.optimizer, self.recipe)
         return self.optimizer
 

@@ -2,109 +2,49 @@
 
 
 localrules:
-    table,
-    figure,
-    sweep,
-    images,
     runs_csv,
     claims,
     report_html,
 
 
-rule table:
-    input:
-        lambda wildcards: index_files(wildcards.artifact),
-        reported="config/reported.csv",
-    output:
-        report(
-            f"{RESULTS}/{{artifact}}.csv",
-            caption="../report/artifact.rst",
-            category="Tables",
-        ),
-        f"{RESULTS}/{{artifact}}.md",
-        f"{RESULTS}/{{artifact}}.tex",
-    log:
-        f"{RUNS}/logs/{{artifact}}.log",
-    wildcard_constraints:
-        artifact="|".join(PLAIN) or "none",
-    conda:
-        "../../environment.yml"
-    params:
-        command=lambda wildcards: collect(wildcards.artifact),
-        state=lambda wildcards: table_state(wildcards.artifact),
-    message:
-        "Collecting {wildcards.artifact}"
-    shell:
-        "{params.command} > {log:q} 2>&1"
+for kind, drawing in DRAWINGS.items():
 
-
-use rule table as figure with:
-    output:
-        report(
-            f"{RESULTS}/{{artifact}}.csv",
-            caption="../report/artifact.rst",
-            category="Figures",
-        ),
-        f"{RESULTS}/{{artifact}}.md",
-        f"{RESULTS}/{{artifact}}.tex",
-        report(
-            f"{RESULTS}/{{artifact}}.png",
-            caption="../report/artifact.rst",
-            category="Figures",
-        ),
-        f"{RESULTS}/{{artifact}}.svg",
-        report(
-            f"{RESULTS}/{{artifact}}_curves.png",
-            caption="../report/artifact.rst",
-            category="Figures",
-        ),
-        f"{RESULTS}/{{artifact}}_curves.svg",
-    wildcard_constraints:
-        artifact="|".join(FIGURES) or "none",
-
-
-use rule table as sweep with:
-    output:
-        report(
-            f"{RESULTS}/{{artifact}}.csv",
-            caption="../report/artifact.rst",
-            category="Figures",
-        ),
-        f"{RESULTS}/{{artifact}}.md",
-        f"{RESULTS}/{{artifact}}.tex",
-        report(
-            f"{RESULTS}/{{artifact}}.png",
-            caption="../report/artifact.rst",
-            category="Figures",
-        ),
-        f"{RESULTS}/{{artifact}}.svg",
-    wildcard_constraints:
-        artifact="|".join(SWEEPS) or "none",
-
-
-use rule table as images with:
-    output:
-        report(
-            f"{RESULTS}/{{artifact}}.csv",
-            caption="../report/artifact.rst",
-            category="Images",
-        ),
-        f"{RESULTS}/{{artifact}}.md",
-        f"{RESULTS}/{{artifact}}.tex",
-        report(
-            f"{RESULTS}/{{artifact}}.png",
-            caption="../report/artifact.rst",
-            category="Images",
-        ),
-        f"{RESULTS}/{{artifact}}.svg",
-        report(
-            f"{RESULTS}/{{artifact}}_samples.png",
-            caption="../report/artifact.rst",
-            category="Images",
-        ),
-        f"{RESULTS}/{{artifact}}_samples.svg",
-    wildcard_constraints:
-        artifact="|".join(IMAGES) or "none",
+    rule:
+        name:
+            f"draw_{kind}"
+        input:
+            lambda wildcards: index_files(wildcards.artifact),
+            reported="config/reported.csv",
+        output:
+            report(
+                f"{RESULTS}/{{artifact}}.csv",
+                caption="../report/artifact.rst",
+                category="Figures" if drawing.figures else "Tables",
+            ),
+            f"{RESULTS}/{{artifact}}.md",
+            f"{RESULTS}/{{artifact}}.tex",
+            [
+                report(
+                    f"{RESULTS}/{{artifact}}{suffix}",
+                    caption="../report/artifact.rst",
+                    category="Figures",
+                )
+                for suffix in drawing.suffixes
+            ],
+        log:
+            f"{RUNS}/logs/{{artifact}}.log",
+        wildcard_constraints:
+            artifact=drawn(kind),
+        localrule: True
+        conda:
+            "../../environment.yml"
+        params:
+            command=lambda wildcards: collect(wildcards.artifact),
+            state=lambda wildcards: table_state(wildcards.artifact),
+        message:
+            "Collecting {wildcards.artifact}"
+        shell:
+            "{params.command} > {log:q} 2>&1"
 
 
 rule runs_csv:
@@ -156,8 +96,8 @@ rule claims:
 rule report_html:
     input:
         artifact_files(ARTIFACTS),
-        f"{RESULTS}/claims.csv",
-        f"{RESULTS}/runs.csv",
+        claims="config/claims.yaml",
+        reported="config/reported.csv",
     output:
         f"{RESULTS}/report.html",
     log:

@@ -1,6 +1,7 @@
 """What the rules share: the checked configuration and the runs it asks for. No torch is imported here."""
 
 import hashlib
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ sys.path.insert(0, str(Path(workflow.basedir)))
 
 from mutor.config.load import load_project, load_scale, load_table, table_names
 from mutor.config.runs import run_cells, specs_of
-from mutor.results.provenance import meaning
+from mutor.registry import DRAWINGS
+from mutor.results.provenance import run_code
 
 ROOT = Path(workflow.basedir)
 try:
@@ -27,17 +29,19 @@ SPECS = {
 }
 ARTIFACTS = PROJECT.artifacts or SCALE.artifacts
 WANTED = [spec.path for spec in specs_of([c for a in ARTIFACTS for c in CELLS[a]])]
-FIGURES = [name for name, table in TABLES.items() if table.draw == "solve_rates"]
-SWEEPS = [name for name, table in TABLES.items() if table.draw in ("sweep", "cost")]
-IMAGES = [name for name, table in TABLES.items() if table.draw == "images"]
-PLAIN = [name for name in TABLES if name not in FIGURES + SWEEPS + IMAGES]
 
 
 def index_files(artifact):
     """The runs, or the measurements, that an artifact is made of."""
-    if TABLES[artifact].draw == "cost":
+    if TABLES[artifact].drawing.made_of == "costs":
         return [f"{RUNS}/{SCALE.name}/cost/{artifact}.done"]
     return [f"{RUNS}/{spec.path}/index.json" for spec in specs_of(CELLS[artifact])]
+
+
+def drawn(kind):
+    """The tables and figures of a kind, as a pattern of wildcards."""
+    names = [name for name, table in TABLES.items() if table.draw == kind]
+    return "|".join(map(re.escape, names)) or "none"
 
 
 def artifact_files(artifacts):
@@ -70,16 +74,21 @@ def run_arguments(wildcards):
 
 def collect(name):
     """The command line that builds an artifact."""
-    chosen = f"--artifacts {' '.join(ARTIFACTS)} " if PROJECT.artifacts else ""
-    return f"{PYTHON} -m mutor collect {name} --scale {PROJECT.scale} {chosen}--runs {RUNS} --results {RESULTS}"
+    words = [f"{PYTHON} -m mutor collect {name} --scale {PROJECT.scale}"]
+    if PROJECT.artifacts:
+        words.append(f"--artifacts {' '.join(ARTIFACTS)}")
+    if PROJECT.seeds:
+        words.append(f"--seeds {' '.join(map(str, PROJECT.seeds))}")
+    return " ".join([*words, f"--runs {RUNS} --results {RESULTS}"])
 
 
 def code_state():
     """A token that changes with the code, only where runs made by older code are to be made again."""
     if not PROJECT.rerun_stale:
         return ""
-    files = sorted([*ROOT.glob("mutor/**/*.py"), *ROOT.glob("baselines/*.py")])
-    return hashlib.sha256("".join(map(meaning, files)).encode()).hexdigest()[:12]
+    made_by = {(spec.method, spec.dataset.task) for spec in SPECS.values()}
+    code = [sorted(run_code(ROOT, *names).items()) for names in sorted(made_by)]
+    return hashlib.sha256(repr(code).encode()).hexdigest()[:12]
 
 
 def table_state(artifact):

@@ -40,7 +40,8 @@ rule measure:
     log:
         f"{RUNS}/{SCALE.name}/cost/{{artifact}}.log",
     wildcard_constraints:
-        artifact="|".join(n for n, t in TABLES.items() if t.draw == "cost"),
+        artifact="|".join(n for n, t in TABLES.items() if t.drawing.made_of == "costs")
+        or "none",
     conda:
         "../../environment.yml"
     threads: workflow.cores or 1  # nothing runs beside what is timed

@@ -1,0 +1,165 @@
+"""From two cells to a verdict: the difference with its interval, and what it says about a claim.
+
+Each seed of a side is a `Scored`; a side is seed -> Scored. Differences are ours - theirs, in the metric's unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mutor.results.stats import Interval, interval, needed, over_seeds, paired
+
+RULE = """\
+The verdict follows the 95% interval of the difference ours - theirs. `above` (`below`): reproduced if the whole
+interval lies above (below) zero, contradicted if it lies on the other side, else inconclusive; with a margin m, -m (m)
+takes the place of zero. `equal` with margin m: reproduced if the whole interval lies within -m to m, contradicted if it
+lies outside as a whole, else inconclusive. Where `theirs` names several cells, each is compared; the claim is
+reproduced if it is against all of them and contradicted if it is against any; the least favourable is shown. Where
+anything stands in for the published model or data, the words are: same direction, opposite direction, undecided.
+"To decide" assumes that the measured difference is the true one and that more seeds spread as these do."""
+WORDS = {
+    "reproduced": "same direction",
+    "contradicted": "opposite direction",
+    "inconclusive": "undecided",
+}
+ORDER = ["not run", "contradicted", "inconclusive", "reproduced"]  # the first of several comparisons' is the claim's
+FAVOUR: dict[str, Callable[[float], float]] = {
+    "above": lambda difference: difference,
+    "below": lambda difference: -difference,
+    "equal": lambda difference: -abs(difference),
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one seed scored: its value, scores [N] of the test problems (None: not kept), and which problems."""
+
+    value: float
+    problems: np.ndarray | None
+    data_hash: str | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A measured difference ours - theirs in the metric's unit; low and high are NaN where nothing tells them."""
+
+    difference: Interval
+    p: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One comparison: published and measured difference (None: there is none), verdict, and what would decide it."""
+
+    published: float | None
+    found: Found | None
+    verdict: str
+    to_decide: str
+
+
+def compare(
+    direction: str,
+    margin: float,
+    published: float | None,
+    ours: dict[int, Scored],
+    theirs: dict[int, Scored] | float,
+    *,
+    percent: bool,
+    command: str,
+) -> Compared:
+    """Compare two sides, or one with a number; command: what would make the runs, if there are none."""
+    found = difference(ours, theirs, percent=percent)
+    if found is None:
+        return Compared(published, None, "not run", command)
+    verdict = judge(direction, margin, found.difference)
+    return Compared(published, found, verdict, _to_decide(direction, margin, found.difference, verdict))
+
+
+def judge(direction: str, margin: float, found: Interval) -> str:
+    """The verdict on a difference, by RULE; without an interval, inconclusive."""
+    if np.isnan(found.low):
+        return "inconclusive"
+    low, high, m = found.low, found.high, margin
+    if direction == "below":
+        low, high = -high, -low
+    if direction == "equal":
+        inside, outside = -m < low and high < m, high < -m or low > m
+    else:
+        inside, outside = low > -m, high < -m
+    return "reproduced" if inside else "contradicted" if outside else "inconclusive"
+
+
+def difference(ours: dict[int, Scored], theirs: dict[int, Scored] | float, *, percent: bool) -> Found | None:
+    """ours - theirs, problem by problem where both scored the same ones; None without runs on both sides."""
+    if not ours or theirs == {}:
+        return None
+    if not isinstance(theirs, dict):
+        table = _table(ours, sorted(ours)) if percent else None
+        if table is not None:
+            return Found(interval(table - theirs / 100).times(100), None, len(ours))
+        return _by_seeds([scored.value - theirs for scored in ours.values()], None)
+    common = sorted(ours.keys() & theirs.keys())
+    one, other = (_table(side, common) if percent and common else None for side in (ours, theirs))
+    alike = all(ours[s].data_hash == theirs[s].data_hash for s in common)
+    if alike and one is not None and other is not None and one.shape == other.shape:
+        result = paired(one, other, np.random.default_rng(0))
+        return Found(result.difference.times(100), result.p, len(common))
+    return _by_seeds(*([scored.value for scored in side.values()] for side in (ours, theirs)))
+
+
+def _table(side: dict[int, Scored], seeds: list[int]) -> np.ndarray | None:
+    """[S, N] scores of the same problems, or None."""
+    kept = [side[s].problems for s in seeds]
+    if any(k is None for k in kept):
+        return None
+    lengths, data = {len(k) for k in kept if k is not None}, {side[s].data_hash for s in seeds}
+    return np.array(kept, dtype=float) if len(lengths) == len(data) == 1 else None
+
+
+def _by_seeds(ours: list[float], theirs: list[float] | None) -> Found:
+    found = over_seeds(ours, theirs)
+    if found is None:
+        mean = float(np.mean(ours)) - (float(np.mean(theirs)) if theirs else 0.0)
+        found = Interval(mean, np.nan, np.nan, "nothing")
+    return Found(found, None, min(len(ours), len(theirs or ours)))
+
+
+def _to_decide(direction: str, margin: float, found: Interval, verdict: str) -> str:
+    if verdict != "inconclusive":
+        return ""
+    estimate = found.estimate * (-1 if direction == "below" else 1)
+    effect = margin - abs(estimate) if direction == "equal" else estimate + margin
+    return needed(effect, found.spread, found.over_problems)
+
+
+def least_favourable(direction: str, compared: Sequence[Compared], stands_in: bool) -> dict[str, Any]:
+    """Columns of the least favourable comparison, with the verdict on all."""
+    favour = FAVOUR[direction]
+
+    def measured(one: Compared) -> float:
+        return -np.inf if one.found is None else favour(one.found.difference.estimate)
+
+    verdict = min((one.verdict for one in compared), key=ORDER.index)
+    shown = min((one for one in compared if one.verdict == verdict), key=measured)
+    published = [one.published for one in compared if one.published is not None]
+    row: dict[str, Any] = {
+        "published": min(published, key=favour) if len(published) == len(compared) else None,
+        "verdict": WORDS.get(verdict, verdict) if stands_in else verdict,
+        "to_decide": shown.to_decide,
+    }
+    if shown.found is not None:
+        d = shown.found.difference
+        row |= {
+            "measured": d.estimate,
+            "ci_low": d.low,
+            "ci_high": d.high,
+            "covers": d.covers,
+            "p": shown.found.p,
+            "n_seeds": shown.found.seeds,
+        }
+    return row

@@ -1,0 +1,210 @@
+"""What the pages for people say exists: files, targets, commands, scales, and the numbers in them."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from mutor.cli import _parser
+from mutor.config.load import load_scale, scale_names, table_names
+from mutor.config.runs import make_spec
+from mutor.results.cells import Evidence
+from mutor.results.claims import load_claims
+from mutor.results.readme import FIGURES, README_MARKS, readme
+from mutor.results.records import Records
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")  # what CHANGELOG.md names may be gone
+README = (ROOT / "README.md").read_text()
+RESULTS = README.partition(README_MARKS[0])[2].partition(README_MARKS[1])[0]
+TEXT = {page: (ROOT / page).read_text() for page in PAGES}
+REFERENCE = ROOT / "results/reference/laptop"
+
+
+def tracked():
+    """The files of the project, which git knows."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a clone")
+    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_readme_shows_the_reference():
+    """`python -m mutor readme` writes it."""
+    assert readme(ROOT, README) == README
+    assert all(f"(results/reference/laptop/{name}.png)" in RESULTS for name in FIGURES) and len(FIGURES) == 3
+    with pytest.raises(ValueError, match="needs the lines"):
+        readme(ROOT, "nothing")
+
+
+def test_headline_claims_are_shown_whole():
+    """Ten claims; of each, every comparison of claims.csv in its order, with its verdict."""
+    evidence = Evidence(ROOT, load_scale(ROOT, "laptop"), Records(REFERENCE / "runs"))
+    names = list(dict.fromkeys(claim.claim for claim in load_claims(evidence) if claim.headline))
+    rows = [line for line in RESULTS.splitlines() if line.startswith("| [")]
+    assert len(names) == len(rows) == 10
+    frame = pd.read_csv(REFERENCE / "claims.csv")
+    for name, row in zip(names, rows, strict=True):
+        here = frame[frame["claim"] == name]
+        claim, data, measured, _, verdict = (
+            cell.split("<br>") for cell in row.replace("\u00a0", " ")[2:-2].split(" | ")
+        )
+        assert claim[0].startswith(f"[{name}](results/reference/laptop/{here['table'].iloc[0]}.md): ")
+        assert len(data) == len(here) and verdict == list(here["verdict"])
+        assert [float(text.split()[0]) for text in measured] == pytest.approx(list(here["measured"]), abs=0.051)
+
+
+def test_pages_are_short():
+    assert len(README.splitlines()) <= 240 and len(TEXT["CONTRIBUTING.md"].splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_files_of_the_readme_are_the_files():
+    """Every folder named exists; every folder of the package, and every top-level folder with code, is named."""
+    block = README.partition("## Files")[2].split("```")[1]
+    named = {name for line in block.splitlines() for name in re.findall(r"\S+/|Snakefile", line.split("   ")[0])}
+    assert named and all((ROOT / name).exists() for name in named)
+    packages = {f"{file.parent.relative_to(ROOT)}/" for file in ROOT.glob("mutor/**/__init__.py")}
+    top = {f"{path.split('/')[0]}/" for path in tracked() if "/" in path and not path.startswith(".")}
+    missing = {name for name in packages | top if not any(known.startswith(name) for known in named)}
+    assert packages and not missing
+
+
+def test_files_named_in_prose_exist():
+    """In pages, comments and docstrings, from the root; but for the file that the first download writes."""
+    roots, endings = "mutor|baselines|config|tests|benchmarks|workflow|profiles", "py|yaml|csv|html|md|smk"
+    kinds = {".md", ".py", ".yaml", ".yml", ".toml", ".smk", ".rst", ".html", ".cff", ""}
+    files = [ROOT / path for path in tracked() if not path.startswith(("results/", "tests/"))]
+    prose = [file for file in files if file.suffix in kinds and file.name != "CHANGELOG.md"]
+    found = [
+        (file.name, path)
+        for file in prose
+        for path in re.findall(rf"(?<![\w/.>])((?:{roots})/[\w/-]+\.(?:{endings}))\b", file.read_text())
+    ]
+    assert len(found) > 20
+    assert [(name, path) for name, path in found if not (ROOT / path).exists()] == []
+
+
+def commands(words):
+    """Command lines of all pages that begin with `words`, up to where a remark begins."""
+    for page, text in TEXT.items():
+        for line in re.findall(rf"{re.escape(words)} [^\n`]*", re.sub(r" \\\n *", " ", text)):
+            yield page, re.split(r"\s{3,}|\s#|[:;,)]\s|[.,:;)]$", line)[0]
+
+
+def test_commands_are_those_of_the_package(capsys):
+    """Each line is one that the parser takes, with its options; settings of `run` are those of the scale and method."""
+    found = list(commands("python -m mutor"))
+    assert len(found) >= 10
+    for page, line in found:
+        try:
+            args = _parser().parse_args(shlex.split(line)[3:])
+        except SystemExit:
+            pytest.fail(f"{page}: {line}: {capsys.readouterr().err}")
+        if args.scale:
+            load_scale(ROOT, args.scale)
+        if hasattr(args, "method"):
+            settings = {key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in args.set)}
+            make_spec(load_scale(ROOT, args.scale), args.data, args.model, args.method, settings)
+        for name in getattr(args, "target", []) + getattr(args, "artifact", []):
+            assert name in [*table_names(ROOT), "claims", "runs", "report"], line
+
+
+def test_targets_are_those_of_the_makefile():
+    rules = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    found = {name for text in TEXT.values() for name in re.findall(r"(?:`|^|> )make ([a-z]+)", text, re.M)}
+    assert {"smoke", "reproduce", "test", "check", "format"} <= found <= rules
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_make_alone_lists_all_targets():
+    printed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
+    rules = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    listed = re.findall(r"^make (\w+) +\S", printed, re.M)
+    assert sorted(listed) == sorted(set(rules) - {"env"})
+
+
+def test_scales_and_artifacts_exist():
+    for page, text in TEXT.items():
+        assert set(re.findall(r"scale=(\w+)", text)) <= set(scale_names(ROOT)), page
+        assert set(re.findall(r"snakemake results/(\w+)\.csv", text)) <= set(table_names(ROOT)), page
+    table = README.partition("## Scales")[2].partition("## ")[0]
+    assert set(re.findall(r"^\| (\w+)(?: \(default\))? \|", table, re.M)) - {"scale"} == set(scale_names(ROOT))
+
+
+def test_the_line_of_data_is_read_and_scored_as_the_readme_says(tmp_path):
+    """Found after ####, compared as a number: right for its own answer, wrong for another."""
+    from mutor.tasks.text import Text, TextConfig
+
+    line = re.search(r'^\{"prompt".*\}$', README, re.M)[0]
+    files = {f"{name}_file": str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    for file in files.values():
+        Path(file).write_text(line + "\n")
+    task = Text(TextConfig(corpus="own", extract="hashes", compare="number", tokens="standin", **files))
+    problem = task.problems["test"][0]
+    assert task.train(0).size == 1 and problem.gold == "7"
+    assert task.score(problem.answer, problem.gold) == {"accuracy": 1}
+    assert task.score(problem.answer.replace("#### 7", "#### 8"), problem.gold) == {"accuracy": 0}
+
+
+GEMMA, LLAMA = "Gemma 2B, 40 problems of GSM8K's lengths", "Llama 3 8B, 10 problems of GSM8K's lengths"
+IMAGES = "LlamaGen-B, 128 images"
+COSTS = {
+    "laptop": [(GEMMA, "mutor"), (GEMMA, "mutor, one at a time"), (GEMMA, "parallel_mtp"), (GEMMA, "sequential_mtp"),
+               (IMAGES, "mutor, 256 + 256 grouped"), (IMAGES, "next_token, 512")],
+    "gpu": [(IMAGES, "mutor, 256 + 256 grouped"), (IMAGES, "mutor, 256 + 256 interleaved"),
+            (IMAGES, "mutor, 256 + 80 grouped"), (IMAGES, "next_token, 512"), (IMAGES, "next_token, 256, no mask"),
+            (GEMMA, "mutor"), (GEMMA, "parallel_mtp"), (GEMMA, "sequential_mtp"),
+            (LLAMA, "mutor"), (LLAMA, "mutor, one at a time")],
+}  # fmt: skip
+
+
+def measured(scale, what, case, metric="ratio"):
+    """A case's median of a cost table."""
+    folder = ROOT / "results/reference" / scale
+    frame = pd.concat([pd.read_csv(folder / f"{name}.csv") for name in ("rebuttal_latency", "cost_curves")])
+    rows = frame[(frame["benchmark"] == what) & (frame["train_data"] == case)].set_index("metric")["mean"]
+    return float(rows[metric])
+
+
+@pytest.mark.parametrize("scale", COSTS)
+def test_costs_told_are_those_measured(scale):
+    """Rows of the page's tables: tokens, FLOPs and time, each against next-token prediction's."""
+    part = TEXT["benchmarks/README.md"].split("## Measured on a ")[{"laptop": 1, "gpu": 2}[scale]]
+    assert f"results/reference/{scale}/rebuttal_latency.md" in part
+    told = [list(map(float, row)) for row in re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", part, re.M)]
+    for row, case in zip(told, COSTS[scale], strict=True):
+        assert row == pytest.approx([measured(scale, *case, f"{m}ratio") for m in ("token_", "flop_", "")], abs=0.0051)
+
+
+def test_costs_in_the_text_are_those_measured():
+    def told(pattern):
+        return list(map(float, re.search(pattern, " ".join(TEXT["benchmarks/README.md"].split())).groups()))
+
+    far = [
+        measured("laptop", "over d_max", f"{name}, d_max 16") for name in ("parallel_mtp", "sequential_mtp", "mutor")
+    ]
+    number = r"([\d.]+\d)"
+    said = told(rf"with d_max 16 they take {number} and {number} times .* MuToR on the same images {number} times")
+    assert said == pytest.approx(far, abs=0.051)
+    alone, together = (measured("laptop", GEMMA, case) for case in ("mutor, one at a time", "mutor"))
+    assert told(rf"One sequence at a time costs {number} times") == pytest.approx([alone / together], abs=0.051)
+    assert measured("gpu", IMAGES, "next_token, 256, no mask") == pytest.approx(2 / 3, abs=0.01)  # two thirds
+    behind, between = (
+        measured("gpu", "over length", f"mutor, {way}, tokens 8192") for way in ("grouped", "interleaved")
+    )
+    assert told(rf"takes {number} times that of .* and {number} times with") == pytest.approx(
+        [behind, between], abs=0.06
+    )
+    cases = ("next_token, 256", "next_token, 512", "mutor, 256 + 256 grouped")
+    seconds = [measured("gpu", IMAGES, case, "seconds_per_step") for case in cases]
+    assert told(rf"Here they are {number}, {number} and {number} s") == pytest.approx(seconds, abs=0.0051)
