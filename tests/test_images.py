@@ -305,6 +305,22 @@ def attached_to(task):
     return kind(None), model
 
 
+def test_the_method_is_asked_for_the_codes(digits):
+    """One that answers with the number of the class; a row without a class stands behind each with one."""
+    from mutor.models import vq
+
+    plain, model = attached_to(digits)
+
+    class Flat(type(plain)):
+        def answer(self, model, prompts):
+            assert prompts.ids[:, 0].tolist() == [16, 17, 18, 26, 26, 26] and prompts.length == 16
+            return (prompts.ids - 16).expand(-1, 16).clamp(max=15)
+
+    drawn = digits.draw(model, Flat(None), torch.arange(3), 4)
+    codes = torch.arange(3).view(3, 1, 1).expand(3, 4, 4)
+    assert torch.equal(drawn, vq.decode(digits.assets.book, codes))
+
+
 def test_drawing_is_the_same_twice(digits):
     method, model = attached_to(digits)
     labels = torch.arange(6)

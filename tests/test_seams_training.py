@@ -242,11 +242,14 @@ def test_a_token_that_is_kept_at_inference(scale, tmp_path):
         answers = method.answer(model, Prompts(ids, torch.ones_like(ids), 3))
         fresh = AutoModelForCausalLM.from_pretrained(folder / "last").eval()
         assert answers.tolist() == [slowly(fresh, torch.cat([table[line], row]), 3) for line in ids]
-        losses = []
+        losses, right = [], []
         for line, prefix in task.examples("test"):  # the right answers behind the token
             vectors = torch.cat([table[torch.tensor(line[:prefix])], row, table[torch.tensor(line[prefix:])]])
             logits = fresh(inputs_embeds=vectors[None]).logits[0, prefix : len(line)]
             losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(line[prefix:])))
+            right.append(logits.argmax(-1).numpy() == line[prefix:])
+    forced = [metrics[f"forced_accuracy_at_{i}"] for i in (1, 2, 3)]
+    assert forced == (100 * np.mean(right, axis=0)).tolist() and len({*forced}) > 1
     assert metrics["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
     (folder / "metrics.json").unlink()  # killed between training and scores
     again, _ = finished(spec := replace(spec, recipe=replace(spec.recipe, learning_rate=0.03)), tmp_path)

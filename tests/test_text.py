@@ -145,8 +145,9 @@ def test_answers_that_end_leave_the_batch_and_the_others_do_not_notice(tiny, fam
         return decode(model, Prompts(ids, attended, 12, end_id=end, prefix_lm=prefix_lm))
 
     model, rng = tiny(family), np.random.default_rng(1)
-    attended = (torch.arange(9) >= torch.tensor([[0], [3], [5], [8]])).long().repeat(6, 1)
-    ids = torch.tensor(rng.integers(3, 61, (4, 9))).repeat(6, 1) * attended
+    many = [0, 1, 2, 3] + [1, 2, 3] * 6  # the first is too few to leave the batch when it has ended
+    attended = (torch.arange(9) >= torch.tensor([[0], [3], [5], [8]])).long()[many]
+    ids = torch.tensor(rng.integers(3, 61, (4, 9)))[many] * attended
     whole = answers(-1)
     sizes, forward = [], model.forward
     model.forward = lambda **given: (sizes.append(len(given["input_ids"])), forward(**given))[1]
@@ -155,7 +156,24 @@ def test_answers_that_end_leave_the_batch_and_the_others_do_not_notice(tiny, fam
         for row in wanted:
             row[1 + (row == end).nonzero()[0, 0] if end in row else 12 :] = 0
         assert torch.equal(answers(end), wanted)
-    assert min(sizes) <= 18
+    assert min(sizes) <= 15
+
+
+def test_the_method_is_asked_for_the_answers(tiny, words):
+    """One that answers with the last token of the prompt, then the end."""
+    from mutor.tasks.harness import evaluate
+
+    class Last(NextToken):
+        def answer(self, model, prompts):
+            assert (prompts.length, prompts.end_id, prompts.pad_id, prompts.prefix_lm) == (4, 2, 0, True)
+            assert prompts.attended.tolist() == [[1, 1, 1], [0, 1, 1]]
+            return torch.nn.functional.pad(prompts.ids[:, -1:], (0, 1), value=2)
+
+    found = [Problem("<9> <5>", "", "<5>"), Problem("<8>", "", "<5>")]
+    settings = {"new_tokens": 4, "batch_size": 2, "prefix_lm": True}
+    model = tiny("llama")
+    outputs, _ = evaluate(model, Last(None), words, "words", found, lambda out, gold: {"right": 0.0}, **settings)
+    assert outputs == ["<5>", "<8>"]
 
 
 def test_killed_evaluation_goes_on_where_it_was(tiny, words, tmp_path):

@@ -32,8 +32,7 @@ def teacher_forced_scores(
         where = layout.target != IGNORE
         losses = torch.nn.functional.cross_entropy(logits[where], layout.target[where], reduction="sum")
         loss, tokens = loss + float(losses), tokens + int(where.sum())
-        facts = (where, logits.argmax(-1) == layout.target, layout.causal_index)
-        for i, (predicts, hit, order) in enumerate(zip(*(fact.cpu().numpy() for fact in facts), strict=True)):
-            at = np.flatnonzero(predicts)  # a method may feed more than the plain tokens, and in another order
-            right[start + i, : len(at)] = hit[at[order[at].argsort()]]
+        hits = (logits.argmax(-1) == layout.target).cpu().numpy()
+        for i, (hit, predicts) in enumerate(zip(hits, where.cpu().numpy(), strict=True)):
+            right[start + i, : predicts.sum()] = hit[predicts]  # wherever a method's own tokens move the answer to
     return right, loss / tokens
