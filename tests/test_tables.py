@@ -185,6 +185,13 @@ def test_published_value_is_equal_in_all_that_both_state():
     assert elsewhere.beside({"model": ["gemma-2b"], "method": ["next_token"], "d_max": [""]}) == 4
 
 
+def test_nothing_is_subtracted_where_something_stands_in():
+    found = evidence("laptop", ROOT / "results/reference/laptop/runs")
+    frame = found.frame(found.table("table1"))
+    beside = frame[frame["mean"].notna() & frame["reported"].notna()]
+    assert len(beside) >= 20 and beside["stands_in_for"].ne("").all() and beside["reported_difference"].isna().all()
+
+
 def test_published_values_stand_beside_their_cells(tmp_path):
     collect("gpu", "figure4", tmp_path / "runs", tmp_path / "out")
     frame = pd.read_csv(tmp_path / "out/figure4.csv")
