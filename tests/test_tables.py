@@ -1,6 +1,7 @@
 """Statistics, tables and figures from a fixed set of run records."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,16 @@ def test_a_new_drawing_is_one_entry_and_its_functions(built, tmp_path, monkeypat
     assert toy.suffixes == ["_means.png", "_means.svg"] and all(file.stat().st_size > 500 for file in files)
     with pytest.raises(ValueError, match="draw: 'toi' is unknown, did you mean 'toy'"):
         replace(table, draw="toi")
+
+
+def test_what_is_to_be_drawn_is_read_without_what_draws_it():
+    code = (
+        "import sys; from pathlib import Path; from mutor.config import load\n"
+        "tables = [load.load_table(Path(), name) for name in load.table_names(Path())]\n"
+        "assert any(table.needs_runs for table in tables) and any(table.drawing.suffixes for table in tables)\n"
+        "assert not {'torch', 'matplotlib', 'pandas', 'scipy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("name", registry.DRAWINGS)
