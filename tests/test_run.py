@@ -142,9 +142,11 @@ def test_killed_run_goes_on_to_the_same_result(tmp_path, method):
     last = launch(tmp_path / "killed", method)
     log += last.communicate(timeout=300)[0]
     assert "resumed from step" in log
-    ours = timeless(json.loads((folder / "metrics.json").read_text()))
-    theirs = timeless(json.loads((records.seed_folder(tmp_path / "whole", spec, 7) / "metrics.json").read_text()))
+    other = records.seed_folder(tmp_path / "whole", spec, 7)
+    ours, theirs = (timeless(json.loads((place / "metrics.json").read_text())) for place in (folder, other))
     assert ours == theirs
+    for file in ("last/model.safetensors", "last/method/weights.safetensors", "best/method/weights.safetensors"):
+        assert (folder / file).read_bytes() == (other / file).read_bytes(), file
 
 
 def test_the_second_of_two_processes_waits_and_finds_the_run_finished(tmp_path):
@@ -299,7 +301,7 @@ def test_run_starts_from_its_own_seed_of_the_base_model(tmp_path):
 
 
 def test_a_run_on_star_graphs_needs_torch_transformers_and_numpy_alone():
-    """Language tasks need more (datasets, lm-eval, ...), LoRA peft; transformers brings accelerate, huggingface_hub."""
+    """Language tasks need more (datasets, lm-eval, ...), LoRA peft; transformers brings the others by itself."""
     import ast
 
     from mutor.registry import METHODS, TASKS
@@ -324,5 +326,5 @@ def test_a_run_on_star_graphs_needs_torch_transformers_and_numpy_alone():
             todo += names
             used |= {n.partition(".")[0] for n in names}
     assert len(modules) > 20
-    brought = {"torch", "transformers", "accelerate", "numpy", "yaml", "mutor", "huggingface_hub"}
+    brought = {"torch", "transformers", "accelerate", "numpy", "yaml", "mutor", "huggingface_hub", "safetensors"}
     assert used - set(sys.stdlib_module_names) == brought
