@@ -1,11 +1,11 @@
 """What made a run: the code it depends on, the commit, versions of packages, the platform.
 
-A record's `code` names each top-level definition (function, class, constant) that the run reaches, with a hash of what
-it does: run_code(root, config) -> {"Backbone": "0f3c...", "MuToR": "51d0...", ...}. From where a run
-starts, its method, task and attention masks, all names that a definition uses are followed through the project's modules. A class is
-one definition. Statements that do more than define something, in any module that is imported on the way, count together
-as ON_IMPORT; of a module imported as `import a.b`, for its effects, everything counts. Names are bare, so that neither
-moving a definition nor an edit of import lines changes anything.
+A record's `code` names each top-level definition (function, class, constant) that the run reaches, with a hash of
+what it does: run_code(root, config) -> {"Backbone": "0f3c...", "MuToR": "51d0...", ...}. A run starts in its method,
+its task and its attention masks. From there, all names that a definition uses are followed through the project's
+modules. A class is one definition. Statements that do more than define something, in any module that is imported on
+the way, count together as ON_IMPORT. Of a module imported as `import a.b`, for its effects, everything counts. Names
+are bare: neither moving a definition nor an edit of import lines changes anything.
 
 Not covered: what is found by a text (getattr, importlib); decorators that register what nobody names; packages other
 than the project's, whose versions stand beside; and what NOT_IN_RESULTS lists. A method of an object counts where its
