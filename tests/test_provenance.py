@@ -23,10 +23,11 @@ ROOT = Path(__file__).parent.parent
 LAYOUT, LOSS, METHOD, MUTOR = (f"mutor/mtp/{name}.py" for name in ("layout", "loss", "method", "mutor"))
 
 
-def record_of(method, task="star_graph", base=None):
+def record_of(method, task="star_graph", base=None, attention="sdpa"):
     """The part of a record, made by the code as it is, that says whether it is stale."""
-    config = {"task": task, "base": base and {"method": base, "task": task, "base": None}}
-    return {"method": method, "config": config, "code": run_code(ROOT, method, task, config["base"])}
+    config = {"task": task, "method": method, "model": {"attention": attention}, "base": None}
+    config["base"] = base and {**config, "method": base}
+    return {"config": config, "code": run_code(ROOT, config)}
 
 
 def copied(source, folder):
@@ -71,8 +72,9 @@ WORDS = [
     (LAYOUT, "rows: list[list[int]] = [[]", "rows = [[]"),
     (METHOD, "    trunk: Backbone\n", "    trunk: Any\n    more: Backbone\n"),
     (METHOD, "    from mutor.mtp.backbone import Backbone\n", "    from mutor.mtp.backbone import EXTRA, Backbone\n"),
-    ("mutor/config/recipe.py", 'setting(None, doc="optimiser steps", low=1)', 'setting(None, doc="steps", low=2)'),
-    ("mutor/training/run.py", "longer ones dropped", "are left out"),
+    ("mutor/config/recipe.py", 'doc="optimiser steps; 0: the model is scored as it starts", low=0)',
+     'doc="steps", low=2)'),
+    ("mutor/training/seed.py", "longer ones dropped", "are left out"),
     ("mutor/training/trainer.py", '"Recipe.for_size comes first"', '"sizes come first"'),
 ]  # fmt: skip
 
@@ -99,7 +101,8 @@ def test_a_name_counts_as_what_it_stands_for(project, tmp_path):
 
 
 def test_moving_a_definition_or_a_file_does_not_count(project, tmp_path):
-    header = "import torch\nimport torch.nn.functional as F\nfrom torch.utils.checkpoint import checkpoint\n\n\n"
+    header = "import torch\nimport torch.nn.functional as F\nfrom torch.utils.checkpoint import checkpoint\n"
+    header += "from mutor.mtp.loss import cross_entropy\n\n\n"
     (project / "mutor/mtp/heads.py").write_text(header + cut(project, LOSS, "head_loss"))
     edit(project, METHOD, "from mutor.mtp.loss import head_loss", "from mutor.mtp.heads import head_loss")
     (project / LAYOUT).rename(project / "mutor/rows.py")
@@ -172,6 +175,10 @@ CHANGES = [
     ("new helper, called", "next_token", "star_graph", LAYOUT, "\n\ndef _packed(",
      "\n\nIGNORE = max(IGNORE, shrunk())\n\n\ndef shrunk():\n    return -50\n\n\ndef _packed(",
      ["IGNORE", "shrunk"]),
+    ("mask", "mutor", "star_graph", "mutor/mtp/attention.py", "(layout.prefix[k] & layout.prefix[q])",
+     "layout.prefix[k]", ["dense_mask"]),
+    ("another backend's mask", "mutor", "star_graph", "mutor/mtp/attention.py", "& earlier) | (q == k)",
+     "& earlier)", []),
     ("other name", "next_token", "star_graph", "mutor/tasks/graphs.py", "_shuffled_columns", "_columns",
      ["_columns", "_shuffled_columns", "generate"]),
 ]  # fmt: skip
@@ -348,6 +355,7 @@ def test_stale_lists_runs_with_the_definitions_that_changed(tmp_path, capsys):
         "scale": "smoke",
         "train_data": "d",
         "model": "m",
+        "method": "mutor",
         "settings": {},
         "config_hash": "",
         "versions": {},
@@ -356,7 +364,7 @@ def test_stale_lists_runs_with_the_definitions_that_changed(tmp_path, capsys):
     fresh = {**shown, "checkpoints": checkpoints, **record_of("mutor", base="next_token")}
     cases = {
         1: {}, 2: {"code": {**fresh["code"], "collate": "0", "lost": "1"}}, 3: {"code": {"mutor.mtp.layout": "0"}},
-        4: {"code": {}}, 5: {"method": "mutr"},
+        4: {"code": {}}, 5: {"config": {**fresh["config"], "method": "mutr"}},
     }  # fmt: skip
     for seed, changes in cases.items():
         file = tmp_path / f"smoke/d/m/mutor/default/seed{seed}/metrics.json"

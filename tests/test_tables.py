@@ -1,6 +1,7 @@
 """Statistics, tables and figures from a fixed set of run records."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,16 @@ def test_a_new_drawing_is_one_entry_and_its_functions(built, tmp_path, monkeypat
         replace(table, draw="toi")
 
 
+def test_what_is_to_be_drawn_is_read_without_what_draws_it():
+    code = (
+        "import sys; from pathlib import Path; from mutor.config import load\n"
+        "tables = [load.load_table(Path(), name) for name in load.table_names(Path())]\n"
+        "assert any(table.needs_runs for table in tables) and any(table.drawing.suffixes for table in tables)\n"
+        "assert not {'torch', 'matplotlib', 'pandas', 'scipy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("name", registry.DRAWINGS)
 def test_functions_of_every_drawing_are_there(name):
     drawing = registry.DRAWINGS[name]
@@ -193,6 +204,13 @@ def test_published_value_is_equal_in_all_that_both_state():
     assert published.beside({"model": ["gemma-2b"], "method": ["mutor"]}) == 1  # a cell that states no d_max
     elsewhere = Published(frame.assign(model="decoder-8x384"), table)  # a reference on a model of its own
     assert elsewhere.beside({"model": ["gemma-2b"], "method": ["next_token"], "d_max": [""]}) == 4
+
+
+def test_nothing_is_subtracted_where_something_stands_in():
+    found = evidence("laptop", ROOT / "results/reference/laptop/runs")
+    frame = found.frame(found.table("table1"))
+    beside = frame[frame["mean"].notna() & frame["reported"].notna()]
+    assert len(beside) >= 20 and beside["stands_in_for"].ne("").all() and beside["reported_difference"].isna().all()
 
 
 def test_published_values_stand_beside_their_cells(tmp_path):

@@ -1,11 +1,11 @@
 """What made a run: the code it depends on, the commit, versions of packages, the platform.
 
-A record's `code` names each top-level definition (function, class, constant) that the run reaches, with a hash of what
-it does: run_code(root, "mutor", "star_graph") -> {"Backbone": "0f3c...", "MuToR": "51d0...", ...}. From where a run
-starts, its method and its task, all names that a definition uses are followed through the project's modules. A class is
-one definition. Statements that do more than define something, in any module that is imported on the way, count together
-as ON_IMPORT; of a module imported as `import a.b`, for its effects, everything counts. Names are bare, so that neither
-moving a definition nor an edit of import lines changes anything.
+A record's `code` names each top-level definition (function, class, constant) that the run reaches, with a hash of
+what it does: run_code(root, config) -> {"Backbone": "0f3c...", "MuToR": "51d0...", ...}. A run starts in its method,
+its task and its attention masks. From there, all names that a definition uses are followed through the project's
+modules. A class is one definition. Statements that do more than define something, in any module that is imported on
+the way, count together as ON_IMPORT. Of a module imported as `import a.b`, for its effects, everything counts. Names
+are bare: neither moving a definition nor an edit of import lines changes anything.
 
 Not covered: what is found by a text (getattr, importlib); decorators that register what nobody names; packages other
 than the project's, whose versions stand beside; and what NOT_IN_RESULTS lists. A method of an object counts where its
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mutor.checks import choose
-from mutor.registry import METHODS, TASKS
+from mutor.registry import ATTENTION, METHODS, TASKS, answers_under
 from mutor.results.definitions import module, statement
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
@@ -48,16 +48,18 @@ ON_IMPORT = "(on import)"
 OLD = "(recorded by module, as earlier versions did)"
 
 
-def run_code(root: Path, method: str, task: str, base: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """name -> hash of every definition that a run of this method and task depends on.
+def run_code(root: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """name -> hash of every definition that a run of this configuration depends on, and the runs that it starts from.
 
-    base: what the run starts from, with its method, task and base, as `config` of a record has it; None: nothing.
-    Raises ValueError for a method or task that is not registered.
+    config: `config` of a record; of it count method, task, the model's attention, and base. Raises ValueError for a
+    method or task that is not registered.
     """
-    starts = {*STARTS, METHODS[choose(method, METHODS, "method")], TASKS[choose(task, TASKS, "task")]}
-    while base is not None:
-        starts |= {METHODS[choose(base["method"], METHODS, "method")], TASKS[choose(base["task"], TASKS, "task")]}
-        base = base["base"]
+    starts, now = set(STARTS), config
+    while now is not None:
+        attention = now["model"]["attention"]
+        starts |= {METHODS[choose(now["method"], METHODS, "method")], TASKS[choose(now["task"], TASKS, "task")]}
+        starts |= {ATTENTION[name].mask for name in (attention, answers_under(attention)) if name in ATTENTION}
+        now = now["base"]
     return dict(code_hashes(root, *sorted(starts)))
 
 
@@ -113,11 +115,11 @@ def changed_code(record: Mapping[str, Any], root: Path) -> list[str]:
 
     [OLD] for a record whose code was recorded in another way; a method or task that is gone says so.
     """
-    was, config = record.get("code", {}), record["config"]
+    was = record.get("code", {})
     if not was or any("." in name for name in was):
         return [OLD]
     try:
-        now = run_code(root, record["method"], config["task"], config["base"])
+        now = run_code(root, record["config"])
     except ValueError as error:
         return [str(error)]
     return sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))

@@ -68,7 +68,7 @@ class SeedRun:
         method_class: type[Method] = load(METHODS, spec.method, "method")
         self.method = method_class(spec.method_config, per_sequence=spec.recipe.loss_mean == "sequence")
         # read before training, in which a file may be edited
-        self.code = provenance.run_code(env.root, spec.method, spec.dataset.task, spec.as_dict()["base"])
+        self.code = provenance.run_code(env.root, spec.as_dict())
         self.trainer: MethodTrainer | None = None
         self._best = float("-inf")
 

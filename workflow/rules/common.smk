@@ -86,8 +86,7 @@ def code_state():
     """A token that changes with the code, only where runs made by older code are to be made again."""
     if not PROJECT.rerun_stale:
         return ""
-    made_by = {(spec.method, spec.dataset.task) for spec in SPECS.values()}
-    code = [sorted(run_code(ROOT, *names).items()) for names in sorted(made_by)]
+    code = [sorted(run_code(ROOT, spec.as_dict()).items()) for spec in SPECS.values()]
     return hashlib.sha256(repr(code).encode()).hexdigest()[:12]
 
 
