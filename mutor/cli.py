@@ -170,7 +170,7 @@ def stale(args: argparse.Namespace, root: Path, project: Project) -> None:
             print(f"{_shown(file, root)}: {', '.join(changed)}")
     print(
         f"{count} stale runs at scale {project.scale}"
-        + ("; --config rerun_stale=True runs them again" if count else "")
+        + ("; --config rerun_stale=true runs them again" if count else "")
     )
 
 

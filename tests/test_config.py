@@ -305,3 +305,10 @@ def test_hash_is_of_what_differs_from_defaults():
         make_spec(scale, "g2x3", "gpt2-2x32", "parallel_mtp", {"d_max": 3}),
     ]
     assert len({spec.config_hash, *(other.config_hash for other in others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("true", True), ("false", False), (True, True)])
+def test_words_of_the_command_line_are_yes_or_no(given, wanted):
+    assert load_project(ROOT, {"rerun_stale": given}).rerun_stale is wanted
+    with pytest.raises(ValueError, match="rerun_stale: 'yes'"):
+        load_project(ROOT, {"rerun_stale": "yes"})

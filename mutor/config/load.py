@@ -52,6 +52,8 @@ def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Projec
         changes["artifacts"] = [part for part in changes["artifacts"].split(",") if part]
     if isinstance(changes.get("seeds"), list):  # --config seeds=[1,2] arrives as texts
         changes["seeds"] = [int(s) if isinstance(s, str) and s.isdecimal() else s for s in changes["seeds"]]
+    if changes.get("rerun_stale") in ("true", "false"):  # so do these words
+        changes["rerun_stale"] = changes["rerun_stale"] == "true"
     project = from_mapping(Project, {**read_yaml(root / "config/config.yaml"), **changes}, "config/config.yaml")
     choose(project.scale, scale_names(root), "scale")
     for name in project.artifacts or ():

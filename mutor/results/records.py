@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,56 @@ REQUIRED = (
 )
 
 
+FROM_TRAINING = (  # fields of last/training.json that a record repeats
+    "curve",
+    "steps",
+    "tokens",
+    "examples",
+    "examples_dropped",
+    "parameters",
+    "trainable_parameters",
+    "added_parameters",
+    "started",
+    "resumed",
+    "weights_hash",
+)
+
+
 def seed_folder(runs: Path, spec: Spec, seed: int) -> Path:
     """Where a seeded run lives."""
     return Path(runs) / spec.path / f"seed{seed}"
+
+
+def compose(
+    spec: Spec,
+    seed: int,
+    training: Mapping[str, Any],
+    checkpoints: list[dict[str, Any]],
+    circumstances: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of metrics.json.
+
+    training: content of last/training.json; checkpoints: their names, step, metrics and packed scores; circumstances:
+    what the run was made on, and of which data and code.
+    """
+    return {
+        "version": VERSION,
+        "scale": spec.scale,
+        "train_data": spec.data,
+        "model": spec.model,
+        "train_data_role": spec.dataset.role,
+        "model_role": spec.model_config.role,
+        "stands_in_for": spec.stands_in_for,
+        "method": spec.method,
+        "settings": spec.settings,
+        "seed": seed,
+        "config": spec.as_dict(),
+        "config_hash": spec.config_hash,
+        "checkpoints": checkpoints,
+        "seconds_training": training["seconds"],
+        **{name: training[name] for name in FROM_TRAINING},
+        **circumstances,
+    }
 
 
 def pack(scores: np.ndarray) -> dict[str, Any]:

@@ -27,20 +27,6 @@ from mutor.training.devices import agreed, device_name, is_main, processes
 if TYPE_CHECKING:
     from mutor.training.trainer import MethodTrainer
 
-FROM_TRAINING = (  # fields of last/training.json that a record repeats
-    "curve",
-    "steps",
-    "tokens",
-    "examples",
-    "examples_dropped",
-    "parameters",
-    "trainable_parameters",
-    "added_parameters",
-    "started",
-    "resumed",
-    "weights_hash",
-)
-
 
 @dataclass(frozen=True)
 class RunEnvironment:
@@ -81,7 +67,8 @@ class SeedRun:
         training = json.loads((self.folder / "last/training.json").read_text())
         checkpoints = self.score(training)
         self.print_line("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
-        write_json(self.folder / "metrics.json", self._record(training, checkpoints))
+        record = records.compose(self.spec, self.seed, training, checkpoints, self._circumstances())
+        write_json(self.folder / "metrics.json", record)
 
     def train(self) -> None:
         """Train to the end and save last/, and on the way best/ and what the recipe keeps.
@@ -241,35 +228,19 @@ class SeedRun:
             metrics |= self._own_metrics(model, "test", metrics)
         return metrics, scores
 
-    def _record(self, training: dict[str, Any], checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
-        """The content of metrics.json."""
+    def _circumstances(self) -> dict[str, Any]:
+        """What the run was made on, and of which data and code."""
         import torch
 
-        spec, task, on_gpu = self.spec, self.task, self.device == "cuda"
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
-            "version": records.VERSION,
-            "scale": spec.scale,
-            "train_data": spec.data,
-            "model": spec.model,
-            "train_data_name": task.describe(spec.task_config),
-            "train_data_role": spec.dataset.role,
-            "model_role": spec.model_config.role,
-            "stands_in_for": spec.stands_in_for,
-            "method": spec.method,
-            "settings": spec.settings,
-            "seed": self.seed,
-            "config": spec.as_dict(),
-            "config_hash": spec.config_hash,
-            "checkpoints": checkpoints,
-            "seconds_training": training["seconds"],
-            **{name: training[name] for name in FROM_TRAINING},
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if self.device == "cuda" else peak,
             "device": device_name(self.device),
             "threads": self.env.threads,
             "processes": processes(),
             "finished": _now(),
-            "data_hash": task.data_hash(),
+            "train_data_name": self.task.describe(self.spec.task_config),
+            "data_hash": self.task.data_hash(),
             "code": self.code,
             **provenance.provenance(self.env.root),
         }
