@@ -313,8 +313,8 @@ def test_a_whole_run_from_a_shared_base(tmp_path):
 
 def test_a_users_own_model_and_data_through_every_method(tmp_path, tiny, monkeypatch):
     """The scale and table made for it, with a local model and 200 lines."""
+    from mutor.results.cells import Evidence
     from mutor.results.drawings import collect_artifact
-    from mutor.results.published import read_reported
     from mutor.results.records import Records
     from mutor.tasks.standins import tokenizer
 
@@ -335,9 +335,7 @@ def test_a_users_own_model_and_data_through_every_method(tmp_path, tiny, monkeyp
     assert {s.method for s in specs} == METHODS.keys() - {"teacherless", "mutor_1d", "mutor_2d"}
     for spec in specs:
         run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path / "runs", device="cpu"))
-    csv, *_ = collect_artifact(
-        table, scale, Records(tmp_path / "runs"), read_reported(ROOT / "config/reported.csv"), tmp_path
-    )
+    csv, *_ = collect_artifact(Evidence(ROOT, scale, Records(tmp_path / "runs")), table, tmp_path)
     frame = pd.read_csv(csv)
     assert frame["n_seeds"].eq(1).all() and frame["train_data"].eq("train").all() and len(frame) == 12
     losses = frame[frame["metric"] == "loss"]
