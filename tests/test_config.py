@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mutor.cli import main
-from mutor.config.load import load_scale, load_table, scale_names
+from mutor.config.load import load_project, load_scale, load_table, scale_names
 from mutor.config.runs import cells_of, make_spec, specs_of
 from mutor.registry import METHODS, load
 
