@@ -281,8 +281,8 @@ def test_real_images_score_as_such_and_noise_does_not(digits, monkeypatch, tmp_p
     scores = {}
     for kind, images in (("real", train.batch(picked)), ("noise", torch.rand(50, 1, 8, 8) * 2 - 1)):
         monkeypatch.setattr(digits, "draw", lambda *args, shown=images: shown)
-        keep = tmp_path / f"predictions-{kind}.jsonl"
-        scores[kind], right = digits.evaluate(model, method, Context(), "test", 50, keep)
+        file = tmp_path / f"predictions-{kind}.jsonl"
+        scores[kind], right = digits.evaluate(model, method, Context(), "test", 50, file)
         assert scores[kind]["class_accuracy"] == 100 * right["class_accuracy"].mean()
     from PIL import Image
 

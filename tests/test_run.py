@@ -91,12 +91,12 @@ def test_finished_seeds_are_left_alone(finished):
 
 def test_other_configuration_is_another_run(tmp_path):
     spec = smoke_spec("next_token", steps=5, eval_every=5, save_every=5)
-    place = RunEnvironment(root=ROOT, runs=tmp_path)
-    run(spec, spec.seeds, place)
+    env = RunEnvironment(root=ROOT, runs=tmp_path)
+    run(spec, spec.seeds, env)
     changed = smoke_spec("next_token", steps=5, eval_every=5, save_every=5, learning_rate=1e-3)
     assert changed.path == spec.path and not records.finished(tmp_path, changed, 7)
     assert records.Records(tmp_path).of(changed) == [] and len(records.Records(tmp_path).of(spec)) == 1
-    run(changed, changed.seeds, place)
+    run(changed, changed.seeds, env)
     folder = records.seed_folder(tmp_path, spec, 7)
     old = json.loads((folder / "metrics.superseded-1.json").read_text())
     assert old["config_hash"] == spec.config_hash and records.finished(tmp_path, changed, 7)
@@ -143,7 +143,7 @@ def test_killed_run_goes_on_to_the_same_result(tmp_path, method):
     log += last.communicate(timeout=300)[0]
     assert "resumed from step" in log
     other = records.seed_folder(tmp_path / "whole", spec, 7)
-    ours, theirs = (timeless(json.loads((place / "metrics.json").read_text())) for place in (folder, other))
+    ours, theirs = (timeless(json.loads((one / "metrics.json").read_text())) for one in (folder, other))
     assert ours == theirs
     for file in ("last/model.safetensors", "last/method/weights.safetensors", "best/method/weights.safetensors"):
         assert (folder / file).read_bytes() == (other / file).read_bytes(), file
@@ -275,8 +275,8 @@ def test_index_lists_seeds(finished):
 
 def test_run_starts_from_its_own_seed_of_the_base_model(tmp_path):
     spec = smoke_spec("next_token", steps=5, eval_every=5, save_every=5)
-    place = RunEnvironment(root=ROOT, runs=tmp_path)
-    run(spec, (7, 8), place)
+    env = RunEnvironment(root=ROOT, runs=tmp_path)
+    run(spec, (7, 8), env)
     from mutor.models.build import build
 
     states = {}
@@ -295,7 +295,7 @@ def test_run_starts_from_its_own_seed_of_the_base_model(tmp_path):
     shutil.rmtree(base / "last")
     (records.seed_folder(tmp_path, spec, 8) / "metrics.json").unlink()
     shutil.rmtree(records.seed_folder(tmp_path, spec, 8) / "last")
-    run(spec, (8,), place)
+    run(spec, (8,), env)
     again = AutoModelForCausalLM.from_pretrained(base / "last").state_dict()["transformer.wte.weight"]
     assert torch.equal(before, again)
 

@@ -50,7 +50,7 @@ def test_prompt_and_answer_meet_where_they_should(gsm8k):
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[1:prefix]) == problem.prompt and tokenizer.decode(ids[prefix:-1]) == problem.answer
         assert list(ids[:prefix]) == tokenizer(problem.prompt)["input_ids"]  # as at inference
-    assert all(prefix == 1 for _, prefix in gsm8k.encode(found, whole=True))
+    assert all(prefix == 1 for _, prefix in gsm8k.encode(found, learn_prompts=True))
 
 
 def test_no_loss_on_the_prompt_and_registers_in_the_answer_only(gsm8k, tiny):

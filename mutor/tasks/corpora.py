@@ -30,7 +30,7 @@ class Corpus:
     size: int | None = None
     max_tokens: int = 512
     new_tokens: int = 512
-    whole: bool = False  # prompts are learned too, as in pretraining
+    learns_prompts: bool = False  # as in pretraining
 
 
 _GSM, _MATH = ("gsm8k", "augmented_gsm8k"), ("math", "augmented_math")
@@ -64,17 +64,17 @@ CORPORA = {
         "dialogsum",
         max_tokens=768,
     ),
-    "mix": Corpus(("mix", "train"), _GSM_TEST, "hashes", "number", benchmark="gsm8k", whole=True),
+    "mix": Corpus(("mix", "train"), _GSM_TEST, "hashes", "number", benchmark="gsm8k", learns_prompts=True),
     "own": Corpus(("own", "train"), ("own", "test"), "whole", "text", ("own", "valid")),
 }
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where rows come from: "hub", "generated", "folder" (`place`: it holds one folder a dataset), "file" (`place`)."""
+    """Where rows come from: "hub", "generated", "folder" (`path`: it holds one folder a dataset), "file" (`path`)."""
 
     kind: str
-    place: str = ""
+    path: str = ""
 
 
 def problems(corpus: Corpus, split: str, origin: Origin, size: int | None = None) -> list[Problem]:
@@ -107,15 +107,15 @@ def problems(corpus: Corpus, split: str, origin: Origin, size: int | None = None
 def _kept(corpus: Corpus, where: tuple[str, str], origin: Origin) -> Iterable[Problem]:
     name, split = where
     published = PUBLISHED[name]
-    for place, row in _rows(name, split, origin):
+    for line, row in _rows(name, split, origin):
         if corpus.only and row.get("problem_source", corpus.only[0]) not in corpus.only:
             continue
         try:
             yield from published.read(row)
         except KeyError as error:
-            raise ValueError(f"{place}: field {error} is missing") from None
+            raise ValueError(f"{line}: field {error} is missing") from None
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError(f"{line}: {error}") from None
 
 
 def _rows(name: str, split: str, origin: Origin) -> Iterable[tuple[str, Row]]:
@@ -126,9 +126,9 @@ def _rows(name: str, split: str, origin: Origin) -> Iterable[tuple[str, Row]]:
         for number, row in enumerate(rows(name, split)):
             yield f"generated {name} {split} row {number}", row
     elif origin.kind == "file":
-        yield from read_rows(Path(origin.place))
+        yield from read_rows(Path(origin.path))
     elif origin.kind == "folder":
-        for file in _files(name, split, Path(origin.place)):
+        for file in _files(name, split, Path(origin.path)):
             yield from read_rows(file)
     else:
         yield from _hub(name, split)

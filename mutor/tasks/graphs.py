@@ -44,7 +44,7 @@ def generate(rng: np.random.Generator, count: int, n: int, l: int, labels: int) 
 
 
 def _shuffled_columns(rng: np.random.Generator, values: np.ndarray, taken: int) -> np.ndarray:
-    """The first `keep` columns of a Fisher-Yates shuffle of each row."""
+    """The first `taken` columns of a Fisher-Yates shuffle of each row."""
     count, width = values.shape
     rows = np.arange(count)
     for i in range(min(taken, width - 1)):

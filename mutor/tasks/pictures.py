@@ -116,15 +116,15 @@ class Versions:
         """float [B, C, H, W]."""
         import torch
 
-        number, place = np.divmod(index, len(self.pictures))
-        images = self.pictures.batch(place)
+        number, picture = np.divmod(index, len(self.pictures))
+        images = self.pictures.batch(picture)
         out = torch.empty_like(images)
         for v in np.unique(number):
             rows = torch.from_numpy(np.flatnonzero(number == v))
-            out[rows] = self._version(images[rows], int(v), place[number == v])
+            out[rows] = self._version(images[rows], int(v), picture[number == v])
         return out
 
-    def _version(self, images: Tensor, number: int, place: np.ndarray) -> Tensor:
+    def _version(self, images: Tensor, number: int, picture: np.ndarray) -> Tensor:
         import torch
 
         c = self.config
@@ -138,7 +138,7 @@ class Versions:
             self._draws[number] = np.random.default_rng([c.data_seed, 12, number]).uniform(
                 -1, 1, (len(self.pictures), 4)
             )
-        draw = self._draws[number][place]
+        draw = self._draws[number][picture]
         angle, scale = np.deg2rad(c.turn * draw[:, 0]), 1 / (1 + c.zoom * draw[:, 1])
         matrix = np.zeros((len(images), 2, 3))
         matrix[:, 0, 0] = matrix[:, 1, 1] = scale * np.cos(angle)

@@ -81,7 +81,7 @@ class Text(Task):
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.pad_id = self.tokenizer.pad_token_id
-        self.prefix_lm = config.prefix_lm and not self.corpus.whole
+        self.prefix_lm = config.prefix_lm and not self.corpus.learns_prompts
         self.selection_metric = "rougeL" if self.corpus.compare == "rouge" else "accuracy"
         self.problems = {split: self._problems(split) for split in ("valid", "test")}
         self._examples = {split: self.encode(found) for split, found in self.problems.items()}
@@ -137,23 +137,23 @@ class Text(Task):
             raise ValueError(f"expect: the data have hash {self.data_hash()}, not {self.config.expect}; refused")
         if not self.config.calculator:
             found = [replace(p, answer=_without_marks(p.answer)) for p in found]
-        examples = self.encode(found, whole=self.corpus.whole)
+        examples = self.encode(found, learn_prompts=self.corpus.learns_prompts)
         kept = [(ids, prefix) for ids, prefix in examples if len(ids) <= self.corpus.max_tokens]
         if not kept:
             raise ValueError(f"max_tokens: all {len(found)} examples are longer than {self.corpus.max_tokens} tokens")
         self.longest = max(len(ids) for ids, _ in kept)
         return Source(lambda index: [kept[i] for i in index], len(kept), dropped=len(found) - len(kept))
 
-    def encode(self, found: Sequence[Problem], *, whole: bool = False) -> list[tuple[np.ndarray, int]]:
+    def encode(self, found: Sequence[Problem], *, learn_prompts: bool = False) -> list[tuple[np.ndarray, int]]:
         """(token ids, prefix length): prompt and answer tokenised apart and joined, so their boundary is exact.
 
-        whole: everything behind the first token is to be predicted, as in pretraining.
+        learn_prompts: everything behind the first token is to be predicted, as in pretraining.
         """
         prompts = self.tokenizer([p.prompt for p in found])["input_ids"]
         answers = self.tokenizer([p.answer for p in found], add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         return [
-            (np.array([*prompt, *answer, end], dtype=np.int64), 1 if whole else len(prompt))
+            (np.array([*prompt, *answer, end], dtype=np.int64), 1 if learn_prompts else len(prompt))
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 

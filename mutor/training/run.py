@@ -1,6 +1,6 @@
 """Train and evaluate one setting, its seeds one after the other in one process.
 
-Each seed passes three stages, each finished whole or not at all, so a killed run goes on where it was:
+Each seed passes three stages. A killed run goes on from what the last finished one has left:
 
     checkpoints/    while it trains; gone afterwards
     last/, best/    the plain models, and step<n>/ where the recipe keeps some; last/training.json the learning curve

@@ -41,7 +41,7 @@ class RunEnvironment:
 
 
 class SeedRun:
-    """One seed of a setting in its folder; each stage is finished whole or not at all.
+    """One seed of a setting in its folder; each stage is finished, or counts as not begun.
 
     Where a launcher started several processes, all train and score while they train; one saves, and scores at the end.
     """
@@ -150,7 +150,7 @@ class SeedRun:
 
         training: from the folder to the content of its training.json.
         """
-        state = self.trainer.whole_state() if self.trainer else None  # from all processes
+        state = self.trainer.gathered_state() if self.trainer else None  # from all processes
         if not is_main():
             return
         with complete_folder(self.folder / name) as target:

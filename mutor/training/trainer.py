@@ -171,7 +171,7 @@ class MethodTrainer(Trainer):
             self.control.should_save = False  # a run killed after this point repeats its last steps and stops again
         return metrics
 
-    def whole_state(self) -> dict[str, Tensor]:
+    def gathered_state(self) -> dict[str, Tensor]:
         """The model's state dict, for the main process; all processes have to ask for it."""
         model: Any = self.model
         state = self.accelerator.get_state_dict(model)
@@ -183,10 +183,10 @@ class MethodTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # what makes the checkpoint whole comes next
+        self.accelerator.wait_for_everyone()  # the file that marks a checkpoint as complete comes next
 
     def resume(self) -> bool:
-        """Train to the end, from the last whole checkpoint if there is one; a half-written one is deleted.
+        """Train to the end, from the last complete checkpoint if there is one; a half-written one is deleted.
 
         Returns whether there was one.
         """
@@ -240,7 +240,7 @@ def _arguments(recipe: Recipe, folder: Path, seed: int, device: str, bf16: bool,
         ddp_find_unused_parameters=False,  # all are used, some outside of the model's own forward
         fsdp=sharded or None,  # type: ignore[arg-type]  # a string in the past
         fsdp_config={"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED_STATE_DICT"},
-        # gradients of each part are spread at once: whole ones would take as much as whole weights
+        # gradients of each part are spread at once: gathered ones would take as much as gathered weights
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
     )
 
@@ -293,7 +293,7 @@ def _flat(record: Layout | LossTargets) -> dict[str, Tensor]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder; half-written ones, left by a killed process, are removed."""
+    """The newest complete checkpoint in a folder; half-written ones, left by a killed process, are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
         try:
