@@ -24,7 +24,7 @@ reproduce: env  ## everything at the scale of config/config.yaml into results: h
 	$(BIN)/snakemake --cores all
 
 test: env check  ## check, then the tests: units, the workflow at smoke scale, dry runs of every scale
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: env  ## lint, formatting, types: changes nothing
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from mutor.mtp.layout import Example, TokenBatch, collate
 from mutor.registry import ATTENTION
 
 VOCABULARY = 61
+LONG = ("test_workflow.py", "test_distributed.py", "test_models.py")  # these begin, so that two processes end together
 FAMILIES = (
     "llama", "gpt2", "gemma", "gemma2", "gemma3_text", "qwen3", "mistral", "gpt_neox", "phi3", "olmo2", "granite",
     "cohere",
@@ -68,6 +69,11 @@ class Batch:
     def alone(self) -> list[TokenBatch]:
         """Each sequence as a batch of one."""
         return [collate([span.example()], 0) for span in self.spans]
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Files that take minutes come first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def close(ours: Tensor, theirs: Tensor, rtol: float = 1e-4, atol: float = 2e-5) -> None:
