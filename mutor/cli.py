@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import yaml
 from mutor.config.load import find_root, load_project, load_scale, load_table
 from mutor.config.runs import make_spec
 from mutor.config.schema import Project
-from mutor.files import write_text
+from mutor.files import locked, remove_folder, sweep, write_text
 from mutor.results import provenance, records
 
 
@@ -175,11 +175,15 @@ def stale(args: argparse.Namespace, root: Path, project: Project) -> None:
 
 
 def cleanup(args: argparse.Namespace, root: Path, project: Project) -> None:
-    """Delete checkpoints and models of a scale."""
+    """Delete checkpoints and models of a scale, but not of runs that are under way."""
     freed = 0
-    for folder in (root / project.runs / project.scale).glob("*/*/*/*/seed*"):
-        for part in (folder / "checkpoints", folder / "last", folder / "best", *folder.glob("step*")):
-            if part.exists() and (part.name == "checkpoints" or (folder / "metrics.json").exists()):
-                freed += sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
-                shutil.rmtree(part)
+    for folder in sorted((root / project.runs / project.scale).glob("*/*/*/*/seed*")):
+        with contextlib.suppress(BlockingIOError), locked(folder / ".lock", wait=False):
+            sweep(folder)
+            for part in records.models(folder):
+                if part.name == "checkpoints" or (folder / "metrics.json").exists():
+                    freed += sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
+                    remove_folder(part)
+            continue
+        print(f"{_shown(folder, root)} is being run: left as it is")
     print(f"freed {freed / 1e6:.1f} MB at scale {project.scale}; metrics.json files are kept")

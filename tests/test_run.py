@@ -156,18 +156,6 @@ def test_the_second_of_two_processes_waits_and_finds_the_run_finished(tmp_path):
     assert sum("step 60/60" in output for output in outputs) == 1  # each may wait for the other, at the base or later
 
 
-def test_half_written_checkpoint_is_not_used(tmp_path):
-    from mutor.training.trainer import last_checkpoint
-
-    for step, text in ((10, '{"log_history": []}'), (20, '{"log_his'), (30, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if text:
-            (folder / "trainer_state.json").write_text(text)
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-10"]
-
-
 def test_solved_run_stops_early(tmp_path):
     spec = smoke_spec("next_token", stop_at=0.0)
     run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path))

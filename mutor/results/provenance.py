@@ -115,18 +115,23 @@ def changed_code(record: Mapping[str, Any], root: Path) -> list[str]:
 
     [OLD] for a record whose code was recorded in another way; a method or task that is gone says so.
     """
-    was = record.get("code", {})
-    if not was or any("." in name for name in was):
+    makers = [record.get("code", {}), *(maker["code"] for maker in record.get("also_made_by", []))]
+    if any(not was or any("." in name for name in was) for was in makers):
         return [OLD]
     try:
         now = run_code(root, record["config"])
     except ValueError as error:
         return [str(error)]
-    return sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    return sorted({name for was in makers for name in was.keys() | now.keys() if was.get(name) != now.get(name)})
+
+
+def made_by(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run of this configuration, as it is now: `code` (see run_code), and as `provenance` has it."""
+    return {"code": run_code(root, config), **provenance(root)}
 
 
 def provenance(root: Path) -> dict[str, Any]:
-    """What made a run: commit, versions, platform."""
+    """What makes runs: commit, versions, platform."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -7,9 +7,10 @@ metrics, the learning curve, the scores of every problem, and what made it: code
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ FROM_TRAINING = (  # fields of last/training.json that a record repeats
     "started",
     "resumed",
     "weights_hash",
+    "base_weights_hash",
 )
 
 
@@ -53,18 +55,40 @@ def seed_folder(runs: Path, spec: Spec, seed: int) -> Path:
     return Path(runs) / spec.path / f"seed{seed}"
 
 
+def models(folder: Path) -> list[Path]:
+    """What training has left in a seeded run's folder: plain models and checkpoints, in the order to delete them.
+
+    last/ says that training has ended, so it goes first: what is left when a process is killed is never taken for all.
+    """
+    parts = (folder / "last", folder / "best", *sorted(folder.glob("step*")), folder / "checkpoints")
+    return [part for part in parts if part.exists()]
+
+
+def weights_hash(folder: Path) -> str:
+    """A hash of a saved model's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as handle:
+            while part := handle.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()[:16]
+
+
 def compose(
     spec: Spec,
     seed: int,
     training: Mapping[str, Any],
     checkpoints: list[dict[str, Any]],
+    made_by: Sequence[Mapping[str, Any]],
     circumstances: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of metrics.json.
 
-    training: content of last/training.json; checkpoints: their names, step, metrics and packed scores; circumstances:
-    what the run was made on, and of which data and code.
+    training: content of last/training.json; checkpoints: their names, step, metrics and packed scores; made_by: code,
+    versions and platform at the start, and of each process that went on under others; circumstances: what the run was
+    made on, and of which data.
     """
+    first, *later = made_by
     return {
         "version": VERSION,
         "scale": spec.scale,
@@ -81,6 +105,8 @@ def compose(
         "checkpoints": checkpoints,
         "seconds_training": training["seconds"],
         **{name: training[name] for name in FROM_TRAINING},
+        **{name: value for name, value in first.items() if name != "from"},
+        "also_made_by": later,
         **circumstances,
     }
 

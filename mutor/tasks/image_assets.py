@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mutor.files import complete_folder, locked, write_json
+from mutor.files import complete_folder, damage, locked, write_json
 from mutor.tasks.pictures import ImagesConfig, Pictures, Versions
 from mutor.tasks.pictures import load as load_pictures
 from mutor.tasks.task import Log
@@ -71,7 +71,10 @@ class ImageAssets:
         name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
         home = Path(folder) / f"{config.source}-{name}"
         with locked(Path(f"{home}.lock")):
-            if not (home / "assets.json").exists():
+            wrong = damage(home) if home.exists() else ""
+            if wrong:
+                log(f"{home} is damaged: {wrong}; it is made again")
+            if wrong is not None:
                 with complete_folder(home) as part:
                     make(config, part, device, log)
         return cls.load(config, home, device)

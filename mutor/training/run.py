@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 
 from mutor.config.runs import Spec
-from mutor.files import locked, write_json
+from mutor.files import damage, locked, remove_folder, write_json
 from mutor.registry import TASKS, load
 from mutor.results import provenance, records
 from mutor.tasks.task import Log, Task
@@ -53,11 +52,17 @@ def run(spec: Spec, seeds: tuple[int, ...], env: RunEnvironment) -> None:
 
 
 def _run_base(base: Spec, seeds: tuple[int, ...], env: RunEnvironment) -> None:
-    """Finish the base models of these seeds; one whose model was cleaned up is trained again."""
+    """Finish the base models of these seeds; one that was cleaned up, or is not as it was saved, is trained again."""
     for seed in seeds if is_main() else ():
         folder = records.seed_folder(env.runs, base, seed)
-        if records.finished(env.runs, base, seed) and not (folder / "last").exists():
-            _set_aside(folder)
+        if records.finished(env.runs, base, seed):
+            record = records.read(folder / "metrics.json")
+            wrong = damage(folder / "last") if (folder / "last").exists() else "it was cleaned up"
+            if not wrong and records.weights_hash(folder / "last") != record["weights_hash"]:
+                wrong = "its weights are not those of its record"
+            if wrong:
+                _speaker(env.label)(f"base model {folder / 'last'}: {wrong}; it is trained again")
+                _set_aside(folder)
     if agreed(any(not records.finished(env.runs, base, seed) for seed in seeds)):
         run(base, seeds, env)
 
@@ -106,14 +111,15 @@ def _clear_foreign(folder: Path, spec: Spec) -> None:
 
 
 def _set_aside(folder: Path) -> None:
+    """Delete a run's models and rename its record, last: without one they would count as a new run's."""
+    for part in records.models(folder):
+        remove_folder(part)
+    for file in folder.glob("predictions-*"):
+        file.unlink()
     record = folder / "metrics.json"
     if record.exists():
         number = 1 + len(list(folder.glob("metrics.superseded-*.json")))
         record.rename(folder / f"metrics.superseded-{number}.json")
-    for file in folder.glob("predictions-*"):
-        file.unlink()
-    for part in (folder / "checkpoints", folder / "last", folder / "best", *folder.glob("step*")):
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _locked(folder: Path, log: Log) -> contextlib.AbstractContextManager[None]:

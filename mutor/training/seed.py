@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mutor.config.recipe import Recipe
 from mutor.config.runs import Spec
-from mutor.files import complete_folder, write_json
+from mutor.files import complete_folder, damage, remove_folder, sweep, write_json
 from mutor.mtp.method import Context, Method
 from mutor.registry import METHODS, answers_under, load
 from mutor.results import provenance, records
@@ -54,21 +53,41 @@ class SeedRun:
         method_class: type[Method] = load(METHODS, spec.method, "method")
         self.method = method_class(spec.method_config, per_sequence=spec.recipe.loss_mean == "sequence")
         # read before training, in which a file may be edited
-        self.code = provenance.run_code(env.root, spec.as_dict())
+        self.made_by = provenance.made_by(env.root, spec.as_dict())
         self.trainer: MethodTrainer | None = None
         self._best = float("-inf")
 
     def finish(self) -> None:
-        """Train, unless last/ is there; score; write metrics.json."""
-        if agreed(not (self.folder / "last/training.json").exists()):
+        """Train, unless last/ is there and whole; score; write metrics.json."""
+        if is_main():
+            sweep(self.folder)
+        if agreed(not self._trained_before()):
             self.train()
         if not is_main():
             return  # and wait at the next seed, if there is one
+        remove_folder(self.folder / "checkpoints")  # a killed process may have left them beside last/
         training = json.loads((self.folder / "last/training.json").read_text())
         checkpoints = self.score(training)
         self.print_line("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
-        record = records.compose(self.spec, self.seed, training, checkpoints, self._circumstances())
+        makers = training["made_by"]
+        if {**makers[-1], "from": ""} != {"from": "", **self.made_by}:
+            makers = [*makers, {"from": "scoring", **self.made_by}]
+        record = records.compose(self.spec, self.seed, training, checkpoints, makers, self._circumstances())
         write_json(self.folder / "metrics.json", record)
+
+    def _trained_before(self) -> bool:
+        """Whether training has ended and its models are as they were saved. Damaged ones are named, and all deleted."""
+        models = [part for part in records.models(self.folder) if part.name != "checkpoints"]
+        if not is_main() or self.folder / "last" not in models:
+            return False
+        for part in models:
+            wrong = damage(part)
+            if wrong:
+                self.print_line(f"{part.name}/ is damaged: {wrong}; the run starts again")
+                for model in models:
+                    remove_folder(model)
+                return False
+        return True
 
     def train(self) -> None:
         """Train to the end and save last/, and on the way best/ and what the recipe keeps.
@@ -92,9 +111,9 @@ class SeedRun:
             self.trainer = self._new_trainer(model, recipe, source)
             resumed = self.trainer.resume()
         training = {"started": started, "resumed": resumed, **self._trained(model, source)}
-        self._save("last", model, lambda target: {**training, "weights_hash": _weights_hash(target)})
-        if is_main():
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        training["made_by"] = self.trainer.made_by if self.trainer else [{"from": "step 0", **self.made_by}]
+        training["base_weights_hash"] = records.weights_hash(base) if base else None
+        self._save("last", model, lambda target: {**training, "weights_hash": records.weights_hash(target)})
 
     def _new_trainer(self, model: Any, recipe: Recipe, source: Source) -> MethodTrainer:
         from mutor.training.data import Samples
@@ -114,6 +133,7 @@ class SeedRun:
             device=self.device,
             autocast=self.spec.model_config.dtype != "float32",
             sharded=self.spec.sharded and processes() > 1,
+            made_by=self.made_by,
         )
 
     def _validate(self, model: Any) -> dict[str, float]:
@@ -229,7 +249,7 @@ class SeedRun:
         return metrics, scores
 
     def _circumstances(self) -> dict[str, Any]:
-        """What the run was made on, and of which data and code."""
+        """What the run was made on, and of which data."""
         import torch
 
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -241,18 +261,7 @@ class SeedRun:
             "finished": _now(),
             "train_data_name": self.task.describe(self.spec.task_config),
             "data_hash": self.task.data_hash(),
-            "code": self.code,
-            **provenance.provenance(self.env.root),
         }
-
-
-def _weights_hash(folder: Path) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _now() -> str:

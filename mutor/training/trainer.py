@@ -10,9 +10,8 @@ import contextlib
 import itertools
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from mutor.config.recipe import Recipe
+from mutor.files import damage, remove_folder, seal, write_json
 from mutor.mtp.layout import Example, Layout
 from mutor.mtp.loss import LossTargets
 from mutor.mtp.method import Context, Method
@@ -31,6 +31,7 @@ from mutor.training.devices import agreed, is_main, processes
 from mutor.training.optim import optimizer, schedule
 
 Score = Callable[[Any], dict[str, float]]
+MADE_BY = "made_by.json"
 
 
 class MethodTrainer(Trainer):
@@ -38,7 +39,8 @@ class MethodTrainer(Trainer):
 
     score: the model -> validation metrics, called every `recipe.eval_every` steps; log: prints a line of progress;
     autocast: bfloat16 products on a GPU. Several processes share the parts of each batch and log what one would.
-    sharded: each holds a part of the weights (FSDP2) instead of all (DDP). Raises ValueError where they can't.
+    sharded: each holds a part of the weights (FSDP2) instead of all (DDP). Raises ValueError where they can't. made_by:
+    the code, versions and platform that train; after `resume` those of all processes that did, one after the other.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class MethodTrainer(Trainer):
         device: str,
         autocast: bool,
         sharded: bool = False,
+        made_by: Mapping[str, Any] | None = None,
     ):
         self.method, self.recipe, self.context = method, recipe, context
         self.score, self.selection_metric, self.print_line = score, selection_metric, log
+        self.made_by: list[dict[str, Any]] = [{"from": "step 0", **(made_by or {})}]
         self._parts: dict[str, Tensor] = {}
         self._tokens: Tensor | int = 0
         self._seconds = 0.0
@@ -183,18 +187,29 @@ class MethodTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the file that marks a checkpoint as complete comes next
+        self.accelerator.wait_for_everyone()  # what marks a checkpoint as complete comes next
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if is_main():
+            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            write_json(checkpoint / MADE_BY, self.made_by)
+            seal(checkpoint)
 
     def resume(self) -> bool:
-        """Train to the end, from the last complete checkpoint if there is one; a half-written one is deleted.
+        """Train to the end, from the last checkpoint that is whole if there is one; others are deleted, by name.
 
         Returns whether there was one.
         """
-        checkpoint = agreed(last_checkpoint(Path(str(self.args.output_dir))) if is_main() else None)
+        folder = Path(str(self.args.output_dir))
+        checkpoint = agreed(last_checkpoint(folder, self.print_line) if is_main() else None)
         if checkpoint:
             history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
             self._seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
-            self.print_line(f"resumed from step {checkpoint.name.rpartition('-')[2]}")
+            before = json.loads((checkpoint / MADE_BY).read_text())
+            now = self.made_by[-1] | {"from": f"step {checkpoint.name.rpartition('-')[2]}"}
+            self.made_by = before if _same(before[-1], now) else [*before, now]
+            self.print_line(f"resumed from {now['from']}")
         if processes() > 1:
             set_seed(self.args.seed + self.args.process_index)  # dropout differs between the parts of a batch
         self._started = time.monotonic()
@@ -231,7 +246,7 @@ def _arguments(recipe: Recipe, folder: Path, seed: int, device: str, bf16: bool,
         train_sampling_strategy="sequential",
         logging_steps=recipe.log_every,
         save_steps=recipe.save_every,
-        save_total_limit=1,
+        save_total_limit=2,  # one is used where the newest is damaged
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         dataloader_pin_memory=device == "cuda",
@@ -292,13 +307,17 @@ def _flat(record: Layout | LossTargets) -> dict[str, Tensor]:
     return {f.name: getattr(record, f.name) for f in fields(record)}
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder; half-written ones, left by a killed process, are removed."""
+def last_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint in a folder that is whole; newer ones are removed, and `log` is told what is wrong."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())  # written last
+        wrong = damage(checkpoint)
+        if wrong is None:
             return checkpoint
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(checkpoint)
+        log(f"{checkpoint.name} is not used: {wrong}")
+        remove_folder(checkpoint)
     return None
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return {**one, "from": ""} == {**other, "from": ""}
