@@ -33,6 +33,21 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        told = _of_a_file(error)
+        if not told:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 1
+
+
+def _of_a_file(error: Exception) -> str:
+    """What the system said of a file, in one line; empty for errors of another kind."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    # torch and safetensors have words of their own for a file that could not be written to its end
+    full = any(words in str(error) for words in ("No space left", "PytorchStreamWriter", "inline_container"))
+    return f"a file can't be written, no space is left: {str(error).splitlines()[0]}" if full else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,7 +143,11 @@ def collect(args: argparse.Namespace, root: Path, project: Project) -> None:
             files = collect_artifact(evidence, evidence.table(name), folder)
         for file in files:
             print(_shown(file, root))
-    for problem in evidence.runs.problems:
+    _say_problems(evidence.runs)
+
+
+def _say_problems(found: records.Records) -> None:
+    for problem in found.problems:
         print(f"left out: {problem}", file=sys.stderr)
 
 
@@ -162,12 +181,13 @@ def readme(args: argparse.Namespace, root: Path, project: Project) -> None:
 
 def stale(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Print runs made by older code, with the definitions that changed."""
-    count = 0
-    for file in sorted((root / project.runs / project.scale).glob("*/*/*/*/seed*/metrics.json")):
-        changed = provenance.changed_code(records.read(file), root)
+    count, found = 0, records.Records(root / project.runs)
+    for record in found.of_scale(project.scale):
+        changed = provenance.changed_code(record, root)
         if changed:
             count += 1
-            print(f"{_shown(file, root)}: {', '.join(changed)}")
+            print(f"{_shown(record['file'], root)}: {', '.join(changed)}")
+    _say_problems(found)
     print(
         f"{count} stale runs at scale {project.scale}"
         + ("; --config rerun_stale=true runs them again" if count else "")

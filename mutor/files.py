@@ -33,6 +33,28 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+def read_text(file: Path) -> str:
+    """A file of UTF-8 text, without a byte order mark. Raises ValueError naming the file and what is wrong with it."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 at byte {error.start}") from None
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises ValueError naming the file and what is wrong with it."""
+    text = read_text(file)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        what = "empty" if not error.doc.strip() else f"not JSON at line {error.lineno}: {error.msg}"
+        raise ValueError(f"{file}: {what}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits
+        raise ValueError(f"{file}: not JSON that can be read: {error}") from None
+
+
 @contextlib.contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that is sealed and named `folder` when it is complete, in the place of what stood there."""

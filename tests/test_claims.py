@@ -8,7 +8,7 @@ from mutor.cli import main
 from mutor.config.load import find_root, load_scale, load_table
 from mutor.config.runs import cells_of
 from mutor.files import write_json
-from mutor.results import claims, records
+from mutor.results import claims, record_schema, records
 from mutor.results.cells import Evidence
 from mutor.results.stats import Interval
 from mutor.results.verdicts import judge
@@ -41,7 +41,7 @@ def put(folder, cell, seed, solved, data_hash="d", count=200):
     """A record that solves the first `solved` of its problems."""
     spec = cell.spec
     metrics = {"solve_rate": 100 * solved / count, "first_step_accuracy": 100 * solved / count}
-    scores = {"solve_rate": records.pack(np.arange(count) < solved)}
+    scores = {"solve_rate": record_schema.pack(np.arange(count) < solved)}
     record = {
         "version": 1,
         "scale": spec.scale,
@@ -57,6 +57,8 @@ def put(folder, cell, seed, solved, data_hash="d", count=200):
         "added_parameters": 0,
         "versions": {},
         "steps": 1,
+        "seconds_training": 1.0,
+        "trainable_parameters": 100,
         "data_hash": data_hash,
     }
     write_json(records.seed_folder(folder, spec, seed) / "metrics.json", record)

@@ -7,8 +7,17 @@ import pytest
 
 from mutor.cli import main
 from mutor.files import write_json
-from mutor.results import records
+from mutor.results import record_schema
 from mutor.results.compare import lines
+
+CONFIG = {
+    "task": "t",
+    "method": "m",
+    "model": {"attention": "a"},
+    "base": None,
+    "settings": {},
+    "recipe": {"steps": 20},
+}
 
 
 def write(folder, method, seed, right, **more):
@@ -23,15 +32,20 @@ def write(folder, method, seed, right, **more):
         "settings": {},
         "seed": seed,
         "config_hash": "h",
-        "config": {"method": method, "recipe": {"steps": 20}},
+        "config": CONFIG | {"method": method},
         "data_hash": "d",
         "versions": {},
+        "curve": [],
+        "steps": 20,
+        "seconds_training": 1.0,
+        "trainable_parameters": 100,
+        "added_parameters": 0,
         "checkpoints": [
             {
                 "names": ["best", "last"],
                 "step": 20,
                 "metrics": {"solve_rate": 100 * float(scores.mean())},
-                "scores": {"solve_rate": records.pack(scores)},
+                "scores": {"solve_rate": record_schema.pack(scores)},
             }
         ],
         **more,
@@ -55,7 +69,13 @@ def test_settings_seed_by_seed(tmp_path, capsys):
 def test_two_runs_of_different_seeds_data_and_code(tmp_path):
     write(tmp_path / "a", "mutor", 1, range(9))
     write(
-        tmp_path / "b", "mutor", 2, range(9), data_hash="e", code={"mutor.train": "2"}, config={"recipe": {"steps": 30}}
+        tmp_path / "b",
+        "mutor",
+        2,
+        range(9),
+        data_hash="e",
+        code={"mutor.train": "2"},
+        config=CONFIG | {"recipe": {"steps": 30}},
     )
     printed = "\n".join(lines(tmp_path / "a/seed1/metrics.json", tmp_path / "b/seed2"))
     assert "recipe.steps: 20 | 30" in printed and "code.mutor.train: None | 2" in printed

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from mutor.config.load import load_scale
-from mutor.results import records
+from mutor.results import record_schema, records
 from mutor.results.cells import Evidence
 from mutor.results.claims import collect_claims
 from mutor.results.drawings import collect_artifact, collect_runs
@@ -50,7 +50,7 @@ def test_records_name_their_code_and_machine(name):
         record = records.read(file)
         assert record["git_commit"] and not record["git_changed"] and record["device"] and record["code"]
         last = next(c for c in record["checkpoints"] if "last" in c["names"])
-        assert last["scores"] and all(len(records.unpack(packed)) >= 60 for packed in last["scores"].values())
+        assert last["scores"] and all(len(record_schema.unpack(packed)) >= 60 for packed in last["scores"].values())
 
 
 def test_laptop_reference_shows_the_failure_that_the_paper_starts_from():

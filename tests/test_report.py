@@ -115,7 +115,7 @@ def test_missing_seeds_are_listed(tmp_path):
     rows, problems = listed()
     row = rows.iloc[0]
     assert (row["seeds"], row["artifacts"]) == ("43", "figure4") and "teacherless" in row["setting"]
-    assert len(problems) == 1 and "not a run record" in problems[0]
+    assert len(problems) == 1 and "metrics.json: not JSON at line 1" in problems[0]
 
 
 def test_seeds_of_the_configuration_reach_plan_run_and_what_is_missing(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from mutor.config.load import load_scale
 from mutor.config.runs import make_spec
-from mutor.results import records
+from mutor.results import record_schema, records
 from mutor.training.devices import claim
 from mutor.training.run import RunEnvironment, run, write_index
 
@@ -233,8 +233,8 @@ def test_two_runs_on_one_machine_get_different_devices(tmp_path):
     ("change", "says"),
     [
         (lambda r: r.pop("seed"), "field 'seed' is missing"),
-        (lambda r: r["checkpoints"][0]["metrics"].update(solve_rate=170.0), "field 'solve_rate' is 170.0"),
-        (lambda r: r["checkpoints"][0]["metrics"].update(loss=float("nan")), "field 'loss' is nan"),
+        (lambda r: r["checkpoints"][0]["metrics"].update(solve_rate=170.0), "solve_rate' is 170.0"),
+        (lambda r: r["checkpoints"][0]["metrics"].update(loss=float("nan")), "loss' is nan"),
         (lambda r: r.update(version=0), "field 'version' is 0"),
     ],
 )
@@ -250,9 +250,9 @@ def test_nonsensical_record_names_file_and_field(finished, tmp_path, change, say
 
 def test_scores_pack_and_unpack():
     bits = np.array([True, False, True] * 7)
-    assert (records.unpack(records.pack(bits)) == bits).all()
+    assert (record_schema.unpack(record_schema.pack(bits)) == bits).all()
     numbers = np.array([0.25, -3.0], dtype=np.float32)
-    assert (records.unpack(records.pack(numbers)) == numbers).all()
+    assert (record_schema.unpack(record_schema.pack(numbers)) == numbers).all()
 
 
 def test_index_lists_seeds(finished):

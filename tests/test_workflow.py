@@ -198,6 +198,21 @@ def test_finished_seeds_survive_a_lost_output_and_a_new_seed(smoke):
     assert set(json.loads((folder / "index.json").read_text())["seeds"]) == {"42", "43", "44"}
 
 
+def test_a_record_that_broke_after_its_run_is_made_again(smoke):
+    folder = smoke / "runs/smoke/g2x3/gpt2-2x32/next_token/default"
+    before = (folder / "seed42/metrics.json").read_text()
+    (folder / "seed42/metrics.json").write_text(before[:1000])
+    target = "runs/smoke/g2x3/gpt2-2x32/next_token/default/index.json"
+    done = snakemake(smoke, target, "--cores", "1", "--config", "scale=smoke", "seeds=[42,43,44]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"seed42/metrics\.json has 1000 bytes of \d+; it is run again", done.stderr)
+    again, old = json.loads((folder / "seed42/metrics.json").read_text()), json.loads(before)
+    assert again["checkpoints"][-1]["metrics"] == old["checkpoints"][-1]["metrics"]
+    (folder / "index.json").write_text("[]")
+    assert "index.json can't be read; it is run again" in snakemake(smoke, "-n", "--config", "scale=smoke").stderr
+    assert snakemake(smoke, target, "--cores", "1", "--config", "scale=smoke", "seeds=[42,43,44]").returncode == 0
+
+
 def test_cells_without_runs_are_empty_rows(smoke, tmp_path):
     runs = tmp_path / "runs"
     scale = load_scale(ROOT, "smoke")

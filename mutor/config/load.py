@@ -20,6 +20,7 @@ from mutor.checks import choose, from_mapping
 from mutor.config.cost_cases import CostScaling, load_cases
 from mutor.config.runs import _method_config, _recipe, _task_config, base_of
 from mutor.config.schema import Dataset, ModelConfig, Project, Row, Scale, Shape, Table
+from mutor.files import read_text
 from mutor.registry import METHODS
 
 
@@ -32,12 +33,26 @@ def find_root(start: Path | None = None) -> Path:
     raise ValueError("no config/config.yaml found in this folder or above it; call from the project's folder")
 
 
+_Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
+
+
+class _Loader(_Safe):  # type: ignore[misc]
+    """Safe, and without a word on which of two equal keys counts: it refuses them."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            line = [key for key, _ in node.value if key.value == twice][1].start_mark.line + 1
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice, again in line {line}")
+        return dict(super().construct_mapping(node, deep))
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
-    """A file of settings; ValueError where it is not YAML or no mapping."""
+    """A file of settings; ValueError where it is not YAML, no mapping, or has a key twice."""
+    text = read_text(file)
     try:
-        content = yaml.load(
-            file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )  # libyaml's is ten times faster
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(content, dict):

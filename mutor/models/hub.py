@@ -6,11 +6,10 @@ by the first download and belongs into version control, so that everyone's runs 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from mutor.config.load import find_root
-from mutor.files import write_json
+from mutor.files import locked, read_json, write_json
 
 
 def lock_file() -> Path:
@@ -20,7 +19,12 @@ def lock_file() -> Path:
 
 def _revisions() -> dict[str, str]:
     file = lock_file()
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    found = read_json(file)
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"{file}: expected a mapping of repositories to revisions")
+    return found
 
 
 def known_revision(kind: str, repository: str) -> str | None:
@@ -30,10 +34,11 @@ def known_revision(kind: str, repository: str) -> str | None:
 
 def remember(kind: str, repository: str, revision: str) -> None:
     """Write down a revision at the first download. Raises ValueError if another one stands there."""
-    known = known_revision(kind, repository)
-    if known is None:
-        write_json(lock_file(), _revisions() | {f"{kind} {repository}": revision})
-    elif known != revision:
+    with locked(lock_file().with_name(".revisions.lock")):  # several runs may come here at once
+        known = known_revision(kind, repository)
+        if known is None:
+            write_json(lock_file(), _revisions() | {f"{kind} {repository}": revision})
+    if known not in (None, revision):
         raise ValueError(
             f"{kind} {repository}: got revision {revision}, config/revisions.json says {known}; delete that line there "
             "to take the new one, whose results are another experiment's"

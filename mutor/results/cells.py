@@ -101,8 +101,21 @@ class Evidence:
         return self.once("frame", table.name, lambda: self._frame(table))
 
     def records_of(self, cell: Cell) -> list[dict[str, Any]]:
-        """The records that a cell is made of: all seeds there are, or as many as the source has."""
-        return self.runs.of(cell.spec)[: cell.row.max_seeds]
+        """The records that a cell is made of: all seeds there are, or as many as the source has.
+
+        One that lacks the cell's checkpoint or metric is left out, and named in `runs.problems`.
+        """
+        found = []
+        for record in self.runs.of(cell.spec)[: cell.row.max_seeds]:
+            names = {name: c["metrics"] for c in record["checkpoints"] for name in c["names"]}
+            try:
+                choose(cell.checkpoint, names, f"{record['file']}: checkpoint")
+                choose(cell.measured, names[cell.checkpoint], f"{record['file']}: metric")
+                found.append(record)
+            except ValueError as error:
+                if str(error) not in self.runs.problems:
+                    self.runs.problems.append(str(error))
+        return found
 
     def _frame(self, table: Table) -> pd.DataFrame:
         rows = list(resolve(table.drawing.rows)(self, table))
@@ -125,10 +138,7 @@ def run_rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
     """Cells that runs fill: means and intervals over seeds and problems; n_seeds 0 where there are none."""
     for cell in evidence.cells(table):
         found = evidence.records_of(cell)
-        measured = [checkpoint_metrics(record, cell.checkpoint) for record in found]
-        for metrics in measured:
-            choose(cell.measured, metrics, f"{table.name}: metric on {cell.spec.data}")
-        values = [metrics[cell.measured] for metrics in measured]
+        values = [checkpoint_metrics(record, cell.checkpoint)[cell.measured] for record in found]
         scores = [problem_scores(record, cell.checkpoint, cell.measured) for record in found]
         summary = summarise(values, scores, rate=cell.unit == "percent")
         row = _described(cell)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mutor.config.cost_cases import Case, cases_of, settings_of
 from mutor.config.schema import Table
+from mutor.files import read_json
 from mutor.results.flops import PEAKS
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def file_of(runs: Path, scale: str, table: str) -> Path:
 
 def measured(file: Path) -> dict[str, Any]:
     """Measurements so far: {"device": ..., "cases": {key: what was measured}}; nothing where there is no file."""
-    return json.loads(file.read_text()) if file.exists() else {"device": None, "cases": {}}
+    return read_json(file) if file.exists() else {"device": None, "cases": {}}
 
 
 def peak_of(device: str) -> float | None:

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from mutor.config.schema import Table
+from mutor.files import read_text
 
+REPORTED = (
+    *("artifact", "model", "method", "variant", "train_data", "benchmark", "metric", "value", "unit", "d_max", "a"),
+    *("registers", "placement", "iterations", "epochs", "register_embedding", "added_params", "seeds", "source"),
+)
 # columns that name what was measured; the others that a cell may state are settings of it
 IDENTITY = ("model", "method", "variant", "train_data", "metric", "iterations")
 
 
 def read_reported(file: Path) -> pd.DataFrame:
-    """The published values, config/reported.csv, as texts."""
-    return pd.read_csv(file, dtype=str, keep_default_na=False)
+    """The published values, config/reported.csv, as texts.
+
+    Raises ValueError naming the file, and the line, where a column or a part of a line is missing.
+    """
+    text = read_text(file)
+    rows = list(csv.reader(io.StringIO(text)))
+    missing = [column for column in REPORTED if not rows or column not in rows[0]]
+    if missing:
+        raise ValueError(f"{file}: column {missing[0]!r} is missing")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(rows[0]) or (number == len(rows) and not text.endswith("\n")):
+            raise ValueError(f"{file}: row {number} is cut: it has {len(row)} fields of {len(rows[0])}, or no line end")
+    return pd.DataFrame(rows[1:], columns=rows[0], dtype=str)
 
 
 class Published:

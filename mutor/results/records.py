@@ -6,33 +6,16 @@ metrics, the learning curve, the scores of every problem, and what made it: code
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mutor.config.runs import Spec
-
-VERSION = 1
-REQUIRED = (
-    "version",
-    "scale",
-    "train_data",
-    "model",
-    "method",
-    "settings",
-    "seed",
-    "config",
-    "config_hash",
-    "checkpoints",
-    "versions",
-)
-
+from mutor.files import read_json
+from mutor.results.record_schema import VERSION, check, unpack
 
 FROM_TRAINING = (  # fields of last/training.json that a record repeats
     "curve",
@@ -111,42 +94,13 @@ def compose(
     }
 
 
-def pack(scores: np.ndarray) -> dict[str, Any]:
-    """Scores of all problems, packed: bool [N] as bits, others as float32."""
-    if scores.dtype == bool:
-        return {"count": len(scores), "bits": base64.b64encode(np.packbits(scores).tobytes()).decode()}
-    return {"count": len(scores), "float32": base64.b64encode(scores.astype("<f4").tobytes()).decode()}
-
-
-def unpack(packed: dict[str, Any]) -> np.ndarray:
-    """The inverse of `pack`."""
-    if "bits" in packed:
-        return np.unpackbits(np.frombuffer(base64.b64decode(packed["bits"]), np.uint8))[: packed["count"]].astype(bool)
-    return np.frombuffer(base64.b64decode(packed["float32"]), "<f4")
-
-
 def read(file: Path) -> dict[str, Any]:
     """A run record, checked. Raises ValueError naming file and field for what is missing or nonsensical."""
+    record: dict[str, Any] = read_json(file)
     try:
-        record = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: not a run record: {error}") from None
-    for key in REQUIRED:
-        if not isinstance(record, dict) or key not in record:
-            raise ValueError(f"{file}: field {key!r} is missing")
-    if record["version"] != VERSION:
-        raise ValueError(f"{file}: field 'version' is {record['version']!r}, this program reads {VERSION}")
-    for checkpoint in record["checkpoints"]:
-        if not isinstance(checkpoint, dict) or not {"names", "step", "metrics"} <= checkpoint.keys():
-            raise ValueError(f"{file}: field 'checkpoints' needs names, step and metrics, has {checkpoint!r}")
-        for metric, value in checkpoint["metrics"].items():
-            rate = metric.endswith("rate") or "accuracy" in metric or metric.startswith("rouge")
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or (rate and not 0 <= value <= 100):
-                raise ValueError(
-                    f"{file}: field {metric!r} is {value!r}, allowed: {'0 to 100' if rate else 'a number'}"
-                )
-    if not {"best", "last"} <= {name for checkpoint in record["checkpoints"] for name in checkpoint["names"]}:
-        raise ValueError(f"{file}: field 'checkpoints' lacks 'best' or 'last'")
+        check(record)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return record
 
 
@@ -155,7 +109,7 @@ class Records:
 
     Records(Path("runs")).of(spec) lists a setting's; .of_scale("laptop") all of a scale, broken ones left out. What was
     left out, and why, stands in `problems`: broken records, copies in another run's folder, and records of the same run
-    with other numbers, of which the one in the folder seed<n> counts.
+    with other numbers, of which the one in the folder seed<n> counts, seeds with other data than the first.
     """
 
     def __init__(self, runs: Path) -> None:
@@ -178,25 +132,45 @@ class Records:
         if path not in self._settings:
             found: dict[tuple[int, str], dict[str, Any]] = {}
             files = (self.runs / path).glob("seed*/metrics.json")
-            for file in sorted(files, key=lambda f: (len(f.parent.name), f.parent.name)):
+            for file in sorted(files, key=_number):
                 try:
-                    record = read(file)
+                    record = read(file) | {"path": path, "file": file}
                     _belongs(record, file, path)
-                    same = found.setdefault((record["seed"], record["config_hash"]), record)
-                    if same is record:
-                        record |= {"path": path, "file": file}
-                    else:
+                    same = found.get((record["seed"], record["config_hash"]))
+                    if same:
                         _agree(same, record, file)
+                    else:
+                        _same_data(record, found.values())
+                        found[record["seed"], record["config_hash"]] = record
                 except ValueError as error:
                     self.problems.append(str(error))
             self._settings[path] = [found[key] for key in sorted(found)]
         return self._settings[path]
 
 
+def _number(file: Path) -> tuple[int, str]:
+    """The seed that a record's folder names, seed<n> or seed<n>-<what you like>, and the rest."""
+    seed, _, rest = file.parent.name.removeprefix("seed").partition("-")
+    return int(seed) if seed.isdecimal() else -1, rest
+
+
 def _belongs(record: dict[str, Any], file: Path, path: str) -> None:
+    """Raise ValueError for a record that another run has written."""
     says = "/".join(str(record[key]) for key in ("scale", "train_data", "model", "method"))
     if not path.startswith(f"{says}/"):
         raise ValueError(f"{file}: a record of {says}, in the folder of {path}")
+    if _number(file)[0] != record["seed"]:
+        raise ValueError(f"{file}: a record of seed {record['seed']}, in a folder for another")
+
+
+def _same_data(record: dict[str, Any], found: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError for a seed that was trained or scored on other data than the first one of its setting."""
+    for first in found:
+        if first["config_hash"] == record["config_hash"] and first.get("data_hash") != record.get("data_hash"):
+            raise ValueError(
+                f"{record['file']}: its data are others (hash {record.get('data_hash')}) than those of seed "
+                f"{first['seed']} ({first.get('data_hash')})"
+            )
 
 
 def _agree(first: dict[str, Any], second: dict[str, Any], file: Path) -> None:
@@ -218,6 +192,29 @@ def finished(runs: Path, spec: Spec, seed: int) -> bool:
         return read(file)["config_hash"] == spec.config_hash
     except ValueError:
         return False
+
+
+def drop_broken_index(folder: Path) -> str:
+    """Delete a setting's index.json if a record is not of the size it names, so that the setting is run again.
+
+    Returns what is wrong; empty where nothing is, or where there is no index.
+    """
+    file = folder / "index.json"
+    if not file.exists():
+        return ""
+    try:
+        sizes = {seed: int(size) for seed, size in read_json(file)["seeds"].items()}
+        now = {seed: _size(folder / f"seed{seed}/metrics.json") for seed in sizes}
+        wrong = [f"seed{s}/metrics.json has {now[s]} bytes of {sizes[s]}" for s in sizes if now[s] != sizes[s]]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        wrong = ["index.json can't be read"]
+    if wrong:
+        file.unlink(missing_ok=True)
+    return "; ".join(wrong)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def checkpoint_metrics(record: dict[str, Any], name: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutor.files import read_text
 from mutor.tasks.formats import PUBLISHED, Problem, Row
 
 
@@ -164,7 +165,7 @@ def read_rows(file: Path) -> Iterable[tuple[str, Row]]:
                 number += 1
                 yield f"{file}: row {number}", row
         return
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     if file.suffix == ".json" and text.lstrip().startswith("["):
         try:
             rows = json.loads(text)

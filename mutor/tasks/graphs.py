@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mutor.files import read_text
+
 LINE = re.compile(r"(\d+,\d+(?:\|\d+,\d+)*)/(\d+),(\d+)=(\d+(?:,\d+)*)")
 
 
@@ -104,7 +106,7 @@ def read_file(file: str | Path, shape: tuple[int, int] | None = None, labels: in
     """
     all_edges: list[list[tuple[int, int]]] = []
     all_paths: list[list[int]] = []
-    for number, line in enumerate(Path(file).read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(Path(file)).splitlines(), start=1):
         where = f"{file}:{number}"
         edges, path = read_line(line, where)
         shape = shape or (len(edges), len(path))

@@ -20,6 +20,7 @@ from mutor.files import complete_folder, damage, remove_folder, sweep, write_jso
 from mutor.mtp.method import Context, Method
 from mutor.registry import METHODS, answers_under, load
 from mutor.results import provenance, records
+from mutor.results.record_schema import pack
 from mutor.tasks.task import Log, Source, Task
 from mutor.training.devices import agreed, device_name, is_main, processes
 
@@ -216,7 +217,7 @@ class SeedRun:
                     "names": ["best", "last"] if name == "last" and same else [name],
                     "step": step,
                     "metrics": metrics,
-                    "scores": {metric: records.pack(values) for metric, values in scores.items()},
+                    "scores": {metric: pack(values) for metric, values in scores.items()},
                     "seconds_evaluating": round(time.monotonic() - began, 3),
                 }
             )

@@ -11,6 +11,7 @@ from mutor.config.load import load_project, load_scale, load_table, table_names
 from mutor.config.runs import run_cells, specs_of
 from mutor.registry import DRAWINGS
 from mutor.results.provenance import run_code
+from mutor.results.records import drop_broken_index
 
 ROOT = Path(workflow.basedir)
 try:
@@ -27,6 +28,10 @@ RUNS, RESULTS, PYTHON = PROJECT.runs, PROJECT.results, sys.executable
 SPECS = {
     spec.path: spec for spec in specs_of([c for cells in CELLS.values() for c in cells])
 }
+for path in SPECS:
+    broken = drop_broken_index(ROOT / RUNS / path)
+    if broken:
+        print(f"{RUNS}/{path}: {broken}; it is run again", file=sys.stderr)
 ARTIFACTS = PROJECT.artifacts or SCALE.artifacts
 WANTED = [spec.path for spec in specs_of([c for a in ARTIFACTS for c in CELLS[a]])]
 
