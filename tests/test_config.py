@@ -158,6 +158,13 @@ def test_settings_that_are_the_same_are_one_run():
         ("tables/figure4.yaml", lambda c: c["rows"][0].update(method="next_tokn"), "did you mean 'next_token'"),
         ("tables/figure4.yaml", lambda c: c["rows"][0].update(modle="x"), "row 1: unknown key 'modle'"),
         ("tables/rebuttal_latency.yaml", lambda c: c["sections"][0].update(cases=3), "a list of mappings as `cases`"),
+        ("scales/smoke.yaml", lambda c: c["datasets"].update({"../x": {}}), "datasets: '../x' is no name of a folder"),
+        (
+            "scales/smoke.yaml",
+            lambda c: c["models"].update({"a'b": {}}),
+            "is no name of a folder; allowed: letters, digits and",
+        ),
+        ("scales/smoke.yaml", lambda c: c["models"].update({"{run}": {}}), "models: '{run}' is no name of a folder"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_runs(project, monkeypatch, capsys, file, change, says):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def test_dry_run_lists_exactly_the_configured_jobs(checkout, scale):
         (["scale=lapptop"], "did you mean 'laptop'"),
         (["scael=smoke"], "unknown key 'scael', did you mean 'scale'"),
         (["artifacts=[figure44]"], "did you mean 'figure4'"),
+        (["runs=a{b}"], "runs: 'a{b}' is not allowed; allowed: a folder without braces in its name"),
     ],
 )
 def test_wrong_configuration_stops_the_workflow_at_once(checkout, changes, says):
@@ -114,6 +116,18 @@ def test_a_new_drawing_is_one_entry_and_its_functions(tmp_path):
     assert {f.name for f in (folder / "results").iterdir()} == {
         f"toy{ending}" for ending in (".csv", ".md", ".tex", "_toy.png", "_toy.svg")
     }
+
+
+@pytest.mark.parametrize("runs", ["my runs", "it's; touch /tmp/never", "a$(touch never)b", "-r"])
+def test_folders_of_any_name_are_quoted(checkout, runs):
+    """A folder with a space or a quote is a folder, and no command."""
+    changes = ["scale=smoke", f"runs={runs}", "results=results of mine"]
+    done = snakemake(checkout, "-np", "results of mine/figure4.csv", "--config", *changes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines() if "-m mutor run" in line]
+    assert len(lines) > 5 and all(line[line.index("--runs") + 1] == runs for line in lines)
+    collect = next(shlex.split(line) for line in done.stdout.splitlines() if "-m mutor collect figure4" in line)
+    assert collect[collect.index("--results") + 1] == "results of mine"
 
 
 def test_seeds_given_to_the_workflow_reach_its_commands(checkout):

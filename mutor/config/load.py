@@ -9,6 +9,7 @@ A table names published roles (gemma-2b, star_graph); a scale says which model a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ def find_root(start: Path | None = None) -> Path:
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
 
 
-class _Loader(_Safe):  # type: ignore[misc]
+class _Loader(_Safe):
     """Safe, and without a word on which of two equal keys counts: it refuses them."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -104,6 +105,12 @@ def load_scale(root: Path, name: str) -> Scale:
         choose(str(key), scale.models, f"{where}: sharded")
         if scale.processes.get(key, 1) == 1:
             raise ValueError(f"{where}: sharded: {key!r} has 1 process; allowed: models with 2 or more in `processes`")
+    for kind, named in (("models", scale.models), ("datasets", scale.datasets)):
+        for key in named:
+            if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", str(key), re.ASCII):
+                raise ValueError(
+                    f"{where}: {kind}: {key!r} is no name of a folder; allowed: letters, digits and _ . + -"
+                )
     for key, value in scale.models.items():
         scale.models[key] = from_mapping(ModelConfig, value, f"{where}: models: {key}")
     for key in from_mapping(CostScaling, scale.cost, f"{where}: cost").models.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mutor.checks import choose, setting
@@ -22,6 +23,12 @@ class Project:
     runs: str = setting("runs", doc="folder of the runs")
     results: str = setting("results", doc="folder of tables and figures")
     rerun_stale: bool = setting(False, doc="run again what was made by older code")
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "results"):
+            folder = getattr(self, name)
+            if not folder or re.search(r"[{}\n\0]", folder):
+                raise ValueError(f"{name}: {folder!r} is not allowed; allowed: a folder without braces in its name")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -64,27 +65,26 @@ def run_arguments(wildcards):
     """The command line that makes a run."""
     spec = SPECS[wildcards.run]
     number = WANTED.index(spec.path) + 1 if spec.path in WANTED else 0
-    words = [
-        f"--scale {spec.scale} --data {spec.data} --model {spec.model} --method {spec.method}",
-        f"--seeds {' '.join(map(str, spec.seeds))} --runs {RUNS} --label '[{number}/{len(WANTED)}] '",
-    ]
+    words = ["--scale", spec.scale, "--data", spec.data, "--model", spec.model]
+    words += ["--method", spec.method, "--seeds", *spec.seeds, "--runs", RUNS]
+    words += ["--label", f"[{number}/{len(WANTED)}] "]
     if spec.settings:
-        words += ["--set", *(f"'{k}={v}'" for k, v in spec.settings.items())]
+        words += ["--set", *(f"{k}={v}" for k, v in spec.settings.items())]
     if spec.budget_factor != 1:
-        words.append(f"--budget-factor {spec.budget_factor!r}")
+        words += ["--budget-factor", spec.budget_factor]
     if PROJECT.rerun_stale:
         words.append("--rerun-stale")
-    return " ".join(words)
+    return shlex.join(map(str, words))
 
 
 def collect(name):
     """The command line that builds an artifact."""
-    words = [f"{PYTHON} -m mutor collect {name} --scale {PROJECT.scale}"]
+    words = [PYTHON, "-m", "mutor", "collect", name, "--scale", PROJECT.scale]
     if PROJECT.artifacts:
-        words.append(f"--artifacts {' '.join(ARTIFACTS)}")
+        words += ["--artifacts", *ARTIFACTS]
     if PROJECT.seeds:
-        words.append(f"--seeds {' '.join(map(str, PROJECT.seeds))}")
-    return " ".join([*words, f"--runs {RUNS} --results {RESULTS}"])
+        words += ["--seeds", *PROJECT.seeds]
+    return shlex.join(map(str, [*words, "--runs", RUNS, "--results", RESULTS]))
 
 
 def code_state():

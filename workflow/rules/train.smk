@@ -31,7 +31,7 @@ rule train:
     message:
         "Training {wildcards.run}"
     shell:
-        "{params.python} -m mutor run {params.arguments} --threads {threads} 2>&1 | tee -a {log:q}"
+        "{params.python:q} -m mutor run {params.arguments} --threads {threads} 2>&1 | tee -a {log:q}"
 
 
 rule measure:
@@ -51,9 +51,11 @@ rule measure:
         gpu=SCALE.gpus,
     params:
         python=PYTHON,
-        arguments=f"--scale {SCALE.name} --runs {RUNS} --threads {SCALE.threads}",
+        arguments=shlex.join(
+            ["--scale", SCALE.name, "--runs", RUNS, "--threads", str(SCALE.threads)]
+        ),
         state=lambda wildcards: table_state(wildcards.artifact),
     message:
         "Measuring {wildcards.artifact}"
     shell:
-        "{params.python} benchmarks/cost.py --tables {wildcards.artifact} {params.arguments} 2>&1 | tee -a {log:q}"
+        "{params.python:q} benchmarks/cost.py --tables {wildcards.artifact:q} {params.arguments} 2>&1 | tee -a {log:q}"
