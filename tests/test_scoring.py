@@ -1,5 +1,6 @@
 """Extraction and comparison of answers, and the published problems sent through them."""
 
+import json
 import os
 import re
 from fractions import Fraction
@@ -170,6 +171,28 @@ def test_a_broken_file_is_named(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(says)):
         problems(CORPORA["gsm8k"], "train", Origin("folder", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("corpus", "row", "says"),
+    [
+        ("own", {"prompt": "p", "answer": 7}, "field 'answer' is 7; allowed: a text"),
+        ("own", {"prompt": "p", "answer": "3 + 4 = 7", "gold": 7}, "field 'gold' is 7; allowed: a text"),
+        ("own", {"prompt": "p", "answer": "7", "gold": None}, "field 'gold' is None; allowed: a text"),
+        ("own", ["p", "7"], "list indices must be integers"),
+        ("aqua-rat", {"question": "q", "options": list("abcde"), "rationale": "r", "correct": ""}, "correct is ''"),
+        ("aqua-rat", {"question": "q", "options": list("abcde"), "rationale": "r", "correct": "AB"}, "correct is 'AB'"),
+        (
+            "1m-gsm",
+            {"problem": "p", "generated_solution": "s", "expected_answer": "1"},
+            "field 'problem_source' is missing",
+        ),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path, corpus, row, says):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=re.escape("rows.jsonl:1: ") + re.escape(says)):
+        problems(CORPORA[corpus], "train", Origin("file", str(tmp_path / "rows.jsonl")))
 
 
 def test_a_broken_parquet_file_is_named(tmp_path):
