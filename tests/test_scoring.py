@@ -4,6 +4,8 @@ import json
 import os
 import re
 from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
@@ -22,17 +24,60 @@ published = pytest.mark.skipif(not DATA, reason="MUTOR_TEST_DATA names no folder
         ("18.0", 18), ("18.", 18), (".5", Fraction(1, 2)), ("3/4", Fraction(3, 4)), ("18 dollars", 18), ("x = 12", 12),
         (r"\frac{3}{4}", Fraction(3, 4)), (r"-\dfrac{1}{2}", Fraction(-1, 2)), (r"1{,}000", 1000), (r"\$45", 45),
         ("1/0", None), ("none", None), ("", None), (None, None),
+        (r"5\frac{1}{2}", Fraction(11, 2)), (r"-5 \dfrac12", Fraction(-11, 2)), ("5 1/2 cups", Fraction(11, 2)),
+        (r"5\,\frac{1}{2}", Fraction(11, 2)), ("51/2", Fraction(51, 2)), (r"1\,000", 1000),
+        (r"\tfrac 34", Fraction(3, 4)), (r"72\text{ clips}", 72), ("15%", 15), (r"15\%", 15), (r"90^\circ", 90),
+        (r"3 \times 4 = 12", 12), ("5 - 3 = 2", 2), ("5 + 3 = 8 clips", 8), ("48/2 = <<48/2=24>>24", 24),
+        (r"3 \times 4", None), ("5 - 3", None), ("5 - -3", None), ("2^{3}", None), ("10-12", None),
+        (r"\sqrt{16}", None), (r"2\sqrt{3}", None), (r"2\pi", None), (r"\frac{a}{2}", None), ("6/3/2", None),
+        ("3 = x", None), (r"90^{\circ}", 90), ("$5/hour", 5), ("5-day", 5), ("**72**", 72), ("72 (24 + 48)", 72),
+        ("2 hours 30 minutes", 2), (r"\left(-3\right)", -3), pytest.param("9" * 5000, None, id="5000 digits"),
     ],
 )  # fmt: skip
 def test_numbers(text, value):
     assert number(text) == value
 
 
+@lru_cache
+def strict_match():
+    """The filter by which lm-eval's task gsm8k finds answers."""
+    import yaml
+    from lm_eval.filters.extraction import RegexFilter
+    from lm_eval.tasks import __file__ as home
+
+    task = yaml.safe_load((Path(home).parent / "gsm8k" / "gsm8k.yaml").read_text())
+    strict = next(f for f in task["filter_list"] if f["name"] == "strict-match")["filter"][0]
+    return RegexFilter(strict["regex_pattern"])
+
+
+def lm_evals(text):
+    """What lm-eval takes from a text."""
+    ((found,),) = strict_match().apply([[text]], [{}])
+    return found.rstrip(".")
+
+
+@pytest.mark.parametrize(
+    ("text", "theirs", "ours"),
+    [
+        ("#### 72", "72", 72), ("#### 1,234.", "1,234", 1234), ("#### -7", "-7", -7), ("so\n#### 72 clips", "72", 72),
+        ("#### 1\n\nQuestion: x\n\nAnswer: y\n#### 2", "1", 1), ("#### 1 #### 2", "1", 1), ("####\n#### 72", "72", 72),
+        ("#### 72 (24 + 48)", "72", 72), ("72", "[invalid]", None),
+        # read in another way, as `number` says
+        ("#### 5 - 3 = 2", "5", 2), ("#### 5 1/2", "5", Fraction(11, 2)), ("#### $72", "[invalid]", 72),
+        ("####72", "[invalid]", 72),
+    ],
+)  # fmt: skip
+def test_marked_answers_as_lm_eval_reads_them(text, theirs, ours):
+    """Of several marks the first."""
+    assert lm_evals(text) == theirs
+    assert number(after_hashes(text)) == ours
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("so 4\n#### 72", "72"), ("####72 \nmore", "72"), ("#### 1\n#### 2", "2"), ("no mark 72", None), ("####", None),
-        ("#### \n72", None),
+        ("so 4\n#### 72", "72"), ("####72 \nmore", "72"), ("#### 1\n#### 2", "1"), ("no mark 72", None), ("####", None),
+        ("#### \n72", None), ("####\n#### 3", "3"), ("#### 1 #### 2", "1"),
     ],
 )  # fmt: skip
 def test_after_hashes(text, answer):
@@ -56,6 +101,8 @@ def test_boxed(text, answer):
     [
         ("so\nThe answer is B", "B"), ("the answer is (c).", "C"), ("The answer is: D", "D"), ("The answer is F", None),
         ("The answer is A. No, the answer is E", "E"), ("The answer is Alone", None), ("B", None),
+        ("The answer is a bit tricky", None), ("The answer is (B", "B"), ("the answer is d.\nDone", "D"),
+        ("The answer is B because e is a letter", "B"), ("The answer is e.g. 5", None),
     ],
 )  # fmt: skip
 def test_letter(text, answer):
@@ -90,6 +137,7 @@ def test_published_gold_answers_are_right_and_others_wrong():
     gsm8k = problems(CORPORA["gsm8k"], "test", Origin("folder", DATA))
     assert len(gsm8k) == 1319 and len(problems(CORPORA["gsm8k"], "train", Origin("folder", DATA))) == 7473
     assert answers_right(CORPORA["gsm8k"], gsm8k) == 1 and answers_right(CORPORA["gsm8k"], gsm8k, plus_one) == 0
+    assert all(lm_evals(p.answer) == p.gold and number(lm_evals(p.answer)) is not None for p in gsm8k)
     aqua = problems(CORPORA["aqua-rat"], "valid", Origin("folder", DATA))
     assert len(aqua) == 254 and answers_right(CORPORA["aqua-rat"], aqua) == 1
     turned = answers_right(CORPORA["aqua-rat"], aqua, lambda p: p.answer[:-1] + chr(65 + (ord(p.gold) - 64) % 5))
