@@ -160,6 +160,13 @@ def test_rouge_by_hand():
     assert rouge("the cat sat", "the cat ran") == pytest.approx({"rouge1": 2 / 3, "rouge2": 1 / 2, "rougeL": 2 / 3})
 
 
+def test_rouge_compares_stems():
+    """Without them no word of the first two pairs is found."""
+    assert rouge("dogs running", "dog runs") == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
+    assert rouge("They visited", "visiting") == pytest.approx({"rouge1": 2 / 3, "rouge2": 0.0, "rougeL": 2 / 3})
+    assert rouge("dogs", "cat") == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+
+
 def test_every_published_row_format():
     """One literal row each, in the field names of the published files."""
     read = {name: PUBLISHED[name].read for name in PUBLISHED}
