@@ -198,20 +198,22 @@ class Oracle(NextToken):
         return torch.from_numpy(out)
 
 
-class Indifferent(torch.nn.Module):
-    """A model to which all tokens are alike."""
+@pytest.fixture
+def indifferent(tiny):
+    """From the number of tokens to a model to which all are alike."""
 
-    device, dtype = torch.device("cpu"), torch.float32
-    config = type("Config", (), {"_attn_implementation": "sdpa"})
+    def make(vocabulary):
+        model = tiny(vocab_size=vocabulary)
+        torch.nn.init.zeros_(model.lm_head.weight)
+        return model
 
-    def forward(self, input_ids, **kwargs):
-        return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 12 + 4)})
+    return make
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("right", 100, 100), ("cheat", 29, 38), ("last", 0, 0)])
-def test_scores_of_known_answerers(kind, low, high):
+def test_scores_of_known_answerers(indifferent, kind, low, high):
     task = StarGraph(StarGraphConfig(3, 3, 12, test_size=1500))
-    metrics, scores = task.evaluate(Indifferent(), Oracle(task, kind), Context(), "test", 400)
+    metrics, scores = task.evaluate(indifferent(16), Oracle(task, kind), Context(), "test", 400)
     assert low <= metrics["solve_rate"] <= high and metrics["solve_rate"] == 100 * scores["solve_rate"].mean()
     assert metrics["chance"] == pytest.approx(100 / 3)
     assert metrics["accuracy_at_1"] == 100
