@@ -224,6 +224,32 @@ def test_scores_of_known_answerers(indifferent, kind, low, high):
         assert metrics["first_step_accuracy"] == metrics["solve_rate"]
 
 
+@pytest.mark.parametrize("options", [{"reverse": True}, {"direction": "backward"}, {}], ids=str)
+def test_first_step_is_the_node_behind_the_start(indifferent, options):
+    """Of a path of five that begins at the goal, the last but one; errors elsewhere do not count."""
+    task = StarGraph(StarGraphConfig(2, 5, 12, test_size=60, **options))
+    start = 4 if options else 0  # where the start stands in an answer
+    paths = task.splits["test"].path
+    for wrong in range(5):
+
+        class Errs(Oracle):
+            """At one position."""
+
+            def answer(self, model, prompts, wrong=wrong):
+                out = super().answer(model, prompts)
+                out[:, wrong] = task.pad_id
+                return out
+
+        answers = np.stack([ids[prefix:] for ids, prefix in task.examples("test")])
+        assert (answers[:, start] == paths[:, 0]).all()
+        metrics, scores = task.evaluate(indifferent(16), Errs(task, "right"), Context(), "test", 40)
+        assert metrics["solve_rate"] == 0
+        assert metrics["first_step_accuracy"] == (0 if abs(wrong - start) == 1 else 100)
+        assert scores["first_step_accuracy"].shape == (60,)
+        found = [metrics[f"accuracy_at_{i + 1}"] for i in range(5)]
+        assert found == [0 if i == wrong else 100 for i in range(5)]
+
+
 def test_words_of_another_tokenizer_are_read_as_labels():
     class Bytes:
         pad_token_id = 0
