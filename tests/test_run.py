@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,18 +102,29 @@ def test_other_configuration_is_another_run(tmp_path):
 
 
 SCRIPT = """
-import sys
+import os, signal, sys
 sys.path.insert(0, {tests!r})
 import test_run
 from mutor.training.run import RunEnvironment, run
 spec = test_run.smoke_spec("{method}", steps=60, log_every=3, eval_every=6, save_every=6)
 from pathlib import Path
+
+def kill(event, args):
+    if event == "open" and str(args[0]) == {killed_at!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if {killed_at!r}:
+    sys.addaudithook(kill)
 run(spec, (7,), RunEnvironment(root=test_run.ROOT, runs=Path({runs!r})))
 """
 
 
-def launch(runs, method):
-    script = SCRIPT.format(tests=str(Path(__file__).parent), method=method, runs=str(runs))
+def launch(runs, method, killed_at=""):
+    """A run in a process of its own, killed when it opens the file `killed_at`.
+
+    Not by the test, which would have to look in time: a checkpoint is there for tenths of a second.
+    """
+    script = SCRIPT.format(tests=str(Path(__file__).parent), method=method, runs=str(runs), killed_at=str(killed_at))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -128,20 +138,19 @@ def test_killed_run_goes_on_to_the_same_result(tmp_path, method):
     assert whole.returncode == 0, output
     spec = smoke_spec(method, steps=60, log_every=3, eval_every=6, save_every=6)
     folder = records.seed_folder(tmp_path / "killed", spec, 7)
-    log = ""
-    # killed while training, twice, and after the model is saved but not yet scored
-    for sign in ("checkpoints/checkpoint-12", "checkpoints/checkpoint-36", "last/training.json"):
-        process = launch(tmp_path / "killed", method)
-        for _ in range(3000):
-            if (folder / sign).exists() or process.poll() is not None:
-                break
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        log += process.communicate()[0]
-    assert not (folder / "metrics.json").exists()
+    # with a half-written checkpoint, twice, and after the model is saved but not yet scored
+    for file, resumed in (
+        ("checkpoints/checkpoint-12/trainer_state.json", ""),
+        ("checkpoints/checkpoint-36/trainer_state.json", "resumed from step 6"),
+        ("last/config.json", "resumed from step 30"),
+    ):
+        process = launch(tmp_path / "killed", method, folder / file)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL and resumed in output, output
+    assert (folder / "last/training.json").exists() and not (folder / "metrics.json").exists()
     last = launch(tmp_path / "killed", method)
-    log += last.communicate()[0]
-    assert "resumed from step" in log
+    output, _ = last.communicate()
+    assert last.returncode == 0 and "step 60/60" not in output, output
     other = records.seed_folder(tmp_path / "whole", spec, 7)
     ours, theirs = (timeless(json.loads((one / "metrics.json").read_text())) for one in (folder, other))
     assert ours == theirs
