@@ -200,6 +200,37 @@ def text_spec(method="mutor", **recipe):
     return replace(spec, base=None, recipe=replace(spec.recipe, **changes | recipe))
 
 
+def norm_of_gradients(model):
+    """Over all parameters."""
+    return float(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
+
+
+@pytest.mark.parametrize("recipe", [{}, {"accumulate": 2}, {"optimizer": "muon"}])
+def test_gradients_are_clipped_to_the_recipes_norm(tmp_path, monkeypatch, recipe):
+    """Of all parameters together, whole batches; the norm that is logged is that before."""
+    from mutor.training import trainer
+
+    used, make = [], trainer.optimizer
+
+    def watched(model, method, recipe):
+        made = make(model, method, recipe)
+        made.register_step_pre_hook(lambda *_: used.append(norm_of_gradients(model)))
+        return made
+
+    monkeypatch.setattr(trainer, "optimizer", watched)
+    found = []
+    for clip in (0.05, 1e6):
+        used.clear()
+        changes = {"steps": 4, "eval_every": 4, "save_every": 4, "log_every": 1, "batch_size": 8, "clip": clip}
+        spec = replace(smoke_spec(**changes | recipe), base=None)
+        run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path / str(clip)))
+        curve = records.read(records.seed_folder(tmp_path / str(clip), spec, 7) / "metrics.json")["curve"]
+        found.append(([e["grad_norm"] for e in curve if "grad_norm" in e], list(used)))
+    (logged, clipped), (large, free) = found
+    assert min(logged) > 0.06 and clipped == pytest.approx([0.05] * 4, rel=1e-3)
+    assert free == pytest.approx(large, rel=1e-3) and large[0] == pytest.approx(logged[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("loss_mean", ["token", "sequence"])
 def test_batches_in_parts_or_packed_train_like_one_padded_batch(tmp_path, loss_mean):
     """Prompts and answers of different lengths, so parts have different numbers of targets."""
