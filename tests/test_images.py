@@ -326,3 +326,17 @@ def test_drawing_is_the_same_twice(digits):
     labels = torch.arange(6)
     drawn = digits.draw(model, method, labels, 4)
     assert torch.equal(drawn, digits.draw(model, method, labels, 4)) and drawn.shape == (6, 1, 8, 8)
+
+
+def test_another_sample_seed_draws_other_images(digits):
+    """Also where batches come in another order: no batch of one seed is a batch of the next."""
+    from dataclasses import replace
+
+    from mutor.tasks.images import Images
+
+    method, model = attached_to(digits)
+    other = Images(replace(digits.config, sample_seed=1))
+    other.assets = digits.assets
+    ours, theirs = (task.draw(model, method, torch.zeros(12).long(), 4) for task in (digits, other))
+    for batch in ours.split(4):
+        assert not any(torch.equal(batch, one) for one in theirs.split(4))

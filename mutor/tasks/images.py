@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mutor.streams import torch_seed
 from mutor.tasks.image_assets import ImageAssets
 from mutor.tasks.pictures import ImagesConfig
 from mutor.tasks.task import Log, Source, Task
@@ -135,7 +136,7 @@ class Images(Task):
             prompts = image_prompts(
                 model,
                 part,
-                seed=c.sample_seed + number,
+                seed=torch_seed("image_noise", c.sample_seed, number),
                 guidance=c.guidance,
                 temperature=c.temperature,
                 top_k=c.top_k,

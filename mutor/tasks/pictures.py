@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mutor.checks import setting
+from mutor.streams import stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,9 +136,8 @@ class Versions:
         if not (c.turn or c.zoom or c.shift):
             return images
         if number not in self._draws:
-            self._draws[number] = np.random.default_rng([c.data_seed, 12, number]).uniform(
-                -1, 1, (len(self.pictures), 4)
-            )
+            rng = stream("image_versions", c.data_seed, number)
+            self._draws[number] = rng.uniform(-1, 1, (len(self.pictures), 4))
         draw = self._draws[number][picture]
         angle, scale = np.deg2rad(c.turn * draw[:, 0]), 1 / (1 + c.zoom * draw[:, 1])
         matrix = np.zeros((len(images), 2, 3))
@@ -159,7 +159,7 @@ def load(config: ImagesConfig) -> tuple[Pictures, Pictures]:
         pictures = _in_memory(np.round(found.images * 255 / 16), found.target, config)
     else:
         pictures = _folder(config)
-    order = np.random.default_rng([config.data_seed, 11]).permutation(len(pictures))
+    order = stream("held_out_images", config.data_seed).permutation(len(pictures))
     if len(order) <= config.test_size:
         raise ValueError(f"test_size: {config.test_size} of {len(order)} images leave none to train on")
     return pictures.part(order[config.test_size :]), pictures.part(order[: config.test_size])

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mutor.checks import setting
+from mutor.streams import stream
 from mutor.tasks.graphs import Graphs, generate, keys, read_file, write_line
 from mutor.tasks.task import Log, Source, Task
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from mutor.mtp.method import Context, Method
 
 BLOCK = 4096
-TAG = {"valid": 1, "test": 2, "train": 3}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class StarGraph(Task):
             if split == "test" and c.test_file:
                 splits[split] = read_file(c.test_file, c.shape, c.labels)
             else:
-                rng = np.random.default_rng([TAG[split], c.data_seed])
+                rng = stream("held_out_graphs", c.data_seed, int(split == "test"))
                 splits[split] = self._fresh(rng, size, seen)
             seen = np.concatenate([seen, keys(splits[split])])
         return splits
@@ -162,9 +162,8 @@ class StarGraph(Task):
                 graphs = graphs[~np.isin(keys(graphs), self._forbidden)]
             else:
                 assert c.train_size
-                graphs = self._fresh(
-                    np.random.default_rng([TAG["train"], c.data_seed]), c.train_size, self._forbidden, unique=False
-                )
+                rng = stream("fixed_graphs", c.data_seed)
+                graphs = self._fresh(rng, c.train_size, self._forbidden, unique=False)
             return Source(lambda index: self.encode(graphs[index]), len(graphs))
         blocks: dict[int, Graphs] = {}
 
@@ -172,7 +171,7 @@ class StarGraph(Task):
             if number not in blocks:
                 if len(blocks) > 4:
                     blocks.clear()
-                rng = np.random.default_rng([TAG["train"], number, seed])
+                rng = stream("new_graphs", seed, number)
                 blocks[number] = self._fresh(rng, BLOCK, self._forbidden, unique=False)
             return blocks[number]
 
