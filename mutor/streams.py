@@ -29,6 +29,7 @@ Stream = Literal[
     "real_images",  # that drawn ones are compared with; data seed
     "tokenizer_batches",  # data seed
     "classifier_batches",  # data seed
+    "image_classes",  # of drawn images; sample seed
     "image_noise",  # of drawn images, sample seed: batch
 ]
 

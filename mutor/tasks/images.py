@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mutor.streams import torch_seed
+from mutor.streams import stream, torch_seed
 from mutor.tasks.image_assets import ImageAssets
 from mutor.tasks.pictures import ImagesConfig
 from mutor.tasks.task import Log, Source, Task
@@ -90,7 +90,7 @@ class Images(Task):
         predictions_file: Path | None = None,
         log: Log | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Draw images of all classes in turn and score them; the loss is that of held-out images.
+        """Draw images of random classes and score them; the loss is that of held-out images.
 
         A grid of samples is drawn beside predictions-NAME.jsonl as samples-NAME.png. Scores of every image come of
         class_accuracy, where features are a classifier's.
@@ -101,8 +101,7 @@ class Images(Task):
         from mutor.tasks.image_scores import distance_to, frechet_distance, inception_score, precision_recall
 
         c, assets = self.config, self.assets
-        count = c.test_samples if split == "test" else c.valid_samples
-        labels = torch.arange(count) % c.classes
+        labels = torch.from_numpy(self.classes(split))
         images = self.draw(model, method, labels, batch_size, log)
         features, logits = assets.judge.judge(images)
         _, loss = teacher_forced_scores(model, method, context, self.examples(split), batch_size)
@@ -121,8 +120,13 @@ class Images(Task):
         metrics["tokenizer_squared_error"] = assets.facts["squared_error"]
         if predictions_file:
             picture = predictions_file.with_name(f"{predictions_file.stem.replace('predictions', 'samples')}.png")
-            save_grid(images[: 10 * c.classes], c.classes, picture)
+            save_grid(images, labels, picture)
         return metrics, scores
+
+    def classes(self, split: str) -> np.ndarray:
+        """int64 [N]: classes of the images to draw, uniformly at random as by LlamaGen; the same for all models."""
+        count = self.config.test_samples if split == "test" else self.config.valid_samples
+        return stream("image_classes", self.config.sample_seed).integers(self.config.classes, size=count)
 
     def draw(self, model: Any, method: Method, labels: Tensor, batch_size: int, log: Log | None = None) -> Tensor:
         """Images [N, C, H, W] of classes [N]; seed and batch size decide the noise, so equal models draw equal ones."""
@@ -153,15 +157,17 @@ class Images(Task):
         return self.assets.data_hash()
 
 
-def save_grid(images: Tensor, columns: int, file: Path) -> None:
-    """A picture of images [N, C, H, W], row by row with lines between; a column is a class where they come in turn."""
+def save_grid(images: Tensor, labels: Tensor, file: Path, shown: int = 10) -> None:
+    """A picture of images [N, C, H, W] of classes [N]: a column a class, up to `shown` of each of the first `shown`."""
     import torch
     from PIL import Image
 
-    rows = len(images) // columns
-    framed = torch.nn.functional.pad(images[: rows * columns], (1, 1, 1, 1), value=0.0)
-    _, colours, height, width = framed.shape
-    board = framed.view(rows, columns, colours, height, width).permute(0, 3, 1, 4, 2)
-    pixels = ((board.reshape(rows * height, columns * width, colours) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    columns = [images[labels == label][:shown] for label in range(min(int(labels.max()) + 1, shown))]
+    rows = max(map(len, columns))
+    filled = [torch.cat([found, found.new_zeros(rows - len(found), *images.shape[1:])]) for found in columns]
+    board = torch.nn.functional.pad(torch.stack(filled, 1), (1, 1, 1, 1), value=0.0)
+    _, _, colours, height, width = board.shape
+    board = board.permute(0, 3, 1, 4, 2).reshape(rows * height, len(columns) * width, colours)
+    pixels = ((board + 1) * 127.5).round().clamp(0, 255).byte().numpy()
     picture = Image.fromarray(pixels[:, :, 0] if colours == 1 else pixels)
     picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(file)

@@ -58,12 +58,12 @@ class ImagesConfig:
     classifier_steps: int = setting(600, doc="how long the classifier is trained", low=1)
     reference: str | None = setting(None, doc="with inception: ADM's file of reference statistics (.npz), for the FID")
     real_samples: int = setting(10000, doc="at most so many real images are compared with", low=10)
-    valid_samples: int = setting(200, doc="images drawn during training", low=10)
-    test_samples: int = setting(2000, doc="images drawn at the end", low=10)
+    valid_samples: int = setting(200, doc="images drawn during training, of random classes", low=10)
+    test_samples: int = setting(2000, doc="images drawn at the end, of random classes as by LlamaGen", low=10)
     guidance: float = setting(2.0, doc="of classifier-free guidance; 1: none", low=0)
     temperature: float = setting(1.0, doc="of sampling", low=0, open_ends=True)
     top_k: int = setting(0, doc="only so many codes are drawn from; 0: all", low=0)
-    sample_seed: int = setting(0, doc="noise of the samples, the same for all models", low=0)
+    sample_seed: int = setting(0, doc="classes and noise of the samples, the same for all models", low=0)
     data_seed: int = setting(0, doc="of the held-out images and the versions", low=0)
 
     @property
