@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mutor.checks import from_mapping
+from mutor.config.load import find_root, load_table
 from mutor.models.llamagen import LlamaGenConfig, LlamaGenForCausalLM
 from mutor.mtp import registers
 from mutor.mtp.layout import IGNORE, Example, collate
@@ -103,6 +104,20 @@ def test_first_row_alone_is_one_dimension(monkeypatch):
     for name in ("ids", "position", "target", "register", "causal_index"):
         assert torch.equal(getattr(one, name), getattr(two, name))
     assert torch.equal(flat.compute_loss(model, one)[0], grid.compute_loss(twin, two)[0])
+
+
+def test_both_meanings_of_d_max_are_as_documented():
+    """Offsets along the raster, and those of the grid within a row, of d_max 4: what settings and table 7 say."""
+    anchor, ahead = 1, {}
+    for name in ("mutor_1d", "mutor_2d"):
+        method, _ = attached(name)
+        assert method.config.d_max == 4
+        ahead[name] = {column for row, column in looked_at(method, anchor) if row == 0}
+    assert ahead == {"mutor_1d": {1, 2, 3, 4}, "mutor_2d": {1, 2, 3}}
+    for name, said in (("mutor_1d", "1 .. d_max;"), ("mutor_2d", "1 .. d_max - 1")):
+        fields = load(METHODS, name, "method").Config.__dataclass_fields__
+        assert said in fields["d_max"].metadata["doc"]
+    assert any("offsets 1 to 4" in note and "are 1 to 3" in note for note in load_table(find_root(), "table7").notes)
 
 
 def test_number_of_registers():
