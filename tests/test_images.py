@@ -388,3 +388,9 @@ def test_another_sample_seed_draws_other_images(digits):
     ours, theirs = (task.draw(model, method, torch.zeros(12).long(), 4) for task in (digits, other))
     for batch in ours.split(4):
         assert not any(torch.equal(batch, one) for one in theirs.split(4))
+
+
+def test_half_of_the_held_out_images_choose_and_the_other_half_scores(digits):
+    halves = [[tuple(ids) for ids, _ in digits.examples(split)] for split in ("valid", "test")]
+    assert [len(half) for half in halves] == [50, 50]
+    assert sorted(halves[0] + halves[1]) == sorted(tuple(ids) for ids, _ in digits._encoded("test", np.arange(100)))

@@ -62,8 +62,8 @@ class Images(Task):
         return Source(lambda index: self._encoded("train", index), len(self.assets.codes["train"]))
 
     def examples(self, split: str) -> list[tuple[np.ndarray, int]]:
-        """All held-out images, for validation and test."""
-        return self._encoded("test", np.arange(len(self.assets.codes["test"])))
+        """Every second held-out image: one half for validation, the other for test."""
+        return self._encoded("test", np.arange(int(split == "test"), len(self.assets.codes["test"]), 2))
 
     def _encoded(self, split: str, index: np.ndarray) -> list[tuple[np.ndarray, int]]:
         """(class token and codes, prefix length 1)."""

@@ -37,7 +37,7 @@ class ImagesConfig:
     folder: str | None = setting(None, doc="of the files; fashion-mnist: of its idx files, none: from the hub")
     classes: int = setting(10, doc="how many classes there are", low=1)
     pixels: int = setting(16, doc="height and width that images are scaled to", low=8)
-    test_size: int = setting(300, doc="images held out", low=10)
+    test_size: int = setting(300, doc="images held out: half to choose the best checkpoint, half to score it", low=10)
     copies: int = setting(10, doc="versions of each training image, the first as it is", low=1)
     flip: bool = setting(False, doc="every second version is mirrored; not where that changes a class")
     shift: float = setting(1.0, doc="versions are shifted by at most so many pixels", low=0)

@@ -81,6 +81,11 @@ class Task:
         """The selection metric, in percent, of a model that has learned nothing; None where that means nothing."""
         return None
 
+    @staticmethod
+    def chosen_on(config: Any) -> str:
+        """What names the best checkpoint: "valid", a split for that alone; "test"; or "", nothing: it is the last."""
+        return "valid"
+
     def prepare_assets(self, folder: Path, device: str, log: Log) -> None:
         """Make, once below `folder`, what all runs on these data share, and load it; the first thing a run does."""
 
