@@ -385,6 +385,7 @@ def test_another_sample_seed_draws_other_images(digits):
     method, model = attached_to(digits)
     other = Images(replace(digits.config, sample_seed=1))
     other.assets = digits.assets
+    assert len({task.test_data_hash() for task in (digits, other)}) == 2
     ours, theirs = (task.draw(model, method, torch.zeros(12).long(), 4) for task in (digits, other))
     for batch in ours.split(4):
         assert not any(torch.equal(batch, one) for one in theirs.split(4))

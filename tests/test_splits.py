@@ -12,7 +12,8 @@ from mutor.results import records
 from mutor.results.cells import Evidence
 from mutor.results.render import caption, latex, markdown
 from mutor.tasks.corpora import CORPORA, Origin, problems
-from mutor.tasks.star_graph import StarGraph
+from mutor.tasks.star_graph import StarGraph, StarGraphConfig
+from mutor.tasks.task import Task
 from mutor.tasks.text import Text, TextConfig
 from mutor.training.run import RunEnvironment, run
 
@@ -142,6 +143,24 @@ def test_own_data_with_validation_choose_by_it(tmp_path, monkeypatch):
     task = Text(spec.task_config)
     assert [p.gold for p in task.problems["valid"]] == ["101", "102", "103"]
     assert [p.gold for p in task.problems["test"]][:2] == ["201", "202"]
+
+
+def test_the_test_problems_have_a_hash_of_their_own():
+    """The same for all that is scored on the same problems in the same order, whatever it was trained on."""
+
+    def hashes(**options):
+        task = Text(TextConfig(source="generated", tokens="standin", **{"train_size": 50, "test_size": 40, **options}))
+        return task.data_hash(), task.test_data_hash()
+
+    found = [hashes(corpus="gsm8k"), hashes(corpus="1m-gsm"), hashes(corpus="1m-gsm-extra", train_size=70)]
+    assert len({data for data, _ in found}) == 3 and len({test for _, test in found}) == 1
+    others = {hashes(corpus="1m-gsm", test_size=41)[1], hashes(corpus="1m-math")[1], found[0][1]}
+    assert len(others) == 3
+    graphs = [StarGraphConfig(2, 3, 9, test_size=8, reverse=reverse, valid_size=n) for reverse, n in ((0, 5), (1, 6))]
+    one, other = (StarGraph(config) for config in graphs)
+    assert one.test_data_hash() == other.test_data_hash() and one.data_hash() != other.data_hash()
+    assert StarGraph(replace(graphs[0], data_seed=1)).test_data_hash() != one.test_data_hash()
+    assert Task.test_data_hash(one) != Task.test_data_hash(other)  # a task's by default: of its examples
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ task.evaluate(model, method, Context(), "test", batch_size=100)
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +156,11 @@ class Images(Task):
     def data_hash(self) -> str:
         """A hash of all codes and labels."""
         return self.assets.data_hash()
+
+    def test_data_hash(self) -> str:
+        """A hash of the held-out images that the loss is of, and of the classes and the noise that are drawn from."""
+        drawn = [self.config.sample_seed, self.classes("test").tolist()]
+        return hashlib.sha256(repr([super().test_data_hash(), drawn]).encode()).hexdigest()[:16]
 
 
 def save_grid(images: Tensor, labels: Tensor, file: Path, shown: int = 10) -> None:

@@ -258,6 +258,11 @@ class Text(Task):
                 digest.update(json.dumps([problem.prompt, problem.answer, problem.gold]).encode())
         return digest.hexdigest()[:16]
 
+    def test_data_hash(self) -> str:
+        """A hash of prompts and right answers, whichever tokens they are read as and whatever was learned from."""
+        asked = [[problem.prompt, problem.gold] for problem in self.problems["test"]]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
 
 def _without_marks(answer: str) -> str:
     import re

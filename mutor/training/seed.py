@@ -246,6 +246,7 @@ class SeedRun:
             "finished": _now(),
             "train_data_name": self.task.describe(self.spec.task_config),
             "data_hash": self.task.data_hash(),
+            "test_data_hash": self.task.test_data_hash(),
             "code": self.code,
             **provenance.provenance(self.env.root),
         }
