@@ -25,7 +25,7 @@ def teacher_forced_scores(
         part = examples[start : start + batch_size]
         rows = collate([Example(ids, prefix) for ids, prefix in part], context.pad_id)
         layout = method.eval_layout(rows, context).to(model.device)
-        mask = attention_mask(layout, model.config._attn_implementation, model.dtype)
+        mask = attention_mask(layout, model.config.get_text_config(), model.dtype)
         logits = model(
             input_ids=layout.ids, position_ids=layout.position, attention_mask=mask, use_cache=False
         ).logits.float()
