@@ -60,7 +60,7 @@ class Backbone(ModelFacts):
         self.width = int(self.config.hidden_size)
         self.initialise = initialise
         self.added: nn.Module | None = None  # what the method added
-        self._trained: list[nn.Parameter] = []  # of it, what is not frozen
+        self._trained: set[str] = set()  # of it, the names of parameters that are not frozen
         self._rows: nn.Embedding | None = None
         self._outputs: list[nn.Module] = []
         self.meta = self.embedding.weight.device.type == "meta"
@@ -165,7 +165,7 @@ class Backbone(ModelFacts):
             raise ValueError(f"a method is already attached to this {self.name}; load the model again")
         weight = self.embedding.weight
         self.added = adapters.kept(module.to(device=weight.device, dtype=weight.dtype))
-        self._trained = [p for p in self.added.parameters() if p.requires_grad]
+        self._trained = {name for name, p in self.added.named_parameters() if p.requires_grad}
         self.model.add_module(EXTRA, self.added)
         return module
 
@@ -176,12 +176,15 @@ class Backbone(ModelFacts):
                 f"{self.name}: its input embeddings were wrapped or replaced after attach, so that registers would be "
                 "read as tokens; load the model again and attach afterwards"
             )
-        if self.added is not None and adapters.reached(self.added):
+        if self.added is None:
+            return
+        if adapters.reached(self.added):
             raise ValueError(
                 f"{self.name}: peft reached into what the method added ({EXTRA}), which is trained and saved anyway; "
                 "load the model again and attach after get_peft_model"
             )
-        if torch.is_grad_enabled() and not all(p.requires_grad for p in self._trained):
+        frozen = {name for name, p in self.added.named_parameters() if not p.requires_grad}
+        if torch.is_grad_enabled() and frozen & self._trained:
             raise ValueError(
                 f"{self.name}: what the method added ({EXTRA}) was frozen after attach and would not be trained; set "
                 "its requires_grad"

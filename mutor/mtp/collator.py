@@ -11,14 +11,14 @@ epoch read it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from mutor.mtp.layout import IGNORE, Example, collate
@@ -88,7 +88,7 @@ class Collator(TrainerCallback):
         """Refuse data of which no answer is long enough; the first epoch is the resumed one, if there is one."""
         self._begun = False
         dataset = getattr(train_dataloader, "dataset", None)
-        if isinstance(dataset, Dataset | Sequence) and not isinstance(dataset, IterableDataset):
+        if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset):
             self.method.check_answers(_answers(dataset))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
