@@ -351,20 +351,24 @@ def test_evaluation_is_next_token_predictions_own(tiny, tmp_path):
 
 
 def test_new_tokens_are_tokens_and_registers_stay_registers(tiny, tools):
-    """resize_token_embeddings after attach: as if attached afterwards, in both paths."""
+    """resize_token_embeddings after attach: as if attached afterwards, in both paths; tokens as of a plain model."""
     data = [{"input_ids": [60, 61, 62, 5, 61, 9, 62, 7], "prefix_length": 3, "index": 4}]
-    losses = []
-    for when in ("before", "after"):
+    losses, tokens = [], []
+    for when in ("never", "before", "after"):
         model, mutor = tiny("llama"), MuToR.of(d_max=3)
-        if when == "before":
+        if when != "after":
             model.resize_token_embeddings(64, mean_resizing=False)
-        tools.attach(mutor, model)
+        if when != "never":
+            tools.attach(mutor, model)
         if when == "after":
             model.resize_token_embeddings(64, mean_resizing=False)
         with torch.no_grad():
             for table in (model.get_input_embeddings(), model.get_output_embeddings()):
                 table.weight[61:] = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
-        model.train()
+        tokens.append(model.train()(torch.tensor([data[0]["input_ids"]])).logits.detach())
+        tools.close(tokens[-1], tokens[0])
+        if when == "never":
+            continue
         inputs = collator_of(mutor)(data)
         assert inputs["input_ids"].max() == 64 == mutor.trunk.vocabulary
         labels = inputs.pop("labels")
