@@ -270,6 +270,7 @@ class SeedRun:
             "train_data_name": self.task.describe(self.spec.task_config),
             "data_hash": self.task.data_hash(),
             "test_data_hash": self.task.test_data_hash(),
+            "chosen_on": self.task.chosen_on(self.spec.task_config),
         }
 
 
