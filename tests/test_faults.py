@@ -25,6 +25,7 @@ from mutor.results.drawings import collect_runs
 from mutor.results.flops import training_flops
 from mutor.results.published import read_reported
 from mutor.results.render import markdown
+from mutor.tasks.star_graph import StarGraph
 from mutor.training import seed as seed_module
 from mutor.training.run import RunEnvironment, run
 from mutor.training.trainer import MethodTrainer, last_checkpoint
@@ -105,7 +106,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(spec, whole, in_
     assert sorted(p.name for p in checkpoints.iterdir()) == ["checkpoint-12", "checkpoint-8"]
     harm(checkpoints / "checkpoint-12" / name)
     said = []
-    assert last_checkpoint(checkpoints, said.append).name == "checkpoint-8"
+    assert last_checkpoint(checkpoints, whole[1]["data_hash"], said.append).name == "checkpoint-8"
     (line,) = said
     assert line.startswith("checkpoint-12 is not used: ") and (name in line or (name, harm) == (MANIFEST, flip))
     if name == "optimizer.pt":  # whatever is wrong, the run goes on in the same way
@@ -119,6 +120,19 @@ def test_without_a_whole_checkpoint_the_run_starts_again(spec, whole, in_trainin
         cut(records.seed_folder(runs, spec, 7) / "checkpoints" / name / "optimizer.pt")
     assert finished_like(runs, spec, whole[1])["resumed"] is False
     assert capsys.readouterr().out.count("is not used: optimizer.pt has") == 2
+
+
+def test_run_does_not_go_on_with_other_data(spec, whole, in_training, tmp_path, monkeypatch, capsys):
+    """A file of data that was edited after a kill: neither its checkpoints nor its model are of these data."""
+    runs = copied(in_training, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(StarGraph, "data_hash", lambda self: "0")
+        kill(patch, seed_module.SeedRun, "score", lambda self, _: self.spec == spec)
+        with pytest.raises(Killed):
+            run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=runs))
+    assert capsys.readouterr().out.count(f"was trained on other data (hash {whole[1]['data_hash']}, now 0)") == 2
+    assert finished_like(runs, spec, whole[1])["resumed"] is False
+    assert "last/ was trained on other data (hash 0, now " in capsys.readouterr().out
 
 
 def test_run_that_goes_on_under_other_code_says_so_and_is_stale(spec, in_training, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ class SeedRun:
         method_class: type[Method] = load(METHODS, spec.method, "method")
         self.method = method_class(spec.method_config, per_sequence=spec.recipe.loss_mean == "sequence")
         # read before training, in which a file may be edited
-        self.made_by = provenance.made_by(env.root, spec.as_dict())
+        self.made_by = {"data_hash": task.data_hash(), **provenance.made_by(env.root, spec.as_dict())}
         self.trainer: MethodTrainer | None = None
         self._best = float("-inf")
 
@@ -77,18 +77,24 @@ class SeedRun:
         write_json(self.folder / "metrics.json", record)
 
     def _trained_before(self) -> bool:
-        """Whether training has ended and its models are as they were saved. Damaged ones are named, and all deleted."""
+        """Whether training has ended, on these data, and its models are as they were saved.
+
+        What is wrong is named, and all models are deleted.
+        """
         models = [part for part in records.models(self.folder) if part.name != "checkpoints"]
         if not is_main() or self.folder / "last" not in models:
             return False
-        for part in models:
-            wrong = damage(part)
-            if wrong:
-                self.print_line(f"{part.name}/ is damaged: {wrong}; the run starts again")
-                for model in models:
-                    remove_folder(model)
-                return False
-        return True
+        found = {f"{part.name}/ is damaged": damage(part) for part in models}
+        wrong = next((f"{part}: {what}" for part, what in found.items() if what), None)
+        if wrong is None:
+            was = json.loads((self.folder / "last/training.json").read_text())["made_by"][-1]["data_hash"]
+            if was == self.made_by["data_hash"]:
+                return True
+            wrong = f"last/ was trained on other data (hash {was}, now {self.made_by['data_hash']})"
+        self.print_line(f"{wrong}; the run starts again")
+        for model in models:
+            remove_folder(model)
+        return False
 
     def train(self) -> None:
         """Train to the end and save last/, and on the way best/ and what the recipe keeps.
@@ -268,7 +274,6 @@ class SeedRun:
             "processes": processes(),
             "finished": _now(),
             "train_data_name": self.task.describe(self.spec.task_config),
-            "data_hash": self.task.data_hash(),
             "test_data_hash": self.task.test_data_hash(),
             "chosen_on": self.task.chosen_on(self.spec.task_config),
         }

@@ -205,7 +205,8 @@ class MethodTrainer(Trainer):
         Returns whether there was one.
         """
         folder = Path(str(self.args.output_dir))
-        checkpoint = agreed(last_checkpoint(folder, self.print_line) if is_main() else None)
+        data_hash = self.made_by[-1].get("data_hash")
+        checkpoint = agreed(last_checkpoint(folder, data_hash, self.print_line) if is_main() else None)
         if checkpoint:
             history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
             self._seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
@@ -310,13 +311,19 @@ def _flat(record: Layout | LossTargets) -> dict[str, Tensor]:
     return {f.name: getattr(record, f.name) for f in fields(record)}
 
 
-def last_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint in a folder that is whole; newer ones are removed, and `log` is told what is wrong."""
+def last_checkpoint(folder: Path, data_hash: str | None, log: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint in a folder that is whole, and of these data; newer ones are removed.
+
+    log: told what is wrong with each of them.
+    """
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
         wrong = damage(checkpoint)
         if wrong is None:
-            return checkpoint
+            was = json.loads((checkpoint / MADE_BY).read_text())[-1].get("data_hash")
+            if was == data_hash:
+                return checkpoint
+            wrong = f"it was trained on other data (hash {was}, now {data_hash})"
         log(f"{checkpoint.name} is not used: {wrong}")
         remove_folder(checkpoint)
     return None
