@@ -362,9 +362,15 @@ def test_stale_lists_runs_with_the_definitions_that_changed(tmp_path, capsys):
         "settings": {},
         "config_hash": "",
         "versions": {},
+        "curve": [],
+        "steps": 1,
+        "seconds_training": 1.0,
+        "trainable_parameters": 1,
+        "added_parameters": 0,
     }
     checkpoints = [{"names": ["best", "last"], "step": 1, "metrics": {}}]
     fresh = {**shown, "checkpoints": checkpoints, **record_of("mutor", base="next_token")}
+    fresh["config"] |= {"settings": {}, "recipe": {}}
     cases = {
         1: {}, 2: {"code": {**fresh["code"], "collate": "0", "lost": "1"}}, 3: {"code": {"mutor.mtp.layout": "0"}},
         4: {"code": {}}, 5: {"config": {**fresh["config"], "method": "mutr"}},

@@ -357,7 +357,14 @@ def test_a_run_on_star_graphs_needs_torch_transformers_and_numpy_alone():
             used |= {n.partition(".")[0] for n in names}
     assert len(modules) > 20
     brought = {"torch", "transformers", "accelerate", "numpy", "yaml", "mutor", "huggingface_hub", "safetensors"}
-    assert used - set(sys.stdlib_module_names) == brought
+    assert used - set(sys.stdlib_module_names) == brought | {"peft"}
+    script = (  # peft is asked for first, and done without
+        "import importlib.util as util, sys; real = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'peft' else real(name, *rest)\n"
+        "from mutor.mtp import adapters, collator, method, mutor\n"
+        "assert not adapters.PEFT and 'peft' not in sys.modules and adapters.base_model(3) == adapters.merged(3) == 3"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
 def test_answers_too_short_for_a_method_are_refused_before_it_trains(tmp_path):
