@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
+from mutor.tasks import mathematics
 from mutor.tasks.corpora import CORPORA, Origin, problems
 from mutor.tasks.formats import PUBLISHED
 from mutor.tasks.scoring import COMPARE, EXTRACT, after_hashes, boxed, letter, number, rouge, same_mathematics
@@ -119,6 +122,36 @@ def test_letter(text, answer):
 )  # fmt: skip
 def test_mathematics(ours, gold, equal):
     assert same_mathematics(ours, gold) is equal
+
+
+def test_comparisons_that_do_not_end_are_ended(impatient):
+    for endless in ("2^{2^{100}}", "9^{9^{9^{9}}}", "100000000!"):
+        with pytest.raises(TimeoutError, match=r"no result in 1 s"):
+            same_mathematics(endless, "12")
+    assert same_mathematics(r"\frac12", "0.5")  # by another process
+
+
+def test_mathematics_in_threads():
+    """Where alarms can't be set; each gets the answer to its own question."""
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(same_mathematics, [rf"\frac{{{i}}}{{2}}" for i in range(8)], ["1.5"] * 8))
+    assert found == [i == 3 for i in range(8)]
+
+
+def test_a_comparing_process_that_is_gone_is_replaced():
+    assert same_mathematics(r"\frac12", "0.5")
+    process, _ = mathematics._worker()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert same_mathematics(r"\frac12", "0.5") and mathematics._worker()[0].pid != process.pid
+
+
+def test_without_math_verify_no_answer_is_called_wrong(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('none here')")
+    monkeypatch.syspath_prepend(tmp_path)
+    mathematics._worker.cache_clear()
+    with pytest.raises(RuntimeError, match="the process that compares answers failed"):
+        same_mathematics(r"\frac12", "0.5")
 
 
 def answers_right(corpus, found, change=lambda problem: problem.answer):

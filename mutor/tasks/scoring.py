@@ -14,6 +14,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from mutor.tasks.mathematics import equal
+
 FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
 NUMBER = re.compile(
     r"(?P<sign>[-−]?)\$?\s*(?:(?P<whole>\d[\d,]*)\s+(?=\d+\s*/\s*\d))?"
@@ -101,15 +103,13 @@ def same_text(answer: str | None, gold: str) -> bool:
 
 
 def same_mathematics(answer: str | None, gold: str) -> bool:
-    """Normalised or symbolic equality of two LaTeX answers, by the package math-verify (as MATH500 is scored)."""
+    """Normalised or symbolic equality of two LaTeX answers, by the package math-verify (as MATH500 is scored).
+
+    Raises TimeoutError for a comparison that does not end.
+    """
     if answer is None:
         return False
-    if answer.strip() == gold.strip():
-        return True
-    from math_verify import parse, verify
-
-    ours, theirs = (parse(f"${x}$", parsing_timeout=None) for x in (answer, gold))
-    return bool(verify(theirs, ours, timeout_seconds=None))
+    return answer.strip() == gold.strip() or equal(answer, gold)
 
 
 def rouge(output: str, gold: str) -> dict[str, float]:
