@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -222,6 +222,17 @@ def flex_with_gradients(monkeypatch: Any) -> None:
     monkeypatch.setitem(ATTENTION, "flex_attention", with_gradients)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(transformers_flex, "WrappedFlexAttention", lambda training: lambda: torch_flex.flex_attention)
+
+
+@pytest.fixture
+def impatient(monkeypatch: Any) -> Iterator[None]:
+    """Answers that are not compared as mathematics within a second are given up."""
+    from mutor.tasks import mathematics
+
+    monkeypatch.setattr(mathematics, "SECONDS", 1)
+    mathematics._worker.cache_clear()
+    yield
+    mathematics._worker.cache_clear()
 
 
 @pytest.fixture(scope="session")

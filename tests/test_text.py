@@ -209,6 +209,28 @@ def test_gold_answers_score_full_marks(gsm8k):
     assert all(task.score(g, g) == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0} for g in golds)
 
 
+def test_answers_that_are_not_compared_in_time_are_wrong_counted_and_said(tiny, impatient):
+    task = Text(TextConfig(corpus="1m-math", valid_size=2, test_size=4, **STANDIN))
+    answers = {p.prompt: p.answer for p in task.problems["test"]}
+    endless = task.problems["test"][2].prompt
+    answers[endless] = r"\boxed{9^{9^{9^{9}}}}"
+
+    class Fixed(NextToken):
+        def answer(self, model, prompts):
+            texts = [answers[task.tokenizer.decode(ids, skip_special_tokens=True)] for ids in prompts.ids]
+            ids = [[*task.tokenizer(t, add_special_tokens=False)["input_ids"], prompts.end_id] for t in texts]
+            return torch.tensor([row + [task.pad_id] * (max(map(len, ids)) - len(row)) for row in ids])
+
+    lines: list[str] = []
+    model = tiny("llama", vocab_size=len(task.tokenizer), max_position_embeddings=512)
+    context = Context(pad_id=task.pad_id, prefix_lm=True)
+    metrics, scores = task.evaluate(model, Fixed(None), context, "test", 4, log=lines.append)
+    assert (metrics["accuracy"], metrics["out_of_time"]) == (75.0, 25.0)
+    assert scores["accuracy"].tolist() == [True, True, False, True]
+    assert scores["out_of_time"].tolist() == [False, False, True, False]
+    assert lines[-1] == "1 of 4 answers could not be compared in time and count as wrong"
+
+
 @pytest.mark.parametrize(
     ("size", "epochs", "steps"), [(7473, 5, 3735), (150_970, 5, 75_485), (167_050, 5, 83_525), (100, 0.5, 5)]
 )

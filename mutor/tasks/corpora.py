@@ -86,17 +86,17 @@ def problems(corpus: Corpus, split: str, origin: Origin, size: int | None = None
     dataset and revision, for what can't be read.
     """
     if split == "train":
-        found = list(_kept(corpus, corpus.train, origin))
+        found = list(_kept(corpus.train, origin, corpus.only))
         if corpus.more:
             have = {p.key for p in found}
             extra: list[Problem] = []
             wanted = round((corpus.more_than - 1) * len(found))
-            for problem in _kept(corpus, corpus.more, origin):
+            for problem in _kept(corpus.more, origin, corpus.only):
                 if len(extra) < wanted and problem.key not in have:
                     extra.append(problem)
             found += extra
     else:
-        found = list(_kept(corpus, corpus.valid if split == "valid" and corpus.valid else corpus.test, origin))
+        found = list(_kept(corpus.valid if split == "valid" and corpus.valid else corpus.test, origin))
     if corpus.shuffled and split == "train":
         import numpy as np
 
@@ -105,14 +105,14 @@ def problems(corpus: Corpus, split: str, origin: Origin, size: int | None = None
     return found[:limit]
 
 
-def _kept(corpus: Corpus, where: tuple[str, str], origin: Origin) -> Iterable[Problem]:
+def _kept(where: tuple[str, str], origin: Origin, only: tuple[str, ...] = ()) -> Iterable[Problem]:
+    """Problems of a dataset's split; only: of rows with one of these as problem_source, which each row must have."""
     name, split = where
     published = PUBLISHED[name]
     for line, row in _rows(name, split, origin):
-        if corpus.only and row.get("problem_source", corpus.only[0]) not in corpus.only:
-            continue
         try:
-            yield from published.read(row)
+            if not only or row["problem_source"] in only:
+                yield from published.read(row)
         except KeyError as error:
             raise ValueError(f"{line}: field {error} is missing") from None
         except (ValueError, TypeError) as error:

@@ -50,7 +50,7 @@ def math500(row: Row) -> list[Problem]:
 
 def aqua(row: Row) -> list[Problem]:
     """deepmind/aqua_rat: question, options (one a line), rationale, correct letter."""
-    if row["correct"] not in "ABCDE" or len(row["options"]) != 5:
+    if row["correct"] not in list("ABCDE") or len(row["options"]) != 5:
         raise ValueError(f"correct is {row['correct']!r} of {len(row['options'])} options, allowed: A to E of five")
     asked = "\n".join([row["question"], *row["options"]])
     return [_question(asked, f"{row['rationale']}\nThe answer is {row['correct']}", row["correct"])]
@@ -64,6 +64,9 @@ def dialogue(row: Row) -> list[Problem]:
 
 def pair(row: Row) -> list[Problem]:
     """A user's own row: prompt and answer, joined by a space; gold, where the answer is more than what is scored."""
+    for name in ("prompt", "answer", "gold"):
+        if name in row and not isinstance(row[name], str):
+            raise ValueError(f"field {name!r} is {row[name]!r}; allowed: a text")
     space = "" if row["prompt"][-1:].isspace() else " "
     return [Problem(row["prompt"], space + row["answer"].strip(), row.get("gold", row["answer"].strip()))]
 

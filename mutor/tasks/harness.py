@@ -71,8 +71,9 @@ def evaluate(
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """The method's answers to all problems, and their scores.
 
-    score: (output, gold) -> metrics of one problem; cache: file that keeps answers as they come, so that a killed
-    evaluation goes on where it was. Returns (outputs, metric -> float [N]), in the order of `problems`.
+    score: (output, gold) -> metrics of one problem, instead of lm-eval's own filters and metrics; cache: file that
+    keeps answers as they come, so that a killed evaluation goes on where it was. Returns (outputs, metric -> float
+    [N]), in the order of `problems`.
     """
     from datasets import Dataset
     from lm_eval.api.model import CachingLM

@@ -158,11 +158,18 @@ class Text(Task):
         ]
 
     def score(self, output: str, gold: str) -> dict[str, float]:
-        """Metrics of one answer: right (1) or wrong (0), or ROUGE F-measures, each 0 to 1."""
+        """Metrics of one answer: right (1) or wrong (0), or ROUGE F-measures, each 0 to 1.
+
+        With mathematics also `out_of_time`: 1 where the comparison did not end, which counts as wrong.
+        """
         if self.corpus.compare == "rouge":
             return rouge(output, gold)
         answer = EXTRACT[self.corpus.extract](output)
-        return {"accuracy": float(COMPARE[self.corpus.compare](answer, gold))}
+        ended = {"out_of_time": 0.0} if self.corpus.compare == "mathematics" else {}
+        try:
+            return {"accuracy": float(COMPARE[self.corpus.compare](answer, gold)), **ended}
+        except TimeoutError:
+            return {"accuracy": 0.0, "out_of_time": 1.0}
 
     def evaluate(
         self,
@@ -197,13 +204,16 @@ class Text(Task):
             cache=cache,
             log=log,
         )
+        late = int(sum(scores.get("out_of_time", ())))
+        if late and log:
+            log(f"{late} of {len(found)} answers could not be compared in time and count as wrong")
         metrics = {name: 100 * float(values.mean()) for name, values in scores.items()}
         _, metrics["loss"] = teacher_forced_scores(model, method, context, self.examples(split), batch_size)
         if predictions_file:
             self._write_predictions(predictions_file, found, outputs, scores[self.selection_metric])
             for file in predictions_file.parent.glob(f"{predictions_file.stem}.answers*"):
                 file.unlink()
-        return metrics, {name: v.astype(bool) if name == "accuracy" else v for name, v in scores.items()}
+        return metrics, scores if self.corpus.compare == "rouge" else {k: v.astype(bool) for k, v in scores.items()}
 
     def _new_tokens(self, room: int) -> int:
         """Longest answer: `new_tokens`, or what is left of the model's positions behind the longest prompt."""
