@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class TeacherlessConfig:
     """No settings."""
 
-    fixed_length: ClassVar[bool] = True  # as many dummies as the answer has tokens
+    fixed_length: ClassVar[bool] = True  # as many dummies as the longest answer has tokens
 
 
 class Teacherless(Method):

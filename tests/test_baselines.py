@@ -80,8 +80,12 @@ def test_teacherless_answers_in_one_pass(tiny, tools, family, prefix_lm):
     method.attach(model)
     ids = torch.tensor(prefix)
     got = method.answer(model, Prompts(ids, torch.ones_like(ids), length, pad_id=6, prefix_lm=prefix_lm))
+    end = int(got[0, 2])
+    ended = method.answer(model, Prompts(ids, torch.ones_like(ids), length, end, pad_id=6, prefix_lm=prefix_lm))
     losses = []
-    for line, answer in zip(prefix, got.tolist(), strict=True):
+    for line, answer, short in zip(prefix, got.tolist(), ended.tolist(), strict=True):
+        stop = answer.index(end) + 1 if end in answer else length
+        assert short == answer[:stop] + [6] * (length - stop)
         logits = tools.plain_logits(model, line + [6] * (length - 1), 4, prefix_lm)[3:]
         assert logits.argmax(-1).tolist() == answer
         padded = torch.tensor([[5, 5, *line]])

@@ -105,6 +105,9 @@ def test_moving_a_definition_or_a_file_does_not_count(project, tmp_path):
     header += "from mutor.mtp.loss import cross_entropy\n\n\n"
     (project / "mutor/mtp/heads.py").write_text(header + cut(project, LOSS, "head_loss"))
     edit(project, METHOD, "from mutor.mtp.loss import head_loss", "from mutor.mtp.heads import head_loss")
+    moved = "from mutor.mtp.heads import head_loss\nfrom mutor.mtp.loss import LossTargets, cross_entropy\n"
+    forced = "mutor/mtp/teacher_forcing.py"
+    edit(project, forced, "from mutor.mtp.loss import LossTargets, cross_entropy, head_loss\n", moved)
     (project / LAYOUT).rename(project / "mutor/rows.py")
     for file in (*project.glob("mutor/**/*.py"), *project.glob("baselines/*.py")):
         file.write_text(file.read_text().replace("mutor.mtp.layout", "mutor.rows"))

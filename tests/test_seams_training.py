@@ -22,7 +22,7 @@ from mutor.checks import from_mapping, setting
 from mutor.config.load import load_scale
 from mutor.config.recipe import Recipe
 from mutor.config.runs import make_spec
-from mutor.mtp.decode import Prompts, decode, decode_in_one_pass
+from mutor.mtp.decode import Prompts, decode
 from mutor.mtp.layout import IGNORE, Example, collate, targets_ahead
 from mutor.mtp.method import Context, Method
 from mutor.registry import METHODS, TASKS, register
@@ -328,5 +328,3 @@ def test_prompts_that_can_not_be_answered_so_are_refused(tiny):
     for prompts in (Prompts(ids, padded, 2, compiled=True), Prompts(ids, ids * 0 + 1, 2, end_id=4, compiled=True)):
         with pytest.raises(ValueError, match="compiled: not with padding or an end token"):
             decode(tiny(), prompts)
-    with pytest.raises(ValueError, match="end_id: 4 has no meaning in one pass"):
-        decode_in_one_pass(tiny(), Prompts(ids, ids * 0 + 1, 2, end_id=4))

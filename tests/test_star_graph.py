@@ -198,20 +198,22 @@ class Oracle(NextToken):
         return torch.from_numpy(out)
 
 
-class Indifferent(torch.nn.Module):
-    """A model to which all tokens are alike."""
+@pytest.fixture
+def indifferent(tiny):
+    """From the number of tokens to a model to which all are alike."""
 
-    device, dtype = torch.device("cpu"), torch.float32
-    config = type("Config", (), {"_attn_implementation": "sdpa"})
+    def make(vocabulary):
+        model = tiny(vocab_size=vocabulary)
+        torch.nn.init.zeros_(model.lm_head.weight)
+        return model
 
-    def forward(self, input_ids, **kwargs):
-        return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 12 + 4)})
+    return make
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("right", 100, 100), ("cheat", 29, 38), ("last", 0, 0)])
-def test_scores_of_known_answerers(kind, low, high):
+def test_scores_of_known_answerers(indifferent, kind, low, high):
     task = StarGraph(StarGraphConfig(3, 3, 12, test_size=1500))
-    metrics, scores = task.evaluate(Indifferent(), Oracle(task, kind), Context(), "test", 400)
+    metrics, scores = task.evaluate(indifferent(16), Oracle(task, kind), Context(), "test", 400)
     assert low <= metrics["solve_rate"] <= high and metrics["solve_rate"] == 100 * scores["solve_rate"].mean()
     assert metrics["chance"] == pytest.approx(100 / 3)
     assert metrics["accuracy_at_1"] == 100
@@ -222,20 +224,133 @@ def test_scores_of_known_answerers(kind, low, high):
         assert metrics["first_step_accuracy"] == metrics["solve_rate"]
 
 
+@pytest.mark.parametrize("options", [{"reverse": True}, {"direction": "backward"}, {}], ids=str)
+def test_first_step_is_the_node_behind_the_start(indifferent, options):
+    """Of a path of five that begins at the goal, the last but one; errors elsewhere do not count."""
+    task = StarGraph(StarGraphConfig(2, 5, 12, test_size=60, **options))
+    start = 4 if options else 0  # where the start stands in an answer
+    paths = task.splits["test"].path
+    for wrong in range(5):
+
+        class Errs(Oracle):
+            """At one position."""
+
+            def answer(self, model, prompts, wrong=wrong):
+                out = super().answer(model, prompts)
+                out[:, wrong] = task.pad_id
+                return out
+
+        answers = np.stack([ids[prefix:] for ids, prefix in task.examples("test")])
+        assert (answers[:, start] == paths[:, 0]).all()
+        metrics, scores = task.evaluate(indifferent(16), Errs(task, "right"), Context(), "test", 40)
+        assert metrics["solve_rate"] == 0
+        assert metrics["first_step_accuracy"] == (0 if abs(wrong - start) == 1 else 100)
+        assert scores["first_step_accuracy"].shape == (60,)
+        found = [metrics[f"accuracy_at_{i + 1}"] for i in range(5)]
+        assert found == [0 if i == wrong else 100 for i in range(5)]
+
+
+class Bytes:
+    """A tokenizer of bytes, so that a label has one token or two; 0 pads, 1 ends."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        read = [list(t.encode()) for t in ([text] if isinstance(text, str) else text)]
+        return {"input_ids": read[0] if isinstance(text, str) else read}
+
+    def decode(self, ids):
+        return bytes(ids).decode()
+
+
+def words(**options):
+    """A task of twenty labels, read and written as bytes."""
+    return StarGraph(StarGraphConfig(2, 3, 20, tokens="model", test_size=50, valid_size=10, **options), Bytes())
+
+
 def test_words_of_another_tokenizer_are_read_as_labels():
-    class Bytes:
-        pad_token_id = 0
-
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": list(text.encode())}
-
-        def decode(self, ids):
-            return bytes(ids).decode()
-
-    task = StarGraph(StarGraphConfig(2, 3, 20, tokens="model", test_size=50, valid_size=10), Bytes())
+    task = words()
     (ids, prefix) = task.encode(task.splits["test"][:1])[0]
-    assert bytes(ids.tolist()).decode() == write_line(task.splits["test"].edges[0], task.splits["test"].path[0])
+    assert bytes(ids[:-1].tolist()).decode() == write_line(task.splits["test"].edges[0], task.splits["test"].path[0])
     assert ids[prefix - 1] == ord("=")
     assert task._labels(list(b"12,3,x,4"), 3) == [12, 3, -1]
+    assert task._labels(list(b"12,3\x01,4"), 3) == [12, 3, -1]  # what stands behind the end is no answer
+    assert task._labels(list(b"20," + b"9" * 20 + ",²".encode()), 3) == [-1, -1, -1]  # numbers that are no labels
     with pytest.raises(ValueError, match="tokenizer"):
         StarGraph(StarGraphConfig(2, 3, 20, tokens="model"))
+
+
+def test_an_end_is_trained_where_labels_differ_in_tokens():
+    task = words()
+    examples = task.train(0).examples(np.arange(200)) + task.examples("test")
+    assert task.end_id == 1 and all((ids == 1).tolist() == [False] * (len(ids) - 1) + [True] for ids, _ in examples)
+    assert len({len(ids) - prefix for ids, prefix in examples}) > 1
+    digits = StarGraph(StarGraphConfig(2, 3, 10, tokens="model", test_size=50, valid_size=10), Bytes())
+    assert digits.end_id is None and {len(ids) - prefix for ids, prefix in digits.examples("test")} == {5}
+    assert all(1 not in ids for ids, _ in digits.examples("test"))
+    assert StarGraph(StarGraphConfig(2, 3, 20)).end_id is None
+
+    class Merges(Bytes):
+        def __call__(self, text, add_special_tokens):
+            return super().__call__([t.replace(",1", "&") for t in text], add_special_tokens)
+
+    assert StarGraph(digits.config, Merges()).end_id == 1
+
+    class Endless(Bytes):
+        eos_token_id = None
+
+    with pytest.raises(ValueError, match="answers differ in length and the model's tokenizer has no end token"):
+        StarGraph(task.config, Endless())
+
+
+class GoesOn(NextToken):
+    """Answers right, or with all but the end, and goes on with a digit as long as it may."""
+
+    def __init__(self, task, ends):
+        super().__init__(None)
+        self.ends, self.lengths = ends, set()
+        self.answers = {tuple(ids[:p]): ids[p:].tolist() for ids, p in task.examples("test")}
+
+    def answer(self, model, prompts):
+        self.lengths.add(prompts.length)
+        out = [self.answers[tuple(row)] for row in prompts.ids.tolist()]
+        if not self.ends:
+            out = [[i for i in row if i != 1] for row in out]
+        return torch.tensor([(row + [ord("7")] * prompts.length)[: prompts.length] for row in out])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_score_does_not_depend_on_the_batch(indifferent, ends, reverse):
+    """A model that is right, and goes on with a digit until it is stopped, in batches of different sizes."""
+    task = words(reverse=reverse)
+    model, rates = indifferent(128), []
+    for size in (1, 3, 50):
+        method = GoesOn(task, ends)
+        metrics, scores = task.evaluate(model, method, Context(), "test", size)
+        assert method.lengths == {max(len(ids) - prefix for ids, prefix in task.examples("test"))}
+        rates.append((metrics, scores["solve_rate"].tolist()))
+    assert rates[0][1] == rates[1][1] == rates[2][1]
+    assert rates[0][0]["solve_rate"] == (100 if ends else 0)
+    assert rates[0][0]["first_step_accuracy"] == 100
+    assert rates[0][0]["accuracy_at_1"] == 100 and "forced_accuracy_at_1" not in rates[0][0]
+
+
+def test_a_model_that_ends_its_answers_is_stopped(tiny):
+    """By what the method is asked for: the same labels in batches of all sizes, and nothing behind an end."""
+    task, seen = words(), []
+
+    class Watched(NextToken):
+        def answer(self, model, prompts):
+            seen.append(prompts)
+            answers = super().answer(model, prompts)
+            assert all(set(row[row.index(1) + 1 :]) <= {0} for row in answers.tolist() if 1 in row)
+            return answers
+
+    model = tiny("llama", vocab_size=128, seed=4)
+    with torch.no_grad():
+        model.lm_head.weight[[i for i in range(128) if i not in (1, *b"0123456789,")]] = 0
+    found = [task._answered(model, Watched(None), Context(), task.examples("test"), size) for size in (1, 4, 50)]
+    assert (found[0] == found[1]).all() and (found[0] == found[2]).all() and (found[0] >= 0).any()
+    assert {prompts.end_id for prompts in seen} == {1} and len({prompts.ids.shape[1] for prompts in seen}) > 1

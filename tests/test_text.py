@@ -84,16 +84,80 @@ def test_long_examples_are_dropped_and_counted():
 
 
 def test_what_does_not_fit_the_model_is_refused_before_training(tiny):
-    task = Text(TextConfig(corpus="gsm8k", train_size=50, test_size=20, **STANDIN))
+    task = Text(TextConfig(corpus="gsm8k", train_size=50, test_size=20, new_tokens=200, **STANDIN))
     task.train(0)
-    with pytest.raises(ValueError, match=r"max_tokens: training examples have up to \d+ tokens; allowed: 64"):
+    with pytest.raises(ValueError, match=r"max_tokens: .* right answers have up to \d+ tokens; allowed: 64"):
         task.prepare(tiny("llama", max_position_embeddings=64))
-    task.longest = 10
-    with pytest.raises(ValueError, match=r"a prompt has \d+ tokens; allowed: below 64"):
+    task.longest = 10  # then those of the held-out problems are
+    with pytest.raises(ValueError, match=r"max_tokens: .* right answers have up to \d+ tokens; allowed: 64"):
         task.prepare(tiny("llama", max_position_embeddings=64))
-    model = tiny("llama", max_position_embeddings=512, eos_token_id=None)
-    task.prepare(model)
+    short = Text(TextConfig(corpus="gsm8k", train_size=50, test_size=20, new_tokens=500, **STANDIN))
+    short.train(0)
+    with pytest.raises(ValueError, match=r"new_tokens: 500, and the shortest valid prompt has \d+ .*; allowed: 512"):
+        short.prepare(tiny("llama", max_position_embeddings=512))
+    model, told = tiny("llama", max_position_embeddings=512, eos_token_id=None), []
+    task.prepare(model, told.append)
     assert model.config.eos_token_id == model.generation_config.eos_token_id == task.tokenizer.eos_token_id
+    assert told == []
+    with pytest.raises(ValueError, match="max_tokens: all 20 test prompts have 9 tokens or more"):
+        Text(TextConfig(corpus="gsm8k", test_size=20, max_tokens=9, **STANDIN)).examples("test")
+
+
+def test_prompts_without_room_for_an_answer_count_as_wrong(tiny, tmp_path):
+    """They are not asked, and said; all others may answer as long as ever."""
+    task = Text(TextConfig(corpus="gsm8k", train_size=50, valid_size=8, test_size=30, new_tokens=200, **STANDIN))
+    task.train(0)
+    lengths = np.array([prefix for _, prefix in task.examples("test")])
+    room = 200 + int(np.sort(lengths)[20])
+    fits, told = lengths + 200 <= room, []
+    assert 0 < fits.sum() < 30
+    model = tiny("llama", vocab_size=len(task.tokenizer), max_position_embeddings=room)
+    task.prepare(model, told.append)
+    line = f"{30 - fits.sum()} of 30 test prompts leave no room for 200 new tokens in the model's {room} positions"
+    assert any(said.startswith(line) for said in told)
+    asked = []
+
+    class Knows(NextToken):
+        """The right answers."""
+
+        def answer(self, model, prompts):
+            out = torch.full((len(prompts.ids), prompts.length), prompts.end_id)
+            for row, ids, attended in zip(out, prompts.ids, prompts.attended, strict=True):
+                asked.append((int(attended.sum()), prompts.length))
+                key = task.tokenizer.decode(ids[attended.bool()], skip_special_tokens=True)
+                (gold,) = [p.gold for p in task.problems["test"] if p.prompt == key]
+                found = task.tokenizer(f"#### {gold}", add_special_tokens=False)["input_ids"]
+                row[: len(found)] = torch.tensor(found)
+            return out
+
+    told.clear()
+    context = Context(pad_id=task.pad_id, prefix_lm=True)
+    metrics, scores = task.evaluate(model, Knows(None), context, "test", 7, tmp_path / "predictions.jsonl", told.append)
+    assert sorted(asked) == sorted((n, 200) for n in lengths[fits])
+    assert scores["accuracy"].tolist() == fits.tolist() and metrics["accuracy"] == pytest.approx(100 * fits.mean())
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [bool(line["output"]) for line in lines] == fits.tolist() and told[0].startswith(line)
+
+
+def test_losses_of_right_answers_stop_at_max_tokens(tiny, tools):
+    """A problem that is longer counts up to there, a prompt as long as that not at all; a loop says the same."""
+    options = {"corpus": "gsm8k", "train_size": 50, "valid_size": 8, "test_size": 12, "new_tokens": 4, **STANDIN}
+    whole = Text(TextConfig(**options)).examples("test")
+    most = int(np.median([prefix for _, prefix in whole])) + 8
+    task = Text(TextConfig(max_tokens=most, **options))
+    task.longest = most  # as if it had been trained on
+    model, told, losses = tiny("llama", vocab_size=len(task.tokenizer), max_position_embeddings=512), [], []
+    with torch.no_grad():
+        for ids, prefix in whole:
+            logits = tools.plain_logits(model, ids[:most].tolist(), prefix, False)
+            for at in range(prefix, min(most, len(ids))):
+                losses.append(-torch.log_softmax(logits[at - 1], -1)[ids[at]])
+    task.prepare(model, told.append)
+    metrics, scores = task.evaluate(model, NextToken(None), Context(pad_id=task.pad_id), "test", 5)
+    assert metrics["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    cut = sum(len(ids) > most for ids, _ in whole)
+    assert len(scores["accuracy"]) == 12 and cut > 0 and any(prefix >= most for _, prefix in whole)
+    assert f"of {cut} of 12 test problems the loss is that of the first {most} tokens" in told
 
 
 def test_calculator_marks_are_kept_or_stripped(tmp_path):

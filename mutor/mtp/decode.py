@@ -87,10 +87,8 @@ def decode(model: Any, prompts: Prompts) -> Tensor:
 def decode_in_one_pass(model: Any, prompts: Prompts) -> Tensor:
     """int64 [B, length]: chosen behind the prompt and behind each of length - 1 dummies (`pad_id`), in one forward.
 
-    Raises ValueError where answers end by a token: how many dummies there are is how long an answer is.
+    A dummy sees none behind it, so an answer does not depend on how many stand behind its end.
     """
-    if prompts.end_id is not None:
-        raise ValueError(f"end_id: {prompts.end_id} has no meaning in one pass; allowed: answers of one length")
     (batch, start), more = prompts.ids.shape, prompts.length - 1
     ids = torch.cat([prompts.ids, prompts.ids.new_full((batch, more), prompts.pad_id)], dim=1)
     attended = torch.cat([prompts.attended, prompts.attended.new_ones(batch, more)], dim=1)
@@ -100,4 +98,8 @@ def decode_in_one_pass(model: Any, prompts: Prompts) -> Tensor:
     mask = attention_mask(layout, model.config._attn_implementation, model.dtype)
     logits = model(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False).logits
     behind = logits[:, start - 1 :].float()
-    return torch.stack([prompts.choose(behind[:, step], step) for step in range(prompts.length)], dim=1)
+    out = torch.stack([prompts.choose(behind[:, step], step) for step in range(prompts.length)], dim=1)
+    if prompts.end_id is None:
+        return out
+    ends = (out == prompts.end_id).long()
+    return out.masked_fill(ends.cumsum(1) > ends, prompts.pad_id)  # an end stands before it

@@ -5,12 +5,14 @@
 
 Bachmann and Nagarajan, arXiv 2403.06963. For models from scratch every label and each of | / = is one token and
 commas are dropped (27 prefix and 5 answer tokens for G(2, 5)); pretrained models read the line with their own
-tokenizer.
+tokenizer. Where it takes as many tokens for each label (GPT-2: one), all answers are equally long and nothing ends
+them, as in the published code. Else (Gemma: one or two) its end token is trained behind the answer and ends it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,7 +50,11 @@ class StarGraphConfig:
     test_size: int = setting(2000, doc="graphs scored at the end", low=1)
     train_file: str | None = setting(None, doc="training graphs from a file in the published format")
     test_file: str | None = setting(None, doc="test graphs from a file in the published format")
-    tokens: str = setting("labels", doc="one token a label, or the model's own tokenizer", choices=("labels", "model"))
+    tokens: str = setting(
+        "labels",
+        doc="one token a label, or the model's own tokenizer, with an end token unless all labels take as many tokens",
+        choices=("labels", "model"),
+    )
     data_seed: int = setting(0, doc="seed of the validation and test graphs", low=0)
 
     @property
@@ -81,6 +87,7 @@ class StarGraph(Task):
     Config = StarGraphConfig
     config: StarGraphConfig
     selection_metric = "solve_rate"
+    end_id: int | None = None  # what ends an answer
 
     def __init__(self, config: StarGraphConfig, tokenizer: Any = None):
         """tokenizer: the model's own, for `tokens: model`."""
@@ -94,8 +101,18 @@ class StarGraph(Task):
             self.vocabulary = config.labels + 4
         else:
             self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+            self.end_id = self._end(tokenizer)
         self.splits = self._held_out()
         self._forbidden = np.sort(np.concatenate([keys(g) for g in self.splits.values()]))
+
+    def _end(self, tokenizer: Any) -> int | None:
+        """What ends an answer: nothing where all labels, and so all answers, have as many tokens."""
+        twice = [f"{label},{label}" for label in range(self.config.labels)]  # a comma may be a part of a label's token
+        if len({len(ids) for ids in tokenizer(twice, add_special_tokens=False)["input_ids"]}) == 1:
+            return None
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokens: 'model': answers differ in length and the model's tokenizer has no end token")
+        return int(tokenizer.eos_token_id)
 
     @staticmethod
     def describe(config: StarGraphConfig) -> str:
@@ -217,15 +234,21 @@ class StarGraph(Task):
             answer = ",".join(reversed(answer.split(",")))
         head = self.tokenizer(prefix + "=", add_special_tokens=False)["input_ids"]
         tail = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return np.array(head + tail, dtype=np.int64), len(head)
+        end = [] if self.end_id is None else [self.end_id]
+        return np.array(head + tail + end, dtype=np.int64), len(head)
 
     def _labels(self, ids: Iterable[int], length: int) -> list[int]:
-        """The node labels that generated ids stand for, -1 for whatever is no label."""
+        """The first `length` node labels that generated ids stand for, -1 for whatever is no label.
+
+        Ids behind the end count for nothing; an answer without an end is read to its last id.
+        """
+        known = self.config.labels
         if self.tokenizer is None:
-            got = [i if i < self.config.labels else -1 for i in ids]
+            got = [i if i < known else -1 for i in ids]
         else:
-            words = self.tokenizer.decode(list(ids)).split(",")
-            got = [int(w) if w.strip().isdigit() else -1 for w in words]
+            text = self.tokenizer.decode(list(itertools.takewhile(lambda i: i != self.end_id, ids)))
+            words = [word.strip() for word in text.split(",")]
+            got = [int(w) if w.isdecimal() and int(w) < known else -1 for w in words]
         return (got + [-1] * length)[:length]
 
     def evaluate(
@@ -240,7 +263,8 @@ class StarGraph(Task):
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Score answers without teacher forcing (whole path right), and each position with and without it.
 
-        Scores of every graph come of the rates of solved graphs and of right first steps.
+        Labels are compared, an end token is not; the loss is of all that is trained, an end token included. Scores of
+        every graph come of the rates of solved graphs and of right first steps.
         """
         from mutor.mtp.teacher_forcing import teacher_forced_scores
 
@@ -266,15 +290,20 @@ class StarGraph(Task):
         from mutor.mtp.decode import Prompts
 
         found = np.full((len(examples), self.config.l), -1)
+        longest = max(len(ids) - prefix for ids, prefix in examples)  # of all, so that no score depends on a batch
         sizes = np.array([prefix for _, prefix in examples])
         for size in np.unique(sizes):  # prompts of equal length need no padding
             rows = np.flatnonzero(sizes == size)
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 ids = torch.from_numpy(np.stack([examples[i][0][:size] for i in part])).to(model.device)
-                longest = max(len(examples[i][0]) - int(size) for i in part)
                 prompts = Prompts(
-                    ids, torch.ones_like(ids), longest, pad_id=context.pad_id, prefix_lm=context.prefix_lm
+                    ids,
+                    torch.ones_like(ids),
+                    longest,
+                    end_id=self.end_id,
+                    pad_id=context.pad_id,
+                    prefix_lm=context.prefix_lm,
                 )
                 for i, answer in zip(part, method.answer(model, prompts).tolist(), strict=True):
                     found[i] = self._labels(answer, self.config.l)

@@ -92,8 +92,11 @@ class Task:
         """Pairs (ids, prefix length) of the split "valid" or "test", for losses and a method's own metrics."""
         raise NotImplementedError
 
-    def prepare(self, model: Any) -> None:
-        """Tell a new model what it has to know of the task. Raises ValueError for a model that does not fit."""
+    def prepare(self, model: Any, log: Log | None = None) -> None:
+        """Tell a new model what it has to know of the task. Raises ValueError for a model that does not fit.
+
+        log: told what does not fit and is not refused.
+        """
 
     def evaluate(
         self,

@@ -42,8 +42,12 @@ class TextConfig:
     train_size: int | None = setting(None, doc="first so many training examples", low=1)
     valid_size: int | None = setting(None, doc="first so many problems scored during training", low=1)
     test_size: int | None = setting(None, doc="first so many problems scored at the end", low=1)
-    max_tokens: int | None = setting(None, doc="longer training examples are dropped", low=8)
-    new_tokens: int | None = setting(None, doc="longest answer, in tokens", low=1)
+    max_tokens: int | None = setting(
+        None, doc="longer training examples are dropped; losses of right answers stop there", low=8
+    )
+    new_tokens: int | None = setting(
+        None, doc="longest answer; a prompt that leaves no room for it in the model's positions counts as wrong", low=1
+    )
     prefix_lm: bool = setting(True, doc="prompts are read in both directions, in training and at inference")
     calculator: bool = setting(True, doc="keep GSM8K's calculator marks <<48/2=24>> in training answers")
     expect: str | None = setting(None, doc="data_hash of an earlier run; other data are refused")
@@ -84,8 +88,7 @@ class Text(Task):
         self.prefix_lm = config.prefix_lm and not self.corpus.learns_prompts
         self.selection_metric = "rougeL" if self.corpus.compare == "rouge" else "accuracy"
         self.problems = {split: self._problems(split) for split in ("valid", "test")}
-        self._examples = {split: self.encode(found) for split, found in self.problems.items()}
-        self.longest_prompt = max(prefix for found in self._examples.values() for _, prefix in found)
+        self._encoded = {split: self.encode(found) for split, found in self.problems.items()}
 
     @staticmethod
     def describe(config: TextConfig) -> str:
@@ -127,8 +130,15 @@ class Text(Task):
         return self._source
 
     def examples(self, split: str) -> list[tuple[np.ndarray, int]]:
-        """The prompts of a split with their right answers."""
-        return self._examples[split]
+        """The prompts of a split with their right answers, both together cut behind `max_tokens` tokens.
+
+        A prompt that is as long has no answer left and is not among them. Raises ValueError where none is.
+        """
+        found, most = self._encoded[split], self.corpus.max_tokens
+        cut = [(ids[:most], prefix) for ids, prefix in found if prefix < most]
+        if not cut:
+            raise ValueError(f"max_tokens: all {len(found)} {split} prompts have {most} tokens or more")
+        return cut
 
     @cached_property
     def _source(self) -> Source:
@@ -183,27 +193,34 @@ class Text(Task):
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Answers through lm-evaluation-harness, scored; and the loss of the right answers.
 
-        All predictions are written to `predictions_file`. Answers are kept beside it as they come, so that a killed
+        A problem whose prompt leaves no room for an answer is not asked: its answer is empty and its score 0. All
+        predictions are written to `predictions_file`. Answers are kept beside it as they come, so that a killed
         evaluation goes on. Scores of every problem come of all metrics but the loss.
         """
         from mutor.mtp.teacher_forcing import teacher_forced_scores
         from mutor.tasks.harness import evaluate
 
         found = self.problems[split]
+        asked = self._asked(split, model.config.max_position_embeddings, log)
         cache = predictions_file.with_suffix(".answers") if predictions_file else None
-        outputs, scores = evaluate(
+        answers, scored = evaluate(
             model,
             method,
             self.tokenizer,
             self.scored_on(self.config),
-            found,
+            [found[i] for i in asked],
             self.score,
-            new_tokens=self._new_tokens(model.config.max_position_embeddings),
+            new_tokens=self.corpus.new_tokens,
             batch_size=batch_size,
             prefix_lm=context.prefix_lm,
             cache=cache,
             log=log,
         )
+        outputs, scores = [""] * len(found), {name: np.zeros(len(found)) for name in scored}
+        for i, answer in zip(asked.tolist(), answers, strict=True):
+            outputs[i] = answer
+        for name, values in scored.items():
+            scores[name][asked] = values
         late = int(sum(scores.get("out_of_time", ())))
         if late and log:
             log(f"{late} of {len(found)} answers could not be compared in time and count as wrong")
@@ -215,11 +232,24 @@ class Text(Task):
                 file.unlink()
         return metrics, scores if self.corpus.compare == "rouge" else {k: v.astype(bool) for k, v in scores.items()}
 
-    def _new_tokens(self, room: int) -> int:
-        """Longest answer: `new_tokens`, or what is left of the model's positions behind the longest prompt."""
-        if self.longest_prompt >= room:
-            raise ValueError(f"a prompt has {self.longest_prompt} tokens; allowed: below {room}, the model's positions")
-        return min(self.corpus.new_tokens, room - self.longest_prompt)
+    def _asked(self, split: str, room: int, log: Log | None = None) -> np.ndarray:
+        """Numbers of the problems whose prompts leave room for `new_tokens` in a model of `room` positions.
+
+        log: told how many do not. Raises ValueError where none does.
+        """
+        prompts, new = np.array([prefix for _, prefix in self._encoded[split]]), self.corpus.new_tokens
+        asked = np.flatnonzero(prompts + new <= room)
+        if not len(asked):
+            raise ValueError(
+                f"new_tokens: {new}, and the shortest {split} prompt has {prompts.min()} tokens; allowed: {room} "
+                "together, as the model has positions"
+            )
+        if log and len(asked) < len(prompts):
+            log(
+                f"{len(prompts) - len(asked)} of {len(prompts)} {split} prompts leave no room for {new} new tokens in "
+                f"the model's {room} positions; they are not asked, and count as wrong"
+            )
+        return asked
 
     def _write_predictions(
         self, file: Path, found: Sequence[Problem], outputs: Sequence[str], values: np.ndarray
@@ -232,18 +262,24 @@ class Text(Task):
             lines.append(json.dumps(line, ensure_ascii=False))
         write_text(file, "\n".join(lines) + "\n")
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Any, log: Log | None = None) -> None:
         """Tell a new model its special tokens, so that its checkpoints answer and stop wherever they are loaded.
 
-        Raises ValueError for training examples or prompts that are longer than the model has positions for.
+        Raises ValueError for examples that are longer than the model has positions, or where no prompt leaves room.
         """
         room = model.config.max_position_embeddings
-        if self.longest > room:
+        longest = max(self.longest, *(len(ids) for split in self.problems for ids, _ in self.examples(split)))
+        if longest > room:
             raise ValueError(
-                f"max_tokens: training examples have up to {self.longest} tokens; allowed: {room}, as the model has "
-                "positions"
+                f"max_tokens: prompts with their right answers have up to {longest} tokens; allowed: {room}, as the "
+                "model has positions"
             )
-        self._new_tokens(room)
+        most = self.corpus.max_tokens
+        for split, found in self._encoded.items():
+            self._asked(split, room, log)
+            cut = sum(len(ids) > most for ids, _ in found)
+            if log and cut:
+                log(f"of {cut} of {len(found)} {split} problems the loss is that of the first {most} tokens")
         for config in (model.config, model.generation_config):
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 if getattr(config, name, None) is None:
