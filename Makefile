@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help smoke reproduce test check format benchmark reference clean env
+.PHONY: help smoke reproduce test mutants check format benchmark reference clean env
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ reproduce: env  ## everything at the scale of config/config.yaml into results: h
 
 test: env check  ## check, then the tests: units, the workflow at smoke scale, dry runs of every scale
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+mutants:  ## small bugs put into the library, statistics and scoring, which tests should notice: about an hour
+	@$(MAKE) --no-print-directory env EXTRAS=$(EXTRAS),mutants
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 check: env  ## lint, formatting, types: changes nothing
 	$(BIN)/ruff check .
@@ -51,8 +55,8 @@ reference: env  ## keep SCALE's finished runs and their artifacts in results/ref
 	  --runs results/reference/$(SCALE)/runs --results results/reference/$(SCALE)
 	$(BIN)/python -m mutor readme
 
-clean:  ## delete .venv, runs and Snakemake's notes; results stay
-	rm -rf $(VENV) .snakemake runs
+clean:  ## delete .venv, runs, mutants and Snakemake's notes; results stay
+	rm -rf $(VENV) .snakemake runs mutants
 
 env: $(STAMP)
 

@@ -237,6 +237,21 @@ def test_one_at_a_time_equals_the_plain_mean(tools):
         tools.close(one_at_a_time(losses, torch.tanh(start), [*weights, shared])[0], results[0][0])
 
 
+def test_sharded_parameters_take_the_plain_mean(tools):
+    """Those of FSDP have a mesh, and may not be named to autograd; values are given without their graph."""
+    weight, hidden = torch.ones(3, requires_grad=True), torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    seen = []
+    losses = [lambda h: (seen.append(h is hidden), (h * weight).sum())[1], lambda h: (h * weight).pow(2).sum()]
+    for sharded in (False, True):
+        if sharded:
+            weight.device_mesh = "as FSDP's"
+        mean, values = one_at_a_time(losses, hidden, [weight])
+        assert mean.item() == 10 and values.tolist() == [6, 14] and not values.requires_grad
+        assert seen.pop() == sharded and not seen
+        found = torch.autograd.grad(mean, [weight, hidden])
+        assert found[0].tolist() == [1.5, 5, 10.5] and found[1].tolist() == [[1.5, 2.5, 3.5]]
+
+
 class Held:
     """What autograd saved, by weak reference, so that the live amount can be counted."""
 

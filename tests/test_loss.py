@@ -73,6 +73,62 @@ def test_parts_equal_the_whole_and_are_small(tools, per_sequence):
     assert sizes[0] == 37 * 50 and max(sizes[1:]) == 50 * 7 and sizes.count(50) >= 37
 
 
+def test_memory_of_a_part_on_a_cpu():
+    """At most 2^25 logits at once where nothing else is said: two rows of a vocabulary of 2^24."""
+    sizes, hidden = [], torch.zeros(1, 5, 3)
+    targets = LossTargets.of(torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.long))
+    for vocabulary in (2**24, 2**25, 2**26):
+        head_loss(lambda x: (sizes.append(len(x)), x)[1], hidden, targets, vocabulary)
+    assert sizes == [2, 2, 1] + [1] * 5 + [1] * 5
+
+
+def test_means_inside_sequences_of_several_rows_and_documents():
+    """Document 1 of the first row is not document 1 of the second."""
+    target = torch.tensor([[5, -100, 6, 7], [8, 9, 5, -100]])
+    segment = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    targets = LossTargets.of(target, segment, per_sequence=True)
+    assert targets.share.tolist() == pytest.approx([1, 0.5, 0.5, 1 / 3, 1 / 3, 1 / 3]) and targets.count == 3
+
+
+@pytest.mark.parametrize(
+    ("row_tokens", "rows", "width"),
+    [
+        (None, [[5, 6, 7], [10, 11], [14]], 3),
+        (1, [[5, 6, 7], [10, 11], [14]], 3),  # at least the longest's
+        (6, [[5, 6, 7], [10, 11, 14]], 3),
+        (9, [[5, 6, 7, 10, 11, 14]], 6),
+    ],
+)
+def test_a_prepared_batch_by_hand(tiny, row_tokens, rows, width):
+    """Packed as asked, the last token of each sequence left out: it predicts nothing."""
+    method = made("next_token")
+    method.attach(tiny())
+    examples = [Example(np.array(some), 1, 0) for some in ([5, 6, 7, 8], [10, 11, 12], [14, 15])]
+    layout, targets = method.prepare_batch(examples, Context(), row_tokens)
+    assert [row[there].tolist() for row, there in zip(layout.ids, layout.segment >= 0, strict=True)] == rows
+    assert layout.ids.shape[1] == width and targets["next_token"].count == 6
+    assert sorted(targets["next_token"].target.tolist()) == [6, 7, 8, 11, 12, 15]
+
+
+def test_packing_leaves_room_for_registers(tiny):
+    """Two sequences of 3 + 2 tokens fill a row of ten, and one of nine holds one; plain ones both fit into six."""
+    examples = [Example(np.array([5, 6, 7]), 1, n) for n in range(2)]
+    for name, row_tokens, rows in (("mutor", 10, 1), ("mutor", 9, 2), ("next_token", 6, 1), ("next_token", 5, 2)):
+        method = made(name)
+        method.attach(tiny())
+        assert len(method.prepare_batch(examples, Context(), row_tokens)[0].ids) == rows
+
+
+def test_flops_of_a_model_that_does_not_say_how_wide_its_heads_are(tiny):
+    """GPT-2: 2 layers of matrices 32 x 96, 32 x 32, 32 x 128 and back; 4 tokens of one row and 3 of another."""
+    method = made("next_token")
+    method.attach(tiny("gpt2"))
+    layout = method.train_layout(collate([Example(np.arange(3, 7), 1), Example(np.arange(3, 6), 1)], 0), Context())
+    matrices, targets, pairs = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128), 3 + 2, 10 + 6
+    wanted = 6 * matrices * 7 + 6 * 61 * 32 * targets + 12 * 32 * 2 * pairs
+    assert method.step_flops(layout, method.loss_targets(layout)) == wanted
+
+
 @pytest.mark.parametrize("name", ["next_token", "mutor", "parallel_mtp", "sequential_mtp"])
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_methods_lose_nothing(name, per_sequence, tiny, batch, tools, monkeypatch):

@@ -93,3 +93,25 @@ def test_an_output_layer_with_biases_is_trained(tiny):
     """Its bias is in one group, without weight decay."""
     (decayed, _, _), (vectors, _, decay) = groups_of(tiny("phi"), "next_token", "adamw")
     assert "lm_head.weight" in decayed and "lm_head.bias" in vectors and decay == 0.0
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gpt2"])
+@pytest.mark.parametrize(("kind", "name"), [("adamw", "mutor"), ("adamw", "sequential_mtp"), ("muon", "mutor")])
+def test_a_step_without_gradients_shrinks_what_decays_and_nothing_else(tiny, family, kind, name):
+    """By 1 - rate x decay: matrices, embeddings, output layers, registers; norms and biases stay bit for bit."""
+    model = tiny(family)
+    cls = load(METHODS, name, "method")
+    method = cls(cls.Config())
+    method.attach(model)
+    recipe = Recipe(steps=1, batch_size=1, learning_rate=0.1, muon_rate=0.1, weight_decay=0.5, optimizer=kind)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer(model, method, recipe).step()
+    stay = [name for name in before if name.endswith(".bias") or "norm" in name or ".ln_" in name]
+    assert len(stay) > 4 and all(before[name].ndim == 1 for name in stay)
+    for name, parameter in model.named_parameters():
+        if name in stay:
+            assert torch.equal(parameter, before[name]), name
+        else:
+            torch.testing.assert_close(parameter.detach(), 0.95 * before[name], msg=name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mutor.mtp import registers as r
-from mutor.mtp.attention import dense_mask
+from mutor.mtp.attention import dense_mask, visible_pairs
 from mutor.mtp.layout import Example, collate, regular, with_registers
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR
@@ -235,6 +235,33 @@ def test_shuffled_targets_keep_their_multiset(lay):
     assert float((moved[0] == moved[1]).float().mean()) < 0.3
     assert torch.equal(true.target[~true.register], shuffled.target[~true.register])
     assert torch.equal(true.position, shuffled.position) and torch.equal(true.ids, shuffled.ids)
+    again, other = lay(many, register_targets="shuffled"), lay(many, register_targets="shuffled", seed=1)
+    assert torch.equal(shuffled.target, again.target) and not torch.equal(shuffled.target, other.target)
+
+
+@pytest.mark.parametrize(
+    ("settings", "registers"),
+    [
+        ({}, 5),
+        ({"placement": "every", "registers": 2}, 3),
+        ({"placement": "every", "registers": 5}, 1),
+        ({"placement": "random", "registers": 2}, 2),
+        ({"placement": "random", "registers": 9}, 5),
+    ],
+)
+def test_room_that_a_sequence_takes_of_a_row(lay, settings, registers):
+    """Four prefix tokens, five answer tokens and their registers; as many as `train_layout` puts there at offset 1."""
+    example = Example(np.arange(9), 4)
+    assert MuToR.of(**settings).tokens(example) == 9 + registers
+    assert int(lay([(list(example.ids), 4, 0)], d_max=1, **settings).register.sum()) == registers
+
+
+def test_visible_pairs_by_hand(lay):
+    """6 + 5 + .. + 1 pairs of tokens; the registers behind 1 and 2 see 2 and 3 tokens, and each itself."""
+    alone = lay([(LONG, 2, 0)], d_min=3, d_max=3)
+    assert int(alone.register.sum()) == 2 and visible_pairs(alone) == 21 + 2 + 3 + 2
+    both = lay([(LONG, 2, 0), (SHORT, 1, 1)], d_min=3, d_max=3)
+    assert visible_pairs(both) == 21 + 2 + 3 + 2 + 10 + 1 + 1  # padding sees itself, and does not count
 
 
 @pytest.mark.parametrize(

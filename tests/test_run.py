@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,18 +102,29 @@ def test_other_configuration_is_another_run(tmp_path):
 
 
 SCRIPT = """
-import sys
+import os, signal, sys
 sys.path.insert(0, {tests!r})
 import test_run
 from mutor.training.run import RunEnvironment, run
 spec = test_run.smoke_spec("{method}", steps=60, log_every=3, eval_every=6, save_every=6)
 from pathlib import Path
+
+def kill(event, args):
+    if event == "open" and str(args[0]) == {killed_at!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if {killed_at!r}:
+    sys.addaudithook(kill)
 run(spec, (7,), RunEnvironment(root=test_run.ROOT, runs=Path({runs!r})))
 """
 
 
-def launch(runs, method):
-    script = SCRIPT.format(tests=str(Path(__file__).parent), method=method, runs=str(runs))
+def launch(runs, method, killed_at=""):
+    """A run in a process of its own, killed when it opens the file `killed_at`.
+
+    Not by the test, which would have to look in time: a checkpoint is there for tenths of a second.
+    """
+    script = SCRIPT.format(tests=str(Path(__file__).parent), method=method, runs=str(runs), killed_at=str(killed_at))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -128,20 +138,19 @@ def test_killed_run_goes_on_to_the_same_result(tmp_path, method):
     assert whole.returncode == 0, output
     spec = smoke_spec(method, steps=60, log_every=3, eval_every=6, save_every=6)
     folder = records.seed_folder(tmp_path / "killed", spec, 7)
-    log = ""
-    # killed while training, twice, and after the model is saved but not yet scored
-    for sign in ("checkpoints/checkpoint-12", "checkpoints/checkpoint-36", "last/training.json"):
-        process = launch(tmp_path / "killed", method)
-        for _ in range(3000):
-            if (folder / sign).exists() or process.poll() is not None:
-                break
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        log += process.communicate()[0]
-    assert not (folder / "metrics.json").exists()
+    # with a half-written checkpoint, twice, and after the model is saved but not yet scored
+    for file, resumed in (
+        ("checkpoints/checkpoint-12/trainer_state.json", ""),
+        ("checkpoints/checkpoint-36/trainer_state.json", "resumed from step 6"),
+        ("last/config.json", "resumed from step 30"),
+    ):
+        process = launch(tmp_path / "killed", method, folder / file)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL and resumed in output, output
+    assert (folder / "last/training.json").exists() and not (folder / "metrics.json").exists()
     last = launch(tmp_path / "killed", method)
-    log += last.communicate()[0]
-    assert "resumed from step" in log
+    output, _ = last.communicate()
+    assert last.returncode == 0 and "step 60/60" not in output, output
     other = records.seed_folder(tmp_path / "whole", spec, 7)
     ours, theirs = (timeless(json.loads((one / "metrics.json").read_text())) for one in (folder, other))
     assert ours == theirs
@@ -177,6 +186,37 @@ def text_spec(method="mutor", **recipe):
     spec = make_spec(scale, "gsm8k", "llama-2x32", method, settings, (7,))
     changes = {"epochs": None, "steps": 6, "eval_every": 6, "save_every": 6, "log_every": 1, "batch_size": 12}
     return replace(spec, base=None, recipe=replace(spec.recipe, **changes | recipe))
+
+
+def norm_of_gradients(model):
+    """Over all parameters."""
+    return float(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
+
+
+@pytest.mark.parametrize("recipe", [{}, {"accumulate": 2}, {"optimizer": "muon"}])
+def test_gradients_are_clipped_to_the_recipes_norm(tmp_path, monkeypatch, recipe):
+    """Of all parameters together, whole batches; the norm that is logged is that before."""
+    from mutor.training import trainer
+
+    used, make = [], trainer.optimizer
+
+    def watched(model, method, recipe):
+        made = make(model, method, recipe)
+        made.register_step_pre_hook(lambda *_: used.append(norm_of_gradients(model)))
+        return made
+
+    monkeypatch.setattr(trainer, "optimizer", watched)
+    found = []
+    for clip in (0.05, 1e6):
+        used.clear()
+        changes = {"steps": 4, "eval_every": 4, "save_every": 4, "log_every": 1, "batch_size": 8, "clip": clip}
+        spec = replace(smoke_spec(**changes | recipe), base=None)
+        run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path / str(clip)))
+        curve = records.read(records.seed_folder(tmp_path / str(clip), spec, 7) / "metrics.json")["curve"]
+        found.append(([e["grad_norm"] for e in curve if "grad_norm" in e], list(used)))
+    (logged, clipped), (large, free) = found
+    assert min(logged) > 0.06 and clipped == pytest.approx([0.05] * 4, rel=1e-3)
+    assert free == pytest.approx(large, rel=1e-3) and large[0] == pytest.approx(logged[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("loss_mean", ["token", "sequence"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mutor.results.stats import interval, mcnemar, needed, over_seeds, paired
+from mutor.results.stats import Interval, Summary, interval, mcnemar, needed, over_seeds, paired, summarise, wilson
 
 
 def rng(seed=0):
@@ -28,6 +28,33 @@ def test_one_seed_is_over_problems_only():
     half = stats.t.ppf(0.975, 399) * (0.25 * 0.75 / 399) ** 0.5
     assert got.covers == "problems" and got.estimate == 0.25
     assert got.over_problems == pytest.approx(half) and got.high - got.estimate == pytest.approx(half)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.5])
+def test_every_field_of_an_interval_by_hand(level):
+    """Two seeds, two problems: means 1/2 and 1 of the seeds, 1 and 1/2 of the problems, one degree of freedom each."""
+    got = interval(np.array([[1, 0], [1, 1]]), level)
+    t = stats.t.ppf(0.5 + level / 2, 1)
+    spread = 0.125**0.5  # of 1/2 and 1, and of 1 and 1/2
+    half = t * spread / 2**0.5
+    assert (got.estimate, got.spread, got.over_problems) == pytest.approx((0.75, spread, half))
+    assert (got.low, got.high) == pytest.approx((0.75 - 2**0.5 * half, 0.75 + 2**0.5 * half))
+    assert got.covers == "seeds and problems" and interval(np.array([[0, 1]])).spread is None
+    percent = got.times(100)
+    assert percent == Interval(75.0, 100 * got.low, 100 * got.high, got.covers, 100 * spread, 100 * got.over_problems)
+    assert interval(np.array([[0, 1]])).times(100).spread is None
+
+
+def test_one_problem_says_nothing_about_problems():
+    got = interval(np.array([[0.2], [0.6]]))
+    half = stats.t.ppf(0.975, 1) * 0.08**0.5 / 2**0.5
+    assert got.over_problems == 0 and (got.low, got.high) == pytest.approx((0.4 - half, 0.4 + half))
+
+
+def test_scores_of_few_digits_are_averaged_in_double_precision():
+    """Records keep scores as float32."""
+    scores = rng().random((3, 50)).astype(np.float32)
+    assert interval(scores) == interval(scores.astype(float))
 
 
 def test_standard_error_over_problems_is_what_a_bootstrap_estimates():
@@ -85,6 +112,26 @@ def test_permutation_against_all_of_them():
     assert got.p == pytest.approx(exact, abs=0.01) and "permutation" in got.test
 
 
+def test_permutation_where_all_problems_go_one_way():
+    """Eight changes of one sign: 2 of 2^8 exchanges are as large; a single change: both are."""
+    better = np.full((2, 4), 0.25)
+    got = paired(better, 0 * better, rng(), draws=40_000)
+    assert got.p == pytest.approx(2 / 2**8, abs=0.0015)  # 3.4 standard errors
+    assert got.difference == interval(better) and got.test == "permutation of problems within seeds"
+    one = np.zeros((2, 4))
+    one[1, 2] = 0.5
+    for draws in (1, 500, 700, 1000):  # counted with the difference itself, so never 0 and never above 1
+        assert paired(one, 0 * one, rng(), draws=draws).p == 1.0
+
+
+def test_each_problem_changes_places_by_itself():
+    """Sixteen small changes and two large ones that cancel: as large whenever the two go one way, half of the time."""
+    change = np.full(18, 0.001)
+    change[[16, 17]] = 1, -1
+    got = paired(change.reshape(2, 9), np.zeros((2, 9)), rng(), draws=4_000)
+    assert got.p == pytest.approx(0.5, abs=0.03)
+
+
 def test_permutation_p_values_are_uniform_where_methods_are_alike():
     draw = rng(5)
     values = []
@@ -97,26 +144,97 @@ def test_permutation_p_values_are_uniform_where_methods_are_alike():
 
 def test_same_scores_and_other_shapes():
     same = np.eye(3)
-    assert paired(same, same, rng()).p == 1.0
+    got = paired(same, same, rng())
+    assert (got.p, got.test) == (1.0, "permutation of problems within seeds") and got.difference.estimate == 0.0
     with pytest.raises(ValueError, match=r"\(3, 3\) and \(2, 3\) differ"):
         paired(same, same[:2], rng())
 
 
+@pytest.mark.filterwarnings("ignore:Precision loss")
 def test_one_number_a_seed():
     ours, theirs = [70.1, 72.4, 71.0], [68.0, 66.5, 69.9, 67.0]
     welch = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
     got = over_seeds(ours, theirs)
     assert (got.low, got.high) == pytest.approx((welch.low, welch.high)) and got.covers == "seeds"
+    assert got.estimate == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert got.spread == pytest.approx((np.var(ours, ddof=1) + np.var(theirs, ddof=1)) ** 0.5)
     alone = over_seeds(ours)
     assert (alone.low, alone.high) == pytest.approx(stats.t.interval(0.95, 2, np.mean(ours), stats.sem(ours)))
-    assert over_seeds([1.0]) is None and over_seeds(ours, [1.0]) is None
-    assert over_seeds([2.0, 2.0], [1.0, 1.0]).low == 1.0
+    assert (alone.estimate, alone.spread) == pytest.approx((np.mean(ours), np.std(ours, ddof=1)))
+    assert alone.covers == "seeds" and over_seeds(ours, level=0.5).high < alone.high
+    assert over_seeds(ours, theirs, level=0.5).high < got.high
+    assert over_seeds([1.0]) is None and over_seeds(ours, [1.0]) is None and over_seeds([1.0], ours) is None
+    two = over_seeds([1.0, 3.0])
+    assert (two.estimate, two.spread) == pytest.approx((2, 2**0.5))
+    assert over_seeds([0.0, 2**0.5], [0.0, 0.0]).low < 0 and over_seeds(ours, [60.0, 60.0]).spread == alone.spread
+
+
+def test_seeds_that_do_not_differ_have_no_width(recwarn):
+    assert over_seeds([2.0, 2.0], [0.5, 0.5]) == Interval(1.5, 1.5, 1.5, "seeds", 0.0) and not recwarn.list
 
 
 def test_what_would_decide():
     """With n seeds half the width is t(n - 1) s / sqrt(n): 2.57 at 6 seeds of s = 2.45, 2.27 at 7."""
     assert stats.t.ppf(0.975, 5) * 2.45 / 6**0.5 > 2.5 > stats.t.ppf(0.975, 6) * 2.45 / 7**0.5
     assert needed(2.5, 2.45, 0.0) == needed(-2.5, 2.45, 0.0) == "about 7 seeds"
+    assert stats.t.ppf(0.975, 5) * 2.45 / 7**0.5 > 2.3  # degrees of freedom are those of 7 seeds, not of 6
+    assert needed(2.3, 2.45, 0.0) == needed(2.5, 2.45, 0.0, max_seeds=7) == "about 7 seeds"
+    assert needed(2.5, 2.45, 0.0, max_seeds=6) == "more than 6 seeds" and needed(50.0, 1.0, 0.0) == "about 2 seeds"
+    assert needed(2.5, 2.45, 0.0, level=0.5) == "about 2 seeds" and needed(2.5, 2.45, 1.2) == "about 8 seeds"
+    touching = float(stats.t.ppf(0.975, 1)) / 2**0.5  # half the width of two seeds of spread 1: not below itself
+    assert needed(touching, 1.0, 0.0) == "about 3 seeds" and needed(1.0, 0.1, 1.0) == "more than 1 times the problems"
+    assert needed(2.0, 0.1, 6.0) == "more than 9 times the problems"
+    assert needed(1.0, 0.1, 10.0, max_seeds=100) == "a larger effect"
     assert needed(2.5, None, 0.1) == "three seeds or more"
     assert needed(1.0, 0.1, 3.0) == "more than 9 times the problems"
     assert needed(0.0, 0.1, 3.0) == "a larger effect" and needed(0.01, 5.0, 0.0) == "more than 1000 seeds"
+
+
+def test_summary_by_hand():
+    three = summarise([50.0, 60.0, 70.0])
+    assert (three.n_seeds, three.mean, three.std) == (3, 60.0, 10.0)
+    half = 4.302653 * 10 / 3**0.5  # t, 2 degrees of freedom
+    assert (three.ci_low, three.ci_high) == pytest.approx((60 - half, 60 + half), abs=1e-4)
+    assert summarise([99.0, 100.0, 100.0]).ci_high == 100.0
+    low, high = stats.t.interval(0.95, 4, loc=np.mean([1, 2, 3, 4, 5]), scale=stats.sem([1, 2, 3, 4, 5]))
+    five = summarise([1.0, 2.0, 3.0, 4.0, 5.0], rate=False)
+    assert (five.ci_low, five.ci_high) == pytest.approx((low, high))
+
+
+def test_one_seed_has_an_interval_over_problems():
+    one = summarise([25.0], [np.arange(200) < 50])
+    assert one.std is None and (one.ci_low, one.ci_high) == pytest.approx((19.5, 31.4), abs=0.1)
+    p, n, z = 0.25, 200, 1.959964
+    centre, spread = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5
+    assert wilson(p, n) == pytest.approx(((centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)))
+    assert one.covers == "problems" and one.n_seeds == 1 and one.mean == 25.0
+    assert summarise([25.0], [np.arange(200) < 50], level=0.5).ci_high < one.ci_high
+    assert summarise([]) == Summary(0) and summarise([3.0], rate=False) == summarise([3.0], [None]) == Summary(1, 3.0)
+
+
+def test_one_seed_of_graded_scores_has_students_t():
+    """F-measures are not right or wrong; the unit is percent, and a rate stays inside 0 and 100."""
+    graded = np.array([0.4, 0.5, 0.5, 0.6])
+    one = summarise([50.0], [graded])
+    assert (one.mean, one.std, one.covers) == (50.0, None, "problems")
+    assert (one.ci_low, one.ci_high) == pytest.approx(stats.t.interval(0.95, 3, 50, 100 * stats.sem(graded)))
+    assert summarise([50.0], [np.array([0.0, 0.5])]).ci_low == 0.0
+    assert summarise([50.0], [np.array([0.0, 0.5])], rate=False).ci_low < -200
+    assert summarise([50.0], [np.array([0.5, 1.0])]).ci_high == 100.0
+
+
+def test_seeds_and_problems_vary_together():
+    """Half-widths in quadrature: t over the seeds' means, and over the problems' means."""
+    scores = [np.arange(400) < n for n in (180, 200, 220)]
+    both = summarise([45.0, 50.0, 55.0], scores)
+    from_seeds = stats.t.ppf(0.975, 2) * 5 / 3**0.5
+    ease = np.mean(scores, axis=0)
+    over_problems = stats.t.ppf(0.975, 399) * 100 * ease.std(ddof=1) / 400**0.5
+    assert (both.n_seeds, both.mean, both.std, both.covers) == (3, 50.0, 5.0, "seeds and problems")
+    half = np.hypot(from_seeds, over_problems)
+    assert (both.ci_low, both.ci_high) == pytest.approx((50 - half, 50 + half))
+    assert summarise([45.0, 50.0, 55.0], scores, level=0.5).ci_high < both.ci_high
+    assert summarise([45.0, 50.0, 55.0], level=0.5).ci_high < summarise([45.0, 50.0, 55.0]).ci_high
+    assert summarise([45.0, 50.0], [scores[0], None]).covers == "seeds"
+    assert summarise([45.0, 50.0], [scores[0], scores[1][:300]]) == summarise([45.0, 50.0])  # not the same problems
+    assert summarise([45.0, 50.0]).covers == "seeds" and summarise([0.0, 10.0]).ci_low == 0.0

@@ -1,4 +1,4 @@
-"""Statistics, tables and figures from a fixed set of run records."""
+"""Tables and figures from a fixed set of run records."""
 
 import json
 import subprocess
@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from scipy import stats
 
 from mutor import registry
 from mutor.config.load import load_scale, load_table
@@ -22,7 +21,6 @@ from mutor.results.cells import COLUMNS, Evidence
 from mutor.results.drawings import collect_artifact
 from mutor.results.published import Published, read_reported
 from mutor.results.records import Records
-from mutor.results.stats import summarise, wilson
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,39 +34,6 @@ def collect(scale, name, runs, folder):
     """All files of an artifact, made into a folder."""
     found = evidence(scale, runs)
     return collect_artifact(found, found.table(name), folder)
-
-
-def test_summary_by_hand():
-    three = summarise([50.0, 60.0, 70.0])
-    assert (three.n_seeds, three.mean, three.std) == (3, 60.0, 10.0)
-    half = 4.302653 * 10 / 3**0.5  # t, 2 degrees of freedom
-    assert (three.ci_low, three.ci_high) == pytest.approx((60 - half, 60 + half), abs=1e-4)
-    assert summarise([99.0, 100.0, 100.0]).ci_high == 100.0
-    low, high = stats.t.interval(0.95, 4, loc=np.mean([1, 2, 3, 4, 5]), scale=stats.sem([1, 2, 3, 4, 5]))
-    five = summarise([1.0, 2.0, 3.0, 4.0, 5.0], rate=False)
-    assert (five.ci_low, five.ci_high) == pytest.approx((low, high))
-
-
-def test_one_seed_has_an_interval_over_problems():
-    one = summarise([25.0], [np.arange(200) < 50])
-    assert one.std is None and (one.ci_low, one.ci_high) == pytest.approx((19.5, 31.4), abs=0.1)
-    p, n, z = 0.25, 200, 1.959964
-    centre, spread = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5
-    assert wilson(p, n) == pytest.approx(((centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)))
-    assert one.covers == "problems"
-    assert summarise([]).mean is None and summarise([3.0], rate=False).ci_low is None
-
-
-def test_seeds_and_problems_vary_together():
-    """Half-widths in quadrature: t over the seeds' means, and over the problems' means."""
-    scores = [np.arange(400) < n for n in (180, 200, 220)]
-    both = summarise([45.0, 50.0, 55.0], scores)
-    over_seeds = stats.t.ppf(0.975, 2) * 5 / 3**0.5
-    ease = np.mean(scores, axis=0)
-    over_problems = stats.t.ppf(0.975, 399) * 100 * ease.std(ddof=1) / 400**0.5
-    assert both.covers == "seeds and problems" and both.mean == 50.0
-    assert both.ci_high - 50 == pytest.approx(np.hypot(over_seeds, over_problems))
-    assert summarise([45.0, 50.0], [scores[0], None]).covers == "seeds"
 
 
 def record(spec, seed, solve_rate):
