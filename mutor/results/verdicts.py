@@ -20,7 +20,15 @@ takes the place of zero. `equal` with margin m: reproduced if the whole interval
 lies outside as a whole, else inconclusive. Where `theirs` names several cells, each is compared; the claim is
 reproduced if it is against all of them and contradicted if it is against any; the least favourable is shown. Where
 anything stands in for the published model or data, the words are: same direction, opposite direction, undecided.
-"To decide" assumes that the measured difference is the true one and that more seeds spread as these do."""
+"To decide" assumes that the measured difference is the true one and that more seeds spread as these do.
+
+An interval is for other seeds and other problems of the same kind, and is cut to what is possible. Its part for seeds
+is Student's t. Its part for problems, where answers are right or wrong, is Wilson's for a rate and Bonett and Price's
+for the difference of two rates on the same problems, so that none right or all right leaves a width too; for other
+scores it is Student's t. The two are added in quadrature. Where only one number of each seed is known, it is Student's
+or Welch's t, and none if all seeds are equal. Student's t takes it that seeds spread about one mean. Where a seed
+either learns a task or does not, count the seeds: three of three against none of three is p = 0.10 (Fisher's exact
+test), four of four against none of four p = 0.03."""
 WORDS = {
     "reproduced": "same direction",
     "contradicted": "opposite direction",
@@ -101,7 +109,7 @@ def difference(ours: dict[int, Scored], theirs: dict[int, Scored] | float, *, pe
     if not isinstance(theirs, dict):
         table = _table(ours, sorted(ours)) if percent else None
         if table is not None:
-            return Found(interval(table - theirs / 100).times(100), None, len(ours))
+            return Found(interval(table).times(100).minus(theirs), None, len(ours))
         return _by_seeds([scored.value - theirs for scored in ours.values()], None)
     common = sorted(ours.keys() & theirs.keys())
     one, other = (_table(side, common) if percent and common else None for side in (ours, theirs))
