@@ -37,11 +37,11 @@ def test_rule(direction, margin, low, high, verdict):
     assert judge(direction, margin, Interval((low + high) / 2, low, high, "seeds")) == verdict
 
 
-def put(folder, cell, seed, solved, data_hash="d", count=200):
+def put(folder, cell, seed, solved, test_data_hash="t", count=200, metric="solve_rate", **more):
     """A record that solves the first `solved` of its problems."""
     spec = cell.spec
-    metrics = {"solve_rate": 100 * solved / count, "first_step_accuracy": 100 * solved / count}
-    scores = {"solve_rate": record_schema.pack(np.arange(count) < solved)}
+    metrics = {metric: 100 * solved / count, "first_step_accuracy": 100 * solved / count}
+    scores = {metric: record_schema.pack(np.arange(count) < solved)}
     record = {
         "version": 1,
         "scale": spec.scale,
@@ -59,7 +59,8 @@ def put(folder, cell, seed, solved, data_hash="d", count=200):
         "steps": 1,
         "seconds_training": 1.0,
         "trainable_parameters": 100,
-        "data_hash": data_hash,
+        "test_data_hash": test_data_hash,
+        **more,
     }
     write_json(records.seed_folder(folder, spec, seed) / "metrics.json", record)
 
@@ -118,9 +119,7 @@ def test_best_of_all_is_held_against_each_other_setting(tmp_path):
     for cell in cells_of(load_table(ROOT, "table4"), scale):
         if cell.spec.method == "mutor" and cell.spec.data == "gsm8k":
             for seed, right in zip((42, 43, 44), accuracy[cell.spec.method_config.d_max], strict=True):
-                put(tmp_path, cell, seed, right, count=100)
-                file = records.seed_folder(tmp_path, cell.spec, seed) / "metrics.json"
-                file.write_text(file.read_text().replace("solve_rate", "accuracy"))
+                put(tmp_path, cell, seed, right, count=100, metric="accuracy")
     frame = judged("paper", tmp_path)
     row = frame[(frame["claim"] == "MuToR is best at d_max 4") & (frame["train_data"] == "gsm8k")].iloc[0]
     assert row["verdict"] == "inconclusive" and row["measured"] == pytest.approx(61 - 182 / 3, abs=1e-6)
@@ -144,17 +143,34 @@ def test_published_effects_stand_beside(tmp_path):
     assert agree.all()  # the sources' own numbers support what they claim
 
 
-def test_different_problems_are_compared_by_seeds(tmp_path):
+@pytest.mark.parametrize("by", ["method", "seed"])
+def test_different_problems_are_compared_by_seeds(tmp_path, by):
+    """Each side has its own, or each seed."""
     scale = load_scale(ROOT, "smoke")
     for cell in cells_of(load_table(ROOT, "figure4"), scale):
         if not cell.row.control and cell.spec.method in ("next_token", "mutor"):
             for seed, right in ((42, 90), (43, 110)):
                 mutor = cell.spec.method == "mutor"
-                put(tmp_path, cell, seed, right + 50 * mutor, data_hash=f"{cell.spec.method}")
+                put(tmp_path, cell, seed, right + 50 * mutor, cell.spec.method if by == "method" else str(seed))
     row = of(judged("smoke", tmp_path), "fails on")
     assert row["covers"] == "seeds" and row["measured"] == pytest.approx(25)
     half = 4.302653 * (2 * 7.0710678**2 / 2) ** 0.5 / 1  # Welch at equal variances: t with 2 degrees of freedom
     assert row["ci_high"] - 25 == pytest.approx(half, rel=1e-4)
+
+
+def test_other_training_data_are_compared_problem_by_problem(tmp_path):
+    """1.4 times the data, one seed a side: the test problems are the same, so they tell how sure the difference is."""
+    for test_data_hash in ("t", None):
+        for cell in cells_of(load_table(ROOT, "table3"), load_scale(ROOT, "laptop")):
+            right = {"mutor": 120, "next_token": 100}[cell.spec.method]
+            put(tmp_path, cell, 42, right, test_data_hash, metric="accuracy", data_hash=cell.spec.data)
+        row = of(judged("laptop", tmp_path), "1.4 times the data")
+        assert row["measured"] == pytest.approx(10) and row["n_seeds"] == 1
+        if test_data_hash:
+            assert row["covers"] == "problems" and row["p"] == pytest.approx(2 * 0.5**20)
+            assert row["verdict"] == "same direction" and 5 < row["ci_low"] < row["ci_high"] < 15
+        else:  # a record that does not name its problems
+            assert row["covers"] == "nothing" and np.isnan(row["ci_low"]) and row["verdict"] == "undecided"
 
 
 @pytest.mark.parametrize(

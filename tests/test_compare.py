@@ -34,6 +34,7 @@ def write(folder, method, seed, right, **more):
         "config_hash": "h",
         "config": CONFIG | {"method": method},
         "data_hash": "d",
+        "test_data_hash": "t",
         "versions": {},
         "curve": [],
         "steps": 20,
@@ -68,18 +69,27 @@ def test_settings_seed_by_seed(tmp_path, capsys):
 
 def test_two_runs_of_different_seeds_data_and_code(tmp_path):
     write(tmp_path / "a", "mutor", 1, range(9))
-    write(
-        tmp_path / "b",
-        "mutor",
-        2,
-        range(9),
-        data_hash="e",
-        code={"mutor.train": "2"},
-        config=CONFIG | {"recipe": {"steps": 30}},
-    )
+    other = {"data_hash": "e", "test_data_hash": "u", "code": {"mutor.train": "2"}}
+    other |= {"config": CONFIG | {"recipe": {"steps": 30}}}
+    write(tmp_path / "b", "mutor", 2, range(9), **other)
     printed = "\n".join(lines(tmp_path / "a/seed1/metrics.json", tmp_path / "b/seed2"))
     assert "recipe.steps: 20 | 30" in printed and "code.mutor.train: None | 2" in printed
-    assert "scored on different problems" in printed and "data_hash: d | e" in printed
+    assert "not known to be scored on the same problems" in printed and "\n   data_hash: d | e" in printed
+
+
+def test_other_training_data_are_compared_problem_by_problem(tmp_path):
+    """The test problems decide; where a record does not name them, nothing is paired."""
+    write(tmp_path / "a", "mutor", 1, range(6), data_hash="d")
+    write(tmp_path / "b", "mutor", 1, (), data_hash="e")
+    printed = "\n".join(lines(tmp_path / "a", tmp_path / "b"))
+    assert "over problems; p = 0.031 (McNemar, exact)" in printed and "\n   data_hash: d | e" in printed
+    for folder in ("a", "b"):
+        write(tmp_path / folder, "mutor", 1, range(6), test_data_hash=None)
+    assert "not known to be scored on the same problems" in "\n".join(lines(tmp_path / "a", tmp_path / "b"))
+    write(tmp_path / "a", "mutor", 2, range(6), test_data_hash="u")  # each seed on problems of its own
+    write(tmp_path / "b", "mutor", 2, range(6), test_data_hash="u")
+    write(tmp_path / "a", "mutor", 1, range(6)), write(tmp_path / "b", "mutor", 1, range(6))
+    assert "not known to be scored on the same problems" in "\n".join(lines(tmp_path / "a", tmp_path / "b"))
 
 
 def test_one_seed_is_tested_exactly(tmp_path):

@@ -1,10 +1,13 @@
 """MuToR on a grid: where registers look, drawn by hand, and its equality with one dimension."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mutor.checks import from_mapping
+from mutor.config.load import find_root, load_table
 from mutor.models.llamagen import LlamaGenConfig, LlamaGenForCausalLM
 from mutor.mtp import registers
 from mutor.mtp.layout import IGNORE, Example, collate
@@ -101,6 +104,20 @@ def test_first_row_alone_is_one_dimension(monkeypatch):
     for name in ("ids", "position", "target", "register", "causal_index"):
         assert torch.equal(getattr(one, name), getattr(two, name))
     assert torch.equal(flat.compute_loss(model, one)[0], grid.compute_loss(twin, two)[0])
+
+
+def test_both_meanings_of_d_max_are_as_documented():
+    """Offsets along the raster, and those of the grid within a row, of d_max 4: what settings and table 7 say."""
+    anchor, ahead = 1, {}
+    for name in ("mutor_1d", "mutor_2d"):
+        method, _ = attached(name)
+        assert method.config.d_max == 4
+        ahead[name] = {column for row, column in looked_at(method, anchor) if row == 0}
+    assert ahead == {"mutor_1d": {1, 2, 3, 4}, "mutor_2d": {1, 2, 3}}
+    for name, said in (("mutor_1d", "1 .. d_max;"), ("mutor_2d", "1 .. d_max - 1")):
+        fields = load(METHODS, name, "method").Config.__dataclass_fields__
+        assert said in fields["d_max"].metadata["doc"]
+    assert any("offsets 1 to 4" in note and "are 1 to 3" in note for note in load_table(find_root(), "table7").notes)
 
 
 def test_number_of_registers():
@@ -277,21 +294,54 @@ def test_real_images_score_as_such_and_noise_does_not(digits, monkeypatch, tmp_p
 
     train, _ = pictures(digits.config)
     method, model = attached_to(digits)
-    picked = np.stack([np.flatnonzero(train.labels == n)[:5] for n in range(10)]).T.flatten()
-    scores = {}
+    of_class = [iter(np.flatnonzero(train.labels == n)) for n in range(10)]
+    picked, scores = np.array([next(of_class[n]) for n in digits.classes("test")]), {}
     for kind, images in (("real", train.batch(picked)), ("noise", torch.rand(50, 1, 8, 8) * 2 - 1)):
         monkeypatch.setattr(digits, "draw", lambda *args, shown=images: shown)
         file = tmp_path / f"predictions-{kind}.jsonl"
         scores[kind], right = digits.evaluate(model, method, Context(), "test", 50, file)
         assert scores[kind]["class_accuracy"] == 100 * right["class_accuracy"].mean()
-    from PIL import Image
-
-    assert Image.open(tmp_path / "samples-real.png").size == (3 * 10 * 10, 3 * 5 * 10)
     real, noise = scores["real"], scores["noise"]
     assert real["class_accuracy"] > noise["class_accuracy"] + 20 and real["classifier_fid"] < noise["classifier_fid"]
     assert real["precision"] > 0.9 > noise["precision"]
     assert real["loss"] == noise["loss"] == pytest.approx(np.log(16), abs=0.01)  # an output layer of zeros
     assert real["log_likelihood"] == -real["loss"] and "fid" not in real and "inception_score" not in real
+
+
+def test_classes_are_drawn_at_random_and_for_all_models_the_same(digits, monkeypatch):
+    """As LlamaGen's sampling does, not all in turn: counts spread like those of independent draws."""
+    from mutor.tasks.images import Images
+
+    method, model = attached_to(digits)
+    asked = []
+
+    def drawn(model, method, labels, *more):
+        asked.append(labels.numpy())
+        return torch.zeros(len(labels), 1, 8, 8)
+
+    for seed in (0, 0, 1):
+        task = Images(replace(digits.config, sample_seed=seed, test_samples=1000))
+        task.assets = digits.assets
+        monkeypatch.setattr(task, "draw", drawn)
+        task.evaluate(model, method, Context(), "test", 50)
+    assert (asked[0] == asked[1]).all() and (asked[0] != asked[2]).any()
+    for classes in asked:
+        counts = np.bincount(classes, minlength=10)
+        assert 1 < ((counts - 100) ** 2 / 100).sum() < 28 and len(counts) == 10  # chi-squared, 9 degrees of freedom
+        assert 0.05 < (np.diff(classes) % 10 == 1).mean() < 0.15
+
+
+def test_a_column_of_the_grid_is_a_class(tmp_path):
+    from PIL import Image
+
+    from mutor.tasks.images import save_grid
+
+    labels = torch.tensor([2, 0, 2, 2, 14])
+    images = torch.tensor([0.2, -0.6, 0.4, 0.6, 1.0]).view(5, 1, 1, 1).expand(-1, 1, 2, 2)
+    save_grid(images, labels, tmp_path / "grid.png", shown=3)
+    found = np.asarray(Image.open(tmp_path / "grid.png"))[4::12, 4::12]  # a pixel of each image of 2 + 2, three times
+    shown = [[-0.6, 0.0, 0.2], [0.0, 0.0, 0.4], [0.0, 0.0, 0.6]]  # gray where there is none
+    assert found.tolist() == ((np.array(shown) + 1) * 127.5).round().astype(int).tolist()
 
 
 def attached_to(task):
@@ -326,3 +376,22 @@ def test_drawing_is_the_same_twice(digits):
     labels = torch.arange(6)
     drawn = digits.draw(model, method, labels, 4)
     assert torch.equal(drawn, digits.draw(model, method, labels, 4)) and drawn.shape == (6, 1, 8, 8)
+
+
+def test_another_sample_seed_draws_other_images(digits):
+    """Also where batches come in another order: no batch of one seed is a batch of the next."""
+    from mutor.tasks.images import Images
+
+    method, model = attached_to(digits)
+    other = Images(replace(digits.config, sample_seed=1))
+    other.assets = digits.assets
+    assert len({task.test_data_hash() for task in (digits, other)}) == 2
+    ours, theirs = (task.draw(model, method, torch.zeros(12).long(), 4) for task in (digits, other))
+    for batch in ours.split(4):
+        assert not any(torch.equal(batch, one) for one in theirs.split(4))
+
+
+def test_half_of_the_held_out_images_choose_and_the_other_half_scores(digits):
+    halves = [[tuple(ids) for ids, _ in digits.examples(split)] for split in ("valid", "test")]
+    assert [len(half) for half in halves] == [50, 50]
+    assert sorted(halves[0] + halves[1]) == sorted(tuple(ids) for ids, _ in digits._encoded("test", np.arange(100)))

@@ -119,14 +119,20 @@ def test_packing_leaves_room_for_registers(tiny):
         assert len(method.prepare_batch(examples, Context(), row_tokens)[0].ids) == rows
 
 
-def test_flops_of_a_model_that_does_not_say_how_wide_its_heads_are(tiny):
-    """GPT-2: 2 layers of matrices 32 x 96, 32 x 32, 32 x 128 and back; 4 tokens of one row and 3 of another."""
+@pytest.mark.parametrize(
+    ("family", "own", "matrices", "query"),
+    [
+        ("gpt2", {}, 32 * 96 + 32 * 32 + 2 * 32 * 128, 32),  # does not say how wide its heads are
+        ("llama", {"head_dim": 16}, 2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48, 64),  # wider than the model, together
+    ],
+)
+def test_flops_of_two_families_by_hand(tiny, family, own, matrices, query):
+    """Two layers; four tokens of one row and three of another."""
     method = made("next_token")
-    method.attach(tiny("gpt2"))
+    method.attach(tiny(family, **own))
     layout = method.train_layout(collate([Example(np.arange(3, 7), 1), Example(np.arange(3, 6), 1)], 0), Context())
-    matrices, targets, pairs = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128), 3 + 2, 10 + 6
-    wanted = 6 * matrices * 7 + 6 * 61 * 32 * targets + 12 * 32 * 2 * pairs
-    assert method.step_flops(layout, method.loss_targets(layout)) == wanted
+    flops, targets, pairs = method.step_flops(layout, method.loss_targets(layout)), 3 + 2, 10 + 6
+    assert flops == 6 * 2 * matrices * 7 + 6 * 61 * 32 * targets + 12 * query * 2 * pairs and isinstance(flops, int)
 
 
 @pytest.mark.parametrize("name", ["next_token", "mutor", "parallel_mtp", "sequential_mtp"])

@@ -6,6 +6,7 @@ from torch import nn
 
 from mutor.checks import from_mapping
 from mutor.config.recipe import Recipe
+from mutor.mtp.method import ParameterGroup
 from mutor.registry import METHODS, load
 from mutor.training.optim import optimizer, schedule
 
@@ -93,6 +94,21 @@ def test_an_output_layer_with_biases_is_trained(tiny):
     """Its bias is in one group, without weight decay."""
     (decayed, _, _), (vectors, _, decay) = groups_of(tiny("phi"), "next_token", "adamw")
     assert "lm_head.weight" in decayed and "lm_head.bias" in vectors and decay == 0.0
+
+
+def test_the_usual_groups_have_the_rate_that_is_asked_for(tiny):
+    method = load(METHODS, "mutor", "method").of()
+    model = method.attach(tiny("phi"))
+    groups = [g for g in method.usual_groups(model.parameters(), 0.3) if g.parameters]
+    assert [(g.rate, bool(g.decay), g.muon) for g in groups] == [
+        (0.3, True, True),
+        (0.3, True, False),
+        (0.3, False, False),
+    ]
+    for rate in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="is out of range, allowed: "):
+            ParameterGroup((), rate)
+    assert ParameterGroup((), 1e-9).decay and not ParameterGroup(()).muon
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "gpt2"])

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from mutor.config.load import load_scale
 from mutor.config.runs import make_spec
 from mutor.results import record_schema, records
+from mutor.tasks.star_graph import StarGraph
 from mutor.training.devices import claim
 from mutor.training.run import RunEnvironment, run, write_index
 
@@ -50,6 +51,7 @@ def finished(tmp_path_factory):
 def test_record_says_what_was_run_and_by_what(finished):
     spec, runs, folder = finished
     record = records.read(folder / "metrics.json")
+    assert record["test_data_hash"] == StarGraph(spec.task_config).test_data_hash() != record["data_hash"]
     assert (record["method"], record["seed"], record["settings"]) == ("mutor", 7, {"a": 0.5, "d_max": 3, "d_min": 2})
     assert record["added_parameters"] == 32 and record["train_data_name"] == "star_graph n=2 l=3 labels=10"
     assert record["steps"] == 20 and record["tokens"] > 20 * 16 * 18

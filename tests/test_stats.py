@@ -108,6 +108,7 @@ def test_scores_of_few_digits_are_averaged_in_double_precision():
     """Records keep scores as float32."""
     scores = rng().random((3, 50)).astype(np.float32)
     assert interval(scores) == interval(scores.astype(float))
+    assert summarise([50.0] * 3, list(scores)) == summarise([50.0] * 3, list(scores.astype(float)))
 
 
 def test_standard_error_over_problems_is_what_a_bootstrap_estimates():
@@ -289,4 +290,5 @@ def test_seeds_and_problems_vary_together():
     assert summarise([45.0, 50.0, 55.0], level=0.5).ci_high < summarise([45.0, 50.0, 55.0]).ci_high
     assert summarise([45.0, 50.0], [scores[0], None]).covers == "seeds"
     assert summarise([45.0, 50.0], [scores[0], scores[1][:300]]) == summarise([45.0, 50.0])  # not the same problems
-    assert summarise([45.0, 50.0]).covers == "seeds" and summarise([0.0, 10.0]).ci_low == 0.0
+    assert (two := summarise([45.0, 50.0])).covers == "seeds" and two.std == pytest.approx(12.5**0.5)
+    assert summarise([0.0, 10.0]).ci_low == 0.0

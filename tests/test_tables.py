@@ -21,6 +21,7 @@ from mutor.results.cells import COLUMNS, Evidence
 from mutor.results.drawings import collect_artifact
 from mutor.results.published import Published, read_reported
 from mutor.results.records import Records
+from mutor.results.stats import summarise
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,7 +59,24 @@ def record(spec, seed, solve_rate):
         "steps": 20,
         "seconds_training": 1.0,
         "trainable_parameters": 100,
+        "test_data_hash": "t",
     }
+
+
+def test_seeds_on_other_problems_are_not_stacked(tmp_path):
+    """Scores of problems stand in one column only where all seeds' records name the same problems."""
+    found = {}
+    for kind, hashes in (("same", "tt"), ("others", "tu"), ("unnamed", (None, None))):
+        cell = next(c for c in run_cells(load_table(ROOT, "figure4"), load_scale(ROOT, "smoke")))
+        for seed, rate, test_data_hash in zip((42, 43), (48.0, 52.0), hashes, strict=True):
+            file = records.seed_folder(tmp_path / kind, cell.spec, seed) / "metrics.json"
+            write_json(file, record(cell.spec, seed, rate) | {"test_data_hash": test_data_hash})
+        evidence_here = evidence("smoke", tmp_path / kind)
+        frame = evidence_here.frame(evidence_here.table("figure4"))
+        found[kind] = frame[frame["mean"].notna()].iloc[0][["ci_low", "ci_high"]].tolist()
+    alone = summarise([48.0, 52.0])
+    assert found["others"] == found["unnamed"] == pytest.approx([alone.ci_low, alone.ci_high])
+    assert found["same"][0] < alone.ci_low and found["same"][1] > alone.ci_high
 
 
 @pytest.fixture

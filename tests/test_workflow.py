@@ -14,6 +14,7 @@ import pytest
 
 from mutor.config.load import load_scale, load_table, scale_names
 from mutor.config.runs import make_spec, run_cells, specs_of
+from mutor.files import locked
 from mutor.results import records
 from mutor.results.cells import COLUMNS
 
@@ -199,6 +200,19 @@ def test_smoke_scale_ends_in_claims_and_a_report(smoke):
 def test_nothing_to_do_does_nothing(smoke):
     done = snakemake(smoke, "--cores", "2", "--config", "scale=smoke")
     assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
+
+
+def test_locks_of_a_dead_snakemake_are_removed_and_of_a_living_one_are_not(smoke):
+    locks = smoke / ".snakemake/locks"
+    for kind in ("input", "output"):
+        (locks / f"0.{kind}.lock").write_text("runs/smoke/g2x3/gpt2-2x32/next_token/default/index.json\n")
+    arguments = ("results/figure4.csv", "--cores", "1", "--forcerun", "draw_solve_rates", "--config", "scale=smoke")
+    with locked(smoke / ".snakemake/alive"):  # as a living one does
+        done = snakemake(smoke, *arguments)
+        assert done.returncode != 0 and "LockException" in done.stderr
+    done = snakemake(smoke, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0.input.lock was left by a Snakemake that is gone: removed" in done.stderr and not list(locks.iterdir())
 
 
 def test_finished_seeds_survive_a_lost_output_and_a_new_seed(smoke):

@@ -178,6 +178,8 @@ def make_spec(
             f"{where}: {data}: seeds: {list(chosen)} is not allowed; allowed: one or more, different, from 0"
         )
     recipe = _recipe(where, scale, data, model, budget_factor)
+    if recipe.stop_at is not None and not load(TASKS, dataset.task, where).chosen_on(task_config):
+        raise ValueError(f"{where}: {data}: stop_at: {recipe.stop_at} is never reached: nothing is validated")
     _check_processes(where, scale, model, recipe, method)
     base, base_seed = _base(where, scale, data, model, chosen)
     return Spec(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mutor.checks import from_mapping, setting
 from mutor.mtp.method import AuxiliarySettings, Context, Method
+from mutor.streams import stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,12 +225,9 @@ class MuToR(Method):
 
 def _shuffled(target: Tensor, has_register: Tensor, seed: int, sample: int) -> Tensor:
     """Targets permuted among all registers of the batch: same marginals, no meaning."""
-    import numpy as np
     import torch
 
-    from mutor.mtp.registers import STREAMS
-
-    order = np.random.default_rng([STREAMS["shuffle"], seed, sample]).permutation(int(has_register.sum()))
+    order = stream("shuffled_targets", seed, sample).permutation(int(has_register.sum()))
     out = target.clone()
     out[has_register] = target[has_register][torch.from_numpy(order)]
     return out

@@ -5,6 +5,9 @@ MuToR2D, d_max 3, on a grid of 4 columns; a register behind t predicts one of th
     t  1  2  .        (d_h, d_w) drawn from {1, 2, 3}^2 without (1, 1), which is t itself; d = (d_h - 1) 4 + d_w - 1
     4  5  6  .        a plain offset along the raster, so that it runs on into the next row near the right border
     8  9 10  .
+
+The two count d_max differently, as the paper does. Along the raster d is 1 .. d_max. On the grid d_w is 1 .. d_max and
+d = d_w - 1 in the own row (d_h = 1), so that d_max 4 means offsets 1 .. 4 in MuToR1D and 1 .. 3 in MuToR2D's own row.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 class MuToR1DConfig(MuToRConfig):
     """Settings of MuToR along the raster; defaults are the paper's for images."""
 
+    d_max: int = setting(4, doc="offsets d are 1 .. d_max; in its own row mutor_2d's are 1 .. d_max - 1", low=1)
     a: float = setting(0.5, doc="weight of the register loss", low=0, high=1, open_ends=True)
 
 
@@ -36,7 +40,9 @@ class MuToR1D(MuToR):
 class MuToR2DConfig(MuToR1DConfig):
     """Settings of MuToR on a grid: d_max counts rows and columns, the own one included (paper: 4)."""
 
-    d_max: int = setting(4, doc="pairs (d_h, d_w) are drawn from {1 .. d_max}^2 without (1, 1)", low=2)
+    d_max: int = setting(
+        4, doc="pairs (d_h, d_w) are from {1 .. d_max}^2 without (1, 1); in the own row d is 1 .. d_max - 1", low=2
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

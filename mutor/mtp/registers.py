@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mutor.streams import Stream, stream
+
 _BLOCK = 4096
-# independent streams of one seed, so that adding a draw never shifts another
-STREAMS = {"offset": 1, "placement": 2, "shuffle": 3}
 
 
 @lru_cache(maxsize=8)
-def _block(seed: int, stream: int, block: int) -> np.ndarray:
-    return np.random.default_rng([stream, block, seed]).random(_BLOCK)
+def _block(name: Stream, seed: int, block: int) -> np.ndarray:
+    return stream(name, seed, block).random(_BLOCK)
 
 
-def uniform(seed: int, stream: str, samples: Tensor) -> Tensor:
-    """Numbers in [0, 1), one for each sample: a function of (seed, stream, sample) alone.
+def uniform(name: Stream, seed: int, samples: Tensor) -> Tensor:
+    """Numbers in [0, 1), one for each sample: a function of (name, seed, sample) alone.
 
     samples: int64 tensor of any shape, numbers of samples, counted over the whole run. Returns float64 of the same
     shape, on the CPU.
@@ -38,7 +38,7 @@ def uniform(seed: int, stream: str, samples: Tensor) -> Tensor:
     out = np.empty(flat.shape)
     for block in np.unique(flat // _BLOCK):
         rows = flat // _BLOCK == block
-        out[rows] = _block(seed, STREAMS[stream], int(block))[flat[rows] % _BLOCK]
+        out[rows] = _block(name, seed, int(block))[flat[rows] % _BLOCK]
     return torch.from_numpy(out).view(samples.shape)
 
 
@@ -49,9 +49,9 @@ def offsets(samples: Tensor, *, seed: int, d_min: int, d_max: int, mixed: bool =
     sample, or one per token of a sample with `mixed` (paper, section 3: allowed, not used there).
     """
     if mixed:
-        u = _per_token(samples, seed, "offset")
+        u = _per_token("offset_of_token", seed, samples)
     else:
-        u = uniform(seed, "offset", samples)
+        u = uniform("offset", seed, samples)
     return d_min + (u * (d_max - d_min + 1)).long()
 
 
@@ -65,13 +65,13 @@ def grid_offsets(samples: Tensor, *, seed: int, d_max: int, columns: int, mixed:
     return number // d_max * columns + number % d_max, number - 1
 
 
-def _per_token(samples: Tensor, seed: int, stream: str) -> Tensor:
+def _per_token(name: Stream, seed: int, samples: Tensor) -> Tensor:
     """float64 [B, T]: the k-th token of sample c gets the k-th number of a generator of its own."""
     out = torch.empty(samples.shape, dtype=torch.float64)
     for row, line in enumerate(samples.tolist()):
         for c in sorted(set(line)):
             at = [i for i, value in enumerate(line) if value == c]
-            numbers = np.random.default_rng([STREAMS[stream], 2**32 - 1, seed, c]).random(len(at))
+            numbers = stream(name, seed, c).random(len(at))
             out[row, at] = torch.from_numpy(numbers)
     return out
 
@@ -95,7 +95,7 @@ def placed(anchor: Tensor, segment: Tensor, samples: Tensor, *, placement: str, 
     if placement == "all":
         return anchor
     out = torch.zeros_like(anchor)
-    score = _per_token(samples, seed, "placement") if placement == "random" else None
+    score = _per_token("placement", seed, samples) if placement == "random" else None
     for row in range(anchor.shape[0]):
         for number in segment[row][anchor[row]].unique():
             at = torch.nonzero(anchor[row] & (segment[row] == number)).squeeze(1)

@@ -21,7 +21,7 @@ from mutor.config.runs import Cell, Spec, cells_of
 from mutor.config.schema import Scale, Table
 from mutor.registry import TASKS, load, resolve
 from mutor.results.published import Published, read_reported
-from mutor.results.records import Records, checkpoint_metrics, problem_scores
+from mutor.results.records import Records, checkpoint_metrics, problem_scores, same_problems
 from mutor.results.stats import summarise
 from mutor.tasks.corpora import CORPORA
 
@@ -139,7 +139,8 @@ def run_rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
     for cell in evidence.cells(table):
         found = evidence.records_of(cell)
         values = [checkpoint_metrics(record, cell.checkpoint)[cell.measured] for record in found]
-        scores = [problem_scores(record, cell.checkpoint, cell.measured) for record in found]
+        alike = len(found) == 1 or same_problems(*(record.get("test_data_hash") for record in found))
+        scores = [problem_scores(record, cell.checkpoint, cell.measured) for record in found if alike]
         summary = summarise(values, scores, rate=cell.unit == "percent")
         row = _described(cell)
         task = load(TASKS, cell.spec.dataset.task, "task")

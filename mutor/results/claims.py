@@ -225,7 +225,7 @@ def _scores(evidence: Evidence, cell: Cell) -> dict[int, Scored]:
         record["seed"]: Scored(
             checkpoint_metrics(record, cell.checkpoint)[cell.measured],
             problem_scores(record, cell.checkpoint, cell.measured),
-            record.get("data_hash"),
+            record.get("test_data_hash"),
         )
         for record in evidence.records_of(cell)
     }

@@ -13,7 +13,17 @@ import numpy as np
 from mutor.results import records
 from mutor.results.stats import paired
 
-MADE_BY = ("git_commit", "versions", "device", "platform", "processes", "threads", "code", "data_hash")
+MADE_BY = (
+    "git_commit",
+    "versions",
+    "device",
+    "platform",
+    "processes",
+    "threads",
+    "code",
+    "data_hash",
+    "test_data_hash",
+)
 
 
 def lines(one: Path, other: Path) -> list[str]:
@@ -68,8 +78,8 @@ def _different(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 def _paired(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
     """Scores of the same problems, compared problem by problem."""
-    if any(a.get("data_hash") != b.get("data_hash") for a, b in pairs):
-        return ["   scored on different problems, so not compared problem by problem"]
+    if not records.same_problems(*(record.get("test_data_hash") for pair in pairs for record in pair)):
+        return ["   not known to be scored on the same problems, so not compared problem by problem"]
     out = []
     for metric in records.checkpoint_metrics(pairs[0][0], "last"):
         scores = [[records.problem_scores(r, "last", metric) for r in pair] for pair in pairs]

@@ -157,6 +157,7 @@ RECORD = _fields(
         "model_role": TEXT,
         "stands_in_for": TEXT,
         "data_hash": TEXT,
+        "test_data_hash": _or_none(TEXT),
     },
 )
 CURVE = _list(_mapping(NUMBER))

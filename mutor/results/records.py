@@ -222,6 +222,11 @@ def checkpoint_metrics(record: dict[str, Any], name: str) -> dict[str, float]:
     return next(c["metrics"] for c in record["checkpoints"] if name in c["names"])
 
 
+def same_problems(*test_data_hashes: str | None) -> bool:
+    """Whether these are all of the same test problems, in the same order; a record without the field does not tell."""
+    return None not in test_data_hashes and len(set(test_data_hashes)) == 1
+
+
 def problem_scores(record: dict[str, Any], name: str, metric: str) -> np.ndarray | None:
     """Scores [N] of a record's checkpoint `last` or `best`, 0 to 1 a problem; None where `metric` has none."""
     packed = next(c.get("scores", {}) for c in record["checkpoints"] if name in c["names"])

@@ -9,10 +9,15 @@ import pandas as pd
 
 from mutor.config.runs import Spec
 from mutor.config.schema import Table
-from mutor.registry import resolve
+from mutor.registry import TASKS, load, resolve
 from mutor.results.cells import Evidence
 from mutor.results.numbers import is_missing, text
 
+CHOSEN = {  # by what names the best checkpoint, see Task.chosen_on
+    "valid": "chosen on validation problems",
+    "test": "chosen on the test problems themselves, as in the paper",
+    "": "the last one, as there are no validation problems",
+}
 DIGITS = {"fraction": 3, "score": 2, "times": 2, "s": 4, "1/s": 0, "GB": 2}  # by unit, behind the point; others: 1
 
 
@@ -63,7 +68,8 @@ def _text(row: Mapping[Any, Any]) -> str:
 
 def markdown(evidence: Evidence, table: Table) -> str:
     """The table in Markdown, with what stands in for what, notes and the published values."""
-    parts = [f"# {table.title}", "", table.drawing.heading.format(scale=evidence.scale), "", table.caption, ""]
+    heading = table.drawing.heading.format(scale=evidence.scale)
+    parts = [f"# {table.title}", "", heading, "", caption(evidence, table), ""]
     if about := circumstances(evidence, table):
         parts += [" ".join(about), ""]
     if table.needs_runs:
@@ -81,6 +87,18 @@ def markdown(evidence: Evidence, table: Table) -> str:
         columns = [name for name in order.split() if beside[name].ne("").any()]
         parts += ["", "Published values:", "", grid(beside[columns].set_index("model"))]
     return "\n".join(parts) + "\n"
+
+
+def caption(evidence: Evidence, table: Table) -> str:
+    """What a table shows, and what its best checkpoints were chosen on."""
+    chosen: dict[str, dict[str, None]] = {}
+    for spec in [cell.spec for cell in evidence.cells(table) if cell.checkpoint == "best"]:
+        task = load(TASKS, spec.dataset.task, "task")
+        chosen.setdefault(task.chosen_on(spec.task_config), {})[task.describe(spec.task_config)] = None
+    if not chosen:
+        return table.caption
+    texts = [CHOSEN[split] + f" ({', '.join(names)})" * (len(chosen) > 1) for split, names in chosen.items()]
+    return f"{table.caption} The best checkpoint is {'; '.join(texts)}."
 
 
 def circumstances(evidence: Evidence, table: Table) -> list[str]:
@@ -116,6 +134,7 @@ def grid(frame: pd.DataFrame) -> str:
 def latex(evidence: Evidence, table: Table) -> str:
     """The table in LaTeX (booktabs)."""
     shown = published_shape(evidence, table)
+    words = f"{table.title}. Scale: {evidence.scale.name}. {caption(evidence, table)}"
     escaped = shown.map(_escape)
     escaped.index, escaped.columns = [_escape(i) for i in shown.index], [_escape(c) for c in shown.columns]
     body = [" & ".join(["", *escaped.columns]) + r" \\", r"\midrule"]
@@ -128,7 +147,7 @@ def latex(evidence: Evidence, table: Table) -> str:
         *body,
         r"\bottomrule",
         r"\end{tabular}",
-        rf"\caption{{{_escape(table.title)}. Scale: {_escape(evidence.scale.name)}. {_escape(table.caption)}}}",
+        rf"\caption{{{_escape(words)}}}",
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"

@@ -21,7 +21,7 @@ from mutor.results.cells import COLUMNS, Evidence
 from mutor.results.flops import training_flops
 from mutor.results.numbers import is_missing, text
 from mutor.results.records import checkpoint_metrics, problem_scores
-from mutor.results.render import circumstances, published_shape
+from mutor.results.render import caption, circumstances, published_shape
 from mutor.results.verdicts import RULE
 
 SAID_ONCE = ("artifact", "scale", "stands_in_for", "role")  # of a cell, above its table
@@ -82,7 +82,7 @@ def _artifact(evidence: Evidence, table: Table, folder: Path) -> dict[str, Any]:
     return {
         "name": table.name,
         "title": table.title,
-        "caption": table.caption,
+        "caption": caption(evidence, table),
         "notes": [*circumstances(evidence, table), *table.notes],
         "figures": figures,
         "stands_in": sorted({words for words in frame["stands_in_for"] if words}),

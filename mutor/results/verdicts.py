@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mutor.results.records import same_problems
 from mutor.results.stats import Interval, interval, needed, over_seeds, paired
 
 RULE = """\
@@ -48,7 +49,7 @@ class Scored:
 
     value: float
     problems: np.ndarray | None
-    data_hash: str | None
+    test_data_hash: str | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def difference(ours: dict[int, Scored], theirs: dict[int, Scored] | float, *, pe
         return _by_seeds([scored.value - theirs for scored in ours.values()], None)
     common = sorted(ours.keys() & theirs.keys())
     one, other = (_table(side, common) if percent and common else None for side in (ours, theirs))
-    alike = all(ours[s].data_hash == theirs[s].data_hash for s in common)
+    alike = all(same_problems(ours[s].test_data_hash, theirs[s].test_data_hash) for s in common)
     if alike and one is not None and other is not None and one.shape == other.shape:
         result = paired(one, other, np.random.default_rng(0))
         return Found(result.difference.times(100), result.p, len(common))
@@ -125,8 +126,8 @@ def _table(side: dict[int, Scored], seeds: list[int]) -> np.ndarray | None:
     kept = [side[s].problems for s in seeds]
     if any(k is None for k in kept):
         return None
-    lengths, data = {len(k) for k in kept if k is not None}, {side[s].data_hash for s in seeds}
-    return np.array(kept, dtype=float) if len(lengths) == len(data) == 1 else None
+    alike = len(seeds) == 1 or same_problems(*(side[s].test_data_hash for s in seeds))
+    return np.array(kept, dtype=float) if alike and len({len(k) for k in kept if k is not None}) == 1 else None
 
 
 def _by_seeds(ours: list[float], theirs: list[float] | None) -> Found:

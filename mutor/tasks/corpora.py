@@ -33,6 +33,13 @@ class Corpus:
     new_tokens: int = 512
     learns_prompts: bool = False  # as in pretraining
 
+    def chosen_on(self, source: str) -> tuple[str, str]:
+        """Dataset and split that name the best checkpoint: for validation, else the test split, as the paper did.
+
+        source: the kind of `Origin`; generated datasets all have a split for validation.
+        """
+        return self.valid or ((self.test[0], "valid") if source == "generated" else self.test)
+
 
 _GSM, _MATH = ("gsm8k", "augmented_gsm8k"), ("math", "augmented_math")
 _M1, _M2, _GSM_TEST = ("openmathinstruct-2", "train_1M"), ("openmathinstruct-2", "train_2M"), ("gsm8k", "test")
@@ -81,9 +88,8 @@ class Origin:
 def problems(corpus: Corpus, split: str, origin: Origin, size: int | None = None) -> list[Problem]:
     """All problems of a corpus's split "train", "valid" or "test", in a fixed order.
 
-    Without a validation split of its own a corpus is validated on its test split, as the paper chose checkpoints.
-    size: the first so many, of a corpus that is shuffled after shuffling. Raises ValueError naming file and line, or
-    dataset and revision, for what can't be read.
+    "valid" are those that checkpoints are chosen on (`Corpus.chosen_on`). size: the first so many, of a corpus that is
+    shuffled after shuffling. Raises ValueError naming file and line, or dataset and revision, for what can't be read.
     """
     if split == "train":
         found = list(_kept(corpus.train, origin, corpus.only))
@@ -96,7 +102,7 @@ def problems(corpus: Corpus, split: str, origin: Origin, size: int | None = None
                     extra.append(problem)
             found += extra
     else:
-        found = list(_kept(corpus.valid if split == "valid" and corpus.valid else corpus.test, origin))
+        found = list(_kept(corpus.chosen_on(origin.kind) if split == "valid" else corpus.test, origin))
     if corpus.shuffled and split == "train":
         import numpy as np
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mutor.files import complete_folder, damage, locked, write_json
+from mutor.streams import stream, torch_seed
 from mutor.tasks.pictures import ImagesConfig, Pictures, Versions
 from mutor.tasks.pictures import load as load_pictures
 from mutor.tasks.task import Log
@@ -121,7 +122,7 @@ def make(config: ImagesConfig, folder: Path, device: str, log: Log) -> None:
     book, judge = _trained(config, versions, test.batch(np.array([0])).shape[1], folder, device, log)
     for split, pictures in (("train", versions), ("test", test)):
         _encode(config, split, pictures, book, folder, log)
-    real = np.random.default_rng([config.data_seed, 13]).permutation(len(train))[: config.real_samples]
+    real = stream("real_images", config.data_seed).permutation(len(train))[: config.real_samples]
     features = torch.cat([judge.judge(train.batch(part))[0] for part in _parts(real)])
     np.save(folder / "real.npy", features.numpy())
     made = {"config": asdict(config), "images": len(train), "held_out": len(test)}
@@ -160,9 +161,11 @@ def _trained(
             ).to(device)
         judge: Any = Classifier(c.classes, colours, c.pixels).to(device)
     if not c.tokenizer:
-        vq.train(book, versions, steps=c.tokenizer_steps, batch_size=64, rate=2e-3, seed=c.data_seed, log=log)
+        seed = torch_seed("tokenizer_batches", c.data_seed)
+        vq.train(book, versions, steps=c.tokenizer_steps, batch_size=64, rate=2e-3, seed=seed, log=log)
     if c.features == "classifier":
-        train_classifier(judge, versions, steps=c.classifier_steps, batch_size=64, rate=3e-3, seed=c.data_seed, log=log)
+        seed = torch_seed("classifier_batches", c.data_seed)
+        train_classifier(judge, versions, steps=c.classifier_steps, batch_size=64, rate=3e-3, seed=seed, log=log)
         torch.save(judge.state_dict(), folder / "classifier.pt")
     else:
         judge = Inception(device)

@@ -7,11 +7,13 @@ task.evaluate(model, method, Context(), "test", batch_size=100)
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mutor.streams import stream, torch_seed
 from mutor.tasks.image_assets import ImageAssets
 from mutor.tasks.pictures import ImagesConfig
 from mutor.tasks.task import Log, Source, Task
@@ -61,8 +63,8 @@ class Images(Task):
         return Source(lambda index: self._encoded("train", index), len(self.assets.codes["train"]))
 
     def examples(self, split: str) -> list[tuple[np.ndarray, int]]:
-        """All held-out images, for validation and test."""
-        return self._encoded("test", np.arange(len(self.assets.codes["test"])))
+        """Every second held-out image: one half for validation, the other for test."""
+        return self._encoded("test", np.arange(int(split == "test"), len(self.assets.codes["test"]), 2))
 
     def _encoded(self, split: str, index: np.ndarray) -> list[tuple[np.ndarray, int]]:
         """(class token and codes, prefix length 1)."""
@@ -89,7 +91,7 @@ class Images(Task):
         predictions_file: Path | None = None,
         log: Log | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Draw images of all classes in turn and score them; the loss is that of held-out images.
+        """Draw images of random classes and score them; the loss is that of held-out images.
 
         A grid of samples is drawn beside predictions-NAME.jsonl as samples-NAME.png. Scores of every image come of
         class_accuracy, where features are a classifier's.
@@ -100,8 +102,7 @@ class Images(Task):
         from mutor.tasks.image_scores import distance_to, frechet_distance, inception_score, precision_recall
 
         c, assets = self.config, self.assets
-        count = c.test_samples if split == "test" else c.valid_samples
-        labels = torch.arange(count) % c.classes
+        labels = torch.from_numpy(self.classes(split))
         images = self.draw(model, method, labels, batch_size, log)
         features, logits = assets.judge.judge(images)
         _, loss = teacher_forced_scores(model, method, context, self.examples(split), batch_size)
@@ -120,8 +121,13 @@ class Images(Task):
         metrics["tokenizer_squared_error"] = assets.facts["squared_error"]
         if predictions_file:
             picture = predictions_file.with_name(f"{predictions_file.stem.replace('predictions', 'samples')}.png")
-            save_grid(images[: 10 * c.classes], c.classes, picture)
+            save_grid(images, labels, picture)
         return metrics, scores
+
+    def classes(self, split: str) -> np.ndarray:
+        """int64 [N]: classes of the images to draw, uniformly at random as by LlamaGen; the same for all models."""
+        count = self.config.test_samples if split == "test" else self.config.valid_samples
+        return stream("image_classes", self.config.sample_seed).integers(self.config.classes, size=count)
 
     def draw(self, model: Any, method: Method, labels: Tensor, batch_size: int, log: Log | None = None) -> Tensor:
         """Images [N, C, H, W] of classes [N]; seed and batch size decide the noise, so equal models draw equal ones."""
@@ -135,7 +141,7 @@ class Images(Task):
             prompts = image_prompts(
                 model,
                 part,
-                seed=c.sample_seed + number,
+                seed=torch_seed("image_noise", c.sample_seed, number),
                 guidance=c.guidance,
                 temperature=c.temperature,
                 top_k=c.top_k,
@@ -151,16 +157,23 @@ class Images(Task):
         """A hash of all codes and labels."""
         return self.assets.data_hash()
 
+    def test_data_hash(self) -> str:
+        """A hash of the held-out images that the loss is of, and of the classes and the noise that are drawn from."""
+        drawn = [self.config.sample_seed, self.classes("test").tolist()]
+        return hashlib.sha256(repr([super().test_data_hash(), drawn]).encode()).hexdigest()[:16]
 
-def save_grid(images: Tensor, columns: int, file: Path) -> None:
-    """A picture of images [N, C, H, W], row by row with lines between; a column is a class where they come in turn."""
+
+def save_grid(images: Tensor, labels: Tensor, file: Path, shown: int = 10) -> None:
+    """A picture of images [N, C, H, W] of classes [N]: a column a class, up to `shown` of each of the first `shown`."""
     import torch
     from PIL import Image
 
-    rows = len(images) // columns
-    framed = torch.nn.functional.pad(images[: rows * columns], (1, 1, 1, 1), value=0.0)
-    _, colours, height, width = framed.shape
-    board = framed.view(rows, columns, colours, height, width).permute(0, 3, 1, 4, 2)
-    pixels = ((board.reshape(rows * height, columns * width, colours) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    columns = [images[labels == label][:shown] for label in range(min(int(labels.max()) + 1, shown))]
+    rows = max(map(len, columns))
+    filled = [torch.cat([found, found.new_zeros(rows - len(found), *images.shape[1:])]) for found in columns]
+    board = torch.nn.functional.pad(torch.stack(filled, 1), (1, 1, 1, 1), value=0.0)
+    _, _, colours, height, width = board.shape
+    board = board.permute(0, 3, 1, 4, 2).reshape(rows * height, len(columns) * width, colours)
+    pixels = ((board + 1) * 127.5).round().clamp(0, 255).byte().numpy()
     picture = Image.fromarray(pixels[:, :, 0] if colours == 1 else pixels)
     picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(file)

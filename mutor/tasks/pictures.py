@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mutor.checks import setting
+from mutor.streams import stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ class ImagesConfig:
     folder: str | None = setting(None, doc="of the files; fashion-mnist: of its idx files, none: from the hub")
     classes: int = setting(10, doc="how many classes there are", low=1)
     pixels: int = setting(16, doc="height and width that images are scaled to", low=8)
-    test_size: int = setting(300, doc="images held out", low=10)
+    test_size: int = setting(300, doc="images held out: half to choose the best checkpoint, half to score it", low=10)
     copies: int = setting(10, doc="versions of each training image, the first as it is", low=1)
     flip: bool = setting(False, doc="every second version is mirrored; not where that changes a class")
     shift: float = setting(1.0, doc="versions are shifted by at most so many pixels", low=0)
@@ -57,12 +58,12 @@ class ImagesConfig:
     classifier_steps: int = setting(600, doc="how long the classifier is trained", low=1)
     reference: str | None = setting(None, doc="with inception: ADM's file of reference statistics (.npz), for the FID")
     real_samples: int = setting(10000, doc="at most so many real images are compared with", low=10)
-    valid_samples: int = setting(200, doc="images drawn during training", low=10)
-    test_samples: int = setting(2000, doc="images drawn at the end", low=10)
+    valid_samples: int = setting(200, doc="images drawn during training, of random classes", low=10)
+    test_samples: int = setting(2000, doc="images drawn at the end, of random classes as by LlamaGen", low=10)
     guidance: float = setting(2.0, doc="of classifier-free guidance; 1: none", low=0)
     temperature: float = setting(1.0, doc="of sampling", low=0, open_ends=True)
     top_k: int = setting(0, doc="only so many codes are drawn from; 0: all", low=0)
-    sample_seed: int = setting(0, doc="noise of the samples, the same for all models", low=0)
+    sample_seed: int = setting(0, doc="classes and noise of the samples, the same for all models", low=0)
     data_seed: int = setting(0, doc="of the held-out images and the versions", low=0)
 
     @property
@@ -135,9 +136,8 @@ class Versions:
         if not (c.turn or c.zoom or c.shift):
             return images
         if number not in self._draws:
-            self._draws[number] = np.random.default_rng([c.data_seed, 12, number]).uniform(
-                -1, 1, (len(self.pictures), 4)
-            )
+            rng = stream("image_versions", c.data_seed, number)
+            self._draws[number] = rng.uniform(-1, 1, (len(self.pictures), 4))
         draw = self._draws[number][picture]
         angle, scale = np.deg2rad(c.turn * draw[:, 0]), 1 / (1 + c.zoom * draw[:, 1])
         matrix = np.zeros((len(images), 2, 3))
@@ -159,7 +159,7 @@ def load(config: ImagesConfig) -> tuple[Pictures, Pictures]:
         pictures = _in_memory(np.round(found.images * 255 / 16), found.target, config)
     else:
         pictures = _folder(config)
-    order = np.random.default_rng([config.data_seed, 11]).permutation(len(pictures))
+    order = stream("held_out_images", config.data_seed).permutation(len(pictures))
     if len(order) <= config.test_size:
         raise ValueError(f"test_size: {config.test_size} of {len(order)} images leave none to train on")
     return pictures.part(order[config.test_size :]), pictures.part(order[: config.test_size])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mutor.checks import setting
+from mutor.streams import stream
 from mutor.tasks.graphs import Graphs, generate, keys, read_file, write_line
 from mutor.tasks.task import Log, Source, Task
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from mutor.mtp.method import Context, Method
 
 BLOCK = 4096
-TAG = {"valid": 1, "test": 2, "train": 3}
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class StarGraph(Task):
             if split == "test" and c.test_file:
                 splits[split] = read_file(c.test_file, c.shape, c.labels)
             else:
-                rng = np.random.default_rng([TAG[split], c.data_seed])
+                rng = stream("held_out_graphs", c.data_seed, int(split == "test"))
                 splits[split] = self._fresh(rng, size, seen)
             seen = np.concatenate([seen, keys(splits[split])])
         return splits
@@ -179,9 +179,8 @@ class StarGraph(Task):
                 graphs = graphs[~np.isin(keys(graphs), self._forbidden)]
             else:
                 assert c.train_size
-                graphs = self._fresh(
-                    np.random.default_rng([TAG["train"], c.data_seed]), c.train_size, self._forbidden, unique=False
-                )
+                rng = stream("fixed_graphs", c.data_seed)
+                graphs = self._fresh(rng, c.train_size, self._forbidden, unique=False)
             return Source(lambda index: self.encode(graphs[index]), len(graphs))
         blocks: dict[int, Graphs] = {}
 
@@ -189,7 +188,7 @@ class StarGraph(Task):
             if number not in blocks:
                 if len(blocks) > 4:
                     blocks.clear()
-                rng = np.random.default_rng([TAG["train"], number, seed])
+                rng = stream("new_graphs", seed, number)
                 blocks[number] = self._fresh(rng, BLOCK, self._forbidden, unique=False)
             return blocks[number]
 
@@ -311,8 +310,15 @@ class StarGraph(Task):
 
     def data_hash(self) -> str:
         """A hash of the held-out graphs."""
+        return self._hash(*sorted(self.splits))
+
+    def test_data_hash(self) -> str:
+        """A hash of the test graphs, whichever way they are asked for."""
+        return self._hash("test")
+
+    def _hash(self, *splits: str) -> str:
         digest = hashlib.sha256()
-        for split in sorted(self.splits):
+        for split in splits:
             digest.update(np.ascontiguousarray(self.splits[split].edges).tobytes())
             digest.update(np.ascontiguousarray(self.splits[split].path).tobytes())
         return digest.hexdigest()[:16]

@@ -13,6 +13,7 @@ torch inside functions only, so that plans are made without it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,11 @@ class Task:
         """The selection metric, in percent, of a model that has learned nothing; None where that means nothing."""
         return None
 
+    @staticmethod
+    def chosen_on(config: Any) -> str:
+        """What names the best checkpoint: "valid", a split for that alone; "test"; or "", nothing: it is the last."""
+        return "valid"
+
     def prepare_assets(self, folder: Path, device: str, log: Log) -> None:
         """Make, once below `folder`, what all runs on these data share, and load it; the first thing a run does."""
 
@@ -119,3 +125,10 @@ class Task:
     def data_hash(self) -> str:
         """A hash of what is learned from and scored on."""
         raise NotImplementedError
+
+    def test_data_hash(self) -> str:
+        """A hash of the test problems in their order: where it is the same, runs are compared problem by problem."""
+        digest = hashlib.sha256()
+        for ids, prefix in self.examples("test"):
+            digest.update(repr((ids.tolist(), int(prefix))).encode())
+        return digest.hexdigest()[:16]

@@ -36,7 +36,7 @@ class TextConfig:
     source: str = setting("hub", doc="where its rows come from", choices=("hub", "folder", "generated"))
     folder: str | None = setting(None, doc="with source folder: the folder that holds one folder a dataset")
     train_file: str | None = setting(None, doc="with corpus own: JSONL of prompt and answer")
-    valid_file: str | None = setting(None, doc="with corpus own: to choose checkpoints; none: the test file")
+    valid_file: str | None = setting(None, doc="with corpus own: to choose checkpoints; none: the last is the best")
     test_file: str | None = setting(
         None, doc="with corpus own: to score; gold: what is right, if not what extract finds in the answer"
     )
@@ -63,6 +63,8 @@ class TextConfig:
                     raise ValueError(f"{name}: missing, corpus 'own' needs a JSONL file of prompt and answer")
         elif self.train_file or self.valid_file or self.test_file:
             raise ValueError(f"train_file: goes with corpus 'own', not with {self.corpus!r}")
+        if self.corpus == "own" and self.valid_size and not self.valid_file:
+            raise ValueError(f"valid_size: {self.valid_size} goes with a valid_file; without one nothing is validated")
         if (self.source == "folder") != bool(self.folder):
             raise ValueError(f"folder: {self.folder!r} does not go with source {self.source!r}")
 
@@ -90,7 +92,8 @@ class Text(Task):
         self.pad_id = self.tokenizer.pad_token_id
         self.prefix_lm = config.prefix_lm and not self.corpus.learns_prompts
         self.selection_metric = "rougeL" if self.corpus.compare == "rouge" else "accuracy"
-        self.problems = {split: self._problems(split) for split in ("valid", "test")}
+        splits = ("valid", "test") if self.chosen_on(config) else ("test",)
+        self.problems = {split: self._problems(split) for split in splits}
         if config.corpus == "own":
             for found in self.problems.values():
                 check_answers(found, self.corpus, self.score)
@@ -117,10 +120,18 @@ class Text(Task):
         if getattr(method_config, "fixed_length", False):
             raise ValueError(f"{where}: this method answers in a fixed number of tokens, texts end where they end")
 
+    @staticmethod
+    def chosen_on(config: TextConfig) -> str:
+        """The test split for published datasets without another one; nothing for a user's own without a valid_file."""
+        if config.corpus == "own":
+            return "valid" if config.valid_file else ""
+        corpus = CORPORA[config.corpus]
+        return "test" if corpus.chosen_on(config.source) == corpus.test else "valid"
+
     def _problems(self, split: str) -> list[Problem]:
         c = self.config
         size = {"train": c.train_size, "valid": c.valid_size, "test": c.test_size}[split]
-        own = {"train": c.train_file, "valid": c.valid_file or c.test_file, "test": c.test_file}[split]
+        own = {"train": c.train_file, "valid": c.valid_file, "test": c.test_file}[split]
         origin = Origin("file", own) if own else Origin(c.source, c.folder or "")
         found = problems(self.corpus, split, origin, size)
         if not found:
@@ -297,10 +308,15 @@ class Text(Task):
     def data_hash(self) -> str:
         """A hash of all problems, training ones included."""
         digest = hashlib.sha256()
-        for found in (self._training, self.problems["valid"], self.problems["test"]):
+        for found in (self._training, *self.problems.values()):
             for problem in found:
                 digest.update(json.dumps([problem.prompt, problem.answer, problem.gold]).encode())
         return digest.hexdigest()[:16]
+
+    def test_data_hash(self) -> str:
+        """A hash of prompts and right answers, whichever tokens they are read as and whatever was learned from."""
+        asked = [[problem.prompt, problem.gold] for problem in self.problems["test"]]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def _without_marks(answer: str) -> str:

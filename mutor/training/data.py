@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from mutor.mtp.layout import Example
+from mutor.streams import stream
 from mutor.tasks.task import Source
 
 
@@ -38,5 +39,5 @@ class Samples(Dataset):
 
     def _permutation(self, epoch: int, size: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([epoch, self.seed]).permutation(size)
+            self._order = epoch, stream("epoch_order", self.seed, epoch).permutation(size)
         return self._order[1]

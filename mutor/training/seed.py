@@ -138,19 +138,24 @@ class SeedRun:
         )
 
     def _validate(self, model: Any) -> dict[str, float]:
-        """Score the model that is trained on the validation set; save it if it is the best, or one that is kept."""
+        """Score the model that is trained on the validation set; save it if it is the best, or one that is kept.
+
+        Without a validation set there are no metrics, and none is the best.
+        """
         from mutor.mtp.backbone import evaluating
 
         assert self.trainer is not None
         recipe, name, step = self.trainer.recipe, self.task.selection_metric, self.trainer.state.global_step
-        with evaluating(model):
-            metrics, _ = self.task.evaluate(model, self.method, self.context, "valid", recipe.eval_batch_size)
-            metrics |= self._own_metrics(model, "valid", metrics)
-        metrics = agreed(metrics)  # rounding may differ between devices; what follows from them may not
-        before = (entry[f"eval_{name}"] for entry in self.trainer.state.log_history if f"eval_{name}" in entry)
-        if metrics[name] > max(self._best, *before, float("-inf")):
-            self._best = metrics[name]
-            self._save("best", model, lambda target: {"step": step, name: metrics[name]})
+        metrics: dict[str, float] = {}
+        if self.task.chosen_on(self.spec.task_config):
+            with evaluating(model):
+                metrics, _ = self.task.evaluate(model, self.method, self.context, "valid", recipe.eval_batch_size)
+                metrics |= self._own_metrics(model, "valid", metrics)
+            metrics = agreed(metrics)  # rounding may differ between devices; what follows from them may not
+            before = (entry[f"eval_{name}"] for entry in self.trainer.state.log_history if f"eval_{name}" in entry)
+            if metrics[name] > max(self._best, *before, float("-inf")):
+                self._best = metrics[name]
+                self._save("best", model, lambda target: {"step": step, name: metrics[name]})
         if step in recipe.keep_steps:
             self._save(f"step{step}", model)
         return metrics
@@ -262,6 +267,7 @@ class SeedRun:
             "finished": _now(),
             "train_data_name": self.task.describe(self.spec.task_config),
             "data_hash": self.task.data_hash(),
+            "test_data_hash": self.task.test_data_hash(),
         }
 
 

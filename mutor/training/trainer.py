@@ -37,10 +37,11 @@ MADE_BY = "made_by.json"
 class MethodTrainer(Trainer):
     """Trains a model with a method's layout and losses, and logs every part of the loss.
 
-    score: the model -> validation metrics, called every `recipe.eval_every` steps; log: prints a line of progress;
-    autocast: bfloat16 products on a GPU. Several processes share the parts of each batch and log what one would.
-    sharded: each holds a part of the weights (FSDP2) instead of all (DDP). Raises ValueError where they can't. made_by:
-    the code, versions and platform that train; after `resume` those of all processes that did, one after the other.
+    score: the model -> validation metrics, called every `recipe.eval_every` steps, none without a validation set; log:
+    prints a line of progress; autocast: bfloat16 products on a GPU. Several processes share the parts of each batch
+    and log what one would. sharded: each holds a part of the weights (FSDP2) instead of all (DDP). Raises ValueError
+    where they can't. made_by: the code, versions and platform that train; after `resume` those of all processes that
+    did, one after the other.
     """
 
     def __init__(
@@ -163,9 +164,11 @@ class MethodTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Score the model on the validation set; end the run when the recipe's `stop_at` is reached."""
+        """Score the model on the validation set, if there is one; end the run when `stop_at` is reached."""
         with _gathered(self.model):
             scores = self.score(self.accelerator.unwrap_model(self.model))
+        if not scores:
+            return {}
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))
         reached = scores[self.selection_metric]

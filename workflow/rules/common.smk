@@ -1,5 +1,6 @@
 """What the rules share: the checked configuration and the runs it asks for. No torch is imported here."""
 
+import fcntl
 import hashlib
 import re
 import shlex
@@ -15,6 +16,24 @@ from mutor.results.provenance import run_code
 from mutor.results.records import drop_broken_index
 
 ROOT = Path(workflow.basedir)
+
+
+def unlocked():
+    """Remove the locks of a Snakemake that was killed here: one that lives holds the file that this returns."""
+    folder = Path(".snakemake")
+    folder.mkdir(exist_ok=True)
+    handle = open(folder / "alive", "w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    for lock in folder.glob("locks/*.lock"):
+        print(f"{lock} was left by a Snakemake that is gone: removed", file=sys.stderr)
+        lock.unlink()
+    return handle
+
+
+ALIVE = unlocked()  # held until this process ends
 try:
     PROJECT = load_project(ROOT, config)
     SCALE = load_scale(ROOT, PROJECT.scale)
