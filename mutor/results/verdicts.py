@@ -6,7 +6,7 @@ Each seed of a side is a `Scored`; a side is seed -> Scored. Differences are our
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,14 +111,15 @@ def difference(ours: dict[int, Scored], theirs: dict[int, Scored] | float, *, pe
         table = _table(ours, sorted(ours)) if percent else None
         if table is not None:
             return Found(interval(table).times(100).minus(theirs), None, len(ours))
-        return _by_seeds([scored.value - theirs for scored in ours.values()], None)
+        return _by_seeds([scored.value - theirs for scored in ours.values()], None, (-theirs, 100 - theirs), percent)
     common = sorted(ours.keys() & theirs.keys())
     one, other = (_table(side, common) if percent and common else None for side in (ours, theirs))
     alike = all(same_problems(ours[s].test_data_hash, theirs[s].test_data_hash) for s in common)
     if alike and one is not None and other is not None and one.shape == other.shape:
         result = paired(one, other, np.random.default_rng(0))
         return Found(result.difference.times(100), result.p, len(common))
-    return _by_seeds(*([scored.value for scored in side.values()] for side in (ours, theirs)))
+    each, others = ([scored.value for scored in side.values()] for side in (ours, theirs))
+    return _by_seeds(each, others, (-100, 100), percent)
 
 
 def _table(side: dict[int, Scored], seeds: list[int]) -> np.ndarray | None:
@@ -130,11 +131,14 @@ def _table(side: dict[int, Scored], seeds: list[int]) -> np.ndarray | None:
     return np.array(kept, dtype=float) if alike and len({len(k) for k in kept if k is not None}) == 1 else None
 
 
-def _by_seeds(ours: list[float], theirs: list[float] | None) -> Found:
+def _by_seeds(ours: list[float], theirs: list[float] | None, possible: tuple[float, float], percent: bool) -> Found:
+    """The difference where one number of each seed is known; of percentages no more than what is possible."""
     found = over_seeds(ours, theirs)
     if found is None:
         mean = float(np.mean(ours)) - (float(np.mean(theirs)) if theirs else 0.0)
         found = Interval(mean, np.nan, np.nan, "nothing")
+    elif percent:
+        found = replace(found, low=max(found.low, possible[0]), high=min(found.high, possible[1]))
     return Found(found, None, min(len(ours), len(theirs or ours)))
 
 
