@@ -223,7 +223,9 @@ def test_one_number_a_seed():
 
 def test_seeds_that_do_not_differ_tell_nothing(recwarn):
     assert over_seeds([2.0, 2.0], [0.5, 0.5]) is over_seeds([2.0, 2.0]) is None and not recwarn.list
-    assert over_seeds([2.0, 2.0], [0.5, 0.6]) is not None
+    assert over_seeds([95.85, 95.85 + 1e-13]) is None  # but for rounding
+    one = over_seeds([2.0, 2.0], [0.5, 0.6])
+    assert one.high - 1.45 == pytest.approx(stats.t.ppf(0.975, 1) * 0.05) and not recwarn.list
     assert summarise([100.0, 100.0, 100.0]) == Summary(3, 100.0, 0.0)
 
 

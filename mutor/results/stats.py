@@ -142,18 +142,15 @@ def over_seeds(ours: Sequence[float], theirs: Sequence[float] | None = None, lev
 
     None with a single seed on a side, and where all seeds of each side are equal: nothing tells how they would vary.
     """
-    if any(len(side) < 2 for side in (ours, theirs) if side is not None):
+    sides = [np.asarray(side, dtype=float) for side in (ours, theirs) if side is not None]
+    if any(len(side) < 2 for side in sides) or all(np.allclose(side, side[0], rtol=1e-12, atol=0) for side in sides):
         return None
-    if all(np.ptp(side) == 0 for side in (ours, theirs) if side is not None):
-        return None
-    mean, spread = float(np.mean(ours)), float(np.std(ours, ddof=1))
-    if theirs is None:
-        half = float(stats.t.ppf(0.5 + level / 2, len(ours) - 1)) * spread / len(ours) ** 0.5
-        return Interval(mean, mean - half, mean + half, "seeds", spread)
-    mean -= float(np.mean(theirs))
-    spread = float(np.hypot(spread, np.std(theirs, ddof=1)))
-    found = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(level)
-    return Interval(mean, float(found.low), float(found.high), "seeds", spread)
+    parts = [float(side.var(ddof=1)) / len(side) for side in sides]  # of the variance of the mean
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, sides, strict=True))
+    half = float(stats.t.ppf(0.5 + level / 2, freedom)) * sum(parts) ** 0.5
+    mean = float(sides[0].mean() - sum(side.mean() for side in sides[1:]))
+    spread = float(np.hypot.reduce([side.std(ddof=1) for side in sides]))
+    return Interval(mean, mean - half, mean + half, "seeds", spread)
 
 
 def needed(
