@@ -84,6 +84,7 @@ class _Adapters(Method):
         adapter = Path(folder) / "adapter"
         model.peft_config["default"].save_pretrained(adapter)
         tensors = get_peft_model_state_dict(model, adapter_name="default")
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(f"{EXTRA}.")}
         save_file(
             {f"base_model.model.{k}": v.contiguous() for k, v in tensors.items()},
             adapter / "adapter_model.safetensors",

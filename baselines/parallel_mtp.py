@@ -32,6 +32,7 @@ class ParallelMTP(Method):
 
     Config = ParallelMTPConfig
     config: ParallelMTPConfig
+    shortest_answer = 2
 
     def add_parameters(self) -> None:
         """d_max - 1 layers of the model's own kind."""

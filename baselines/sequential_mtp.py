@@ -38,6 +38,7 @@ class SequentialMTP(Method):
 
     Config = SequentialMTPConfig
     config: SequentialMTPConfig
+    shortest_answer = 2
 
     def add_parameters(self) -> None:
         """d_max - 1 modules: two norms, a projection of 2d to d, one layer of the model's kind."""

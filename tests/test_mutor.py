@@ -1,5 +1,7 @@
 """MuToR's promises: the model is untouched, a register sees what the paper says, order in the row is free."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ BOTH = pytest.mark.parametrize("prefix_lm", [False, True])
 
 def forward(model, layout):
     """[B, L, V]: the stock forward on a layout."""
-    mask = attention_mask(layout, model.config._attn_implementation, model.dtype)
+    mask = attention_mask(layout, model.config, model.dtype)
     return model(input_ids=layout.ids, position_ids=layout.position, attention_mask=mask, use_cache=False).logits
 
 
@@ -270,8 +272,9 @@ def test_the_block_mask_rule_equals_the_dense_mask(tiny, tools, batch, prefix_lm
     batch_size, length = layout.ids.shape
     theirs = create_mask(mask_mod(layout), batch_size, None, length, length, device="cpu")
     assert torch.equal(theirs, dense_mask(layout))
+    unknown = SimpleNamespace(_attn_implementation="flash_attention_2")
     with pytest.raises(ValueError, match="flash_attention_2"):
-        attention_mask(layout, "flash_attention_2", torch.float32)
+        attention_mask(layout, unknown, torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -357,12 +360,12 @@ def test_loss_weights_and_missing_registers(tiny, tools, batch):
 
 
 def test_lengths_beyond_the_model_are_refused(tiny, tools, batch):
-    """Learned positions end; a sliding window would be lifted silently by an explicit mask."""
-    for family, own, words in [
-        ("gpt2", {"n_positions": 9}, "GPT2LMHeadModel: position 10.*0..8"),
-        ("mistral", {"sliding_window": 8}, "MistralForCausalLM.*11 tokens.*window of 8"),
+    """Learned positions end, rotary ones were never trained further on."""
+    for family, own, name in [
+        ("gpt2", {"n_positions": 9}, "GPT2LMHeadModel"),
+        ("llama", {"max_position_embeddings": 9}, "LlamaForCausalLM"),
     ]:
         model = tiny(family, **own)
         method = ready(tools, model)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=f"{name}.*11 tokens.*max_position_embeddings of 9; shorten"):
             method.compute_loss(model, method.train_layout(batch.rows, Context()))

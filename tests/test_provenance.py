@@ -178,10 +178,10 @@ CHANGES = [
     ("new helper, called", "next_token", "star_graph", LAYOUT, "\n\ndef _packed(",
      "\n\nIGNORE = max(IGNORE, shrunk())\n\n\ndef shrunk():\n    return -50\n\n\ndef _packed(",
      ["IGNORE", "shrunk"]),
-    ("mask", "mutor", "star_graph", "mutor/mtp/attention.py", "(layout.prefix[k] & layout.prefix[q])",
+    ("mask", "mutor", "star_graph", "mutor/mtp/attention.py", "layout.prefix[k] & layout.prefix[q]",
      "layout.prefix[k]", ["dense_mask"]),
-    ("another backend's mask", "mutor", "star_graph", "mutor/mtp/attention.py", "& earlier) | (q == k)",
-     "& earlier)", []),
+    ("another backend's mask", "mutor", "star_graph", "mutor/mtp/attention.py", "return seen | (q == k)",
+     "return seen", []),
     ("other name", "next_token", "star_graph", "mutor/tasks/graphs.py", "_shuffled_columns", "_columns",
      ["_columns", "_shuffled_columns", "generate"]),
 ]  # fmt: skip

@@ -358,3 +358,15 @@ def test_a_run_on_star_graphs_needs_torch_transformers_and_numpy_alone():
     assert len(modules) > 20
     brought = {"torch", "transformers", "accelerate", "numpy", "yaml", "mutor", "huggingface_hub", "safetensors"}
     assert used - set(sys.stdlib_module_names) == brought
+
+
+def test_answers_too_short_for_a_method_are_refused_before_it_trains(tmp_path):
+    """With the lengths, in one line; nothing of a model is saved."""
+    scale = load_scale(ROOT, "smoke")
+    spec = make_spec(scale, "mix", "llama-2x32", "mutor", {"d_min": 300, "d_max": 301, "a": 0.5}, (7,))
+    words = r"MuToR: the longest answer has (\d+) tokens, and below 300 nothing .*; allowed: .* d_min of at most \1$"
+    with pytest.raises(ValueError, match=words) as error:
+        run(spec, (7,), RunEnvironment(root=ROOT, runs=tmp_path))
+    assert "\n" not in str(error.value)
+    folder = records.seed_folder(tmp_path, spec, 7)
+    assert not any((folder / part).exists() for part in ("checkpoints", "last", "best", "metrics.json"))

@@ -1,6 +1,7 @@
 """Which problems choose a checkpoint, and which score it: never the same ones, but where the paper did so."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from mutor.config.load import load_scale, load_table
 from mutor.config.runs import make_spec
+from mutor.files import write_json
 from mutor.results import records
 from mutor.results.cells import Evidence
 from mutor.results.render import caption, latex, markdown
@@ -184,3 +186,16 @@ def test_a_caption_says_what_chose_the_checkpoint(tmp_path, name, scale, says):
     assert ("best checkpoint is" in words) == bool(says)
     assert words in markdown(evidence, table)
     assert words.rpartition(". ")[2] in latex(evidence, table)
+
+
+def test_records_say_what_chose_their_checkpoint(tmp_path):
+    """Runs of earlier code chose on other problems than runs would now: a caption says what they did."""
+    shutil.copytree(ROOT / "results/reference/laptop/runs/laptop/gsm8k", tmp_path / "laptop/gsm8k")
+    for number, file in enumerate(sorted(tmp_path.glob("laptop/gsm8k/gemma-4x128/next_token/*/seed*/metrics.json"))):
+        write_json(file, json.loads(file.read_text()) | {"chosen_on": "valid" if number else "test"})
+    evidence = Evidence(ROOT, load_scale(ROOT, "laptop"), records.Records(tmp_path))
+    words = caption(evidence, evidence.table("table1"))
+    assert (
+        "chosen on validation problems (" in words
+        and "chosen on the test problems themselves, as in the paper (" in words
+    )

@@ -274,7 +274,7 @@ def test_gold_answers_score_full_marks(gsm8k):
 
 
 def test_answers_that_are_not_compared_in_time_are_wrong_counted_and_said(tiny, impatient):
-    task = Text(TextConfig(corpus="1m-math", valid_size=2, test_size=4, **STANDIN))
+    task = Text(TextConfig(corpus="1m-math", valid_size=2, test_size=4, new_tokens=256, **STANDIN))
     answers = {p.prompt: p.answer for p in task.problems["test"]}
     endless = task.problems["test"][2].prompt
     answers[endless] = r"\boxed{9^{9^{9^{9}}}}"

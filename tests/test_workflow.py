@@ -119,6 +119,15 @@ def test_a_new_drawing_is_one_entry_and_its_functions(tmp_path):
     }
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
+def test_account_and_partition_stand_outside_of_the_repository():
+    """Named in a file that git tracks, they would make every record say that the code was changed."""
+    words = (ROOT / "README.md").read_text()
+    assert "copy `profiles/slurm` to `profiles/site`" in words and "--profile profiles/site" in words
+    ignored = subprocess.run(["git", "check-ignore", "profiles/site/config.yaml"], cwd=ROOT, capture_output=True)
+    assert ignored.returncode == 0
+
+
 @pytest.mark.parametrize("runs", ["my runs", "it's; touch /tmp/never", "a$(touch never)b", "-r"])
 def test_folders_of_any_name_are_quoted(checkout, runs):
     """A folder with a space or a quote is a folder, and no command."""

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from mutor.checks import choose
-from mutor.mtp.attention import attention_mask
+from mutor.mtp import adapters
+from mutor.mtp.attention import sliding_window
+from mutor.mtp.facts import ModelFacts
 from mutor.mtp.layout import Layout
 from mutor.registry import ATTENTION, answers_under
 
@@ -39,7 +41,7 @@ class BackboneOutput:
     apply_layer: Callable[[nn.Module, Tensor], Tensor]
 
 
-class Backbone:
+class Backbone(ModelFacts):
     """Adapter to a causal LM: its layers, final norm, embedding and output layer.
 
     initialise: how new layers get their weights (a function of a module); None: as the model initialises its own.
@@ -53,18 +55,34 @@ class Backbone:
         self.layers = self._part(base, LAYER_NAMES)
         self.norm = self._part(base, NORM_NAMES)
         self.embedding = model.get_input_embeddings()
-        self.head: Any = model.get_output_embeddings()
         if self.head is None:
             raise ValueError(f"{self.name} has no output layer; a causal language model is needed")
-        self.vocabulary = int(self.embedding.num_embeddings)
         self.width = int(self.config.hidden_size)
         self.initialise = initialise
         self.added: nn.Module | None = None  # what the method added
+        self._trained: set[str] = set()  # of it, the names of parameters that are not frozen
         self._rows: nn.Embedding | None = None
-        self._outputs: list[nn.Module] = [self.head]
+        self._outputs: list[nn.Module] = []
         self.meta = self.embedding.weight.device.type == "meta"
+        self.exact_windows = True
         if not self.meta:
             self._check_logits()
+            self.exact_windows = self._windows_hold()
+
+    @property
+    def head(self) -> Any:
+        """The model's output layer."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def vocabulary(self) -> int:  # type: ignore[override]  # follows the model
+        """Rows of the embedding, also after `resize_token_embeddings`; ids from here on are extra rows."""
+        return int(self.embedding.weight.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of the weights."""
+        return self.embedding.weight.dtype
 
     def _part(self, base: nn.Module, names: tuple[str, ...]) -> Any:
         for name in names:
@@ -85,6 +103,7 @@ class Backbone:
         last = self.layers[-1]
         # right class, layer index, dtype and device, for every family; the configuration is the model's own
         layer = copy.deepcopy(last, {id(c): c for c in (self.config, self.model.config)})
+        layer = adapters.without(layer, merge=False).requires_grad_(True)
         if self.initialise is not None:
             self.initialise(layer)
         elif not self.meta:
@@ -132,25 +151,12 @@ class Backbone:
                     table.weight.copy_(self.embedding.weight.float().mean(0).expand(count, -1))
                 else:
                     table.weight.normal_(0, float(self.embedding.weight.float().std()))
-        scale = getattr(self.embedding, "embed_scale", None)  # Gemma scales inside its embedding layer
-        later = getattr(self.config, "embedding_multiplier", None)  # Granite behind it, whatever came out
-        asked: list[Tensor] = []  # ids of the call under way: forward hooks only see them clamped
-
-        def clamp(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            asked.append(args[0])
-            return (args[0].clamp(max=self.vocabulary - 1), *args[1:])
-
-        def put(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            ids = asked.pop()
-            vectors = table((ids - self.vocabulary).clamp(0, count - 1)).to(output.dtype)
-            if scale is not None and scaled:
-                vectors = vectors * scale.to(output.dtype)
-            if later is not None and not scaled:
-                vectors = vectors / later
-            return torch.where((ids >= self.vocabulary)[..., None], vectors, output)
-
-        self.embedding.register_forward_pre_hook(clamp)
-        self.embedding.register_forward_hook(put)
+        # Gemma scales inside its embedding layer, Granite behind it, whatever came out
+        scales = (m.embed_scale for m in self.embedding.modules() if hasattr(m, "embed_scale"))
+        later = getattr(self.config, "embedding_multiplier", None)
+        hooks = _ExtraRows(table, next(scales, None) if scaled else None, None if scaled else later)
+        self.embedding.register_forward_pre_hook(hooks.clamp)
+        self.embedding.register_forward_hook(hooks.put)
         return table
 
     def add(self, module: nn.Module) -> nn.Module:
@@ -158,9 +164,31 @@ class Backbone:
         if hasattr(self.model, EXTRA):
             raise ValueError(f"a method is already attached to this {self.name}; load the model again")
         weight = self.embedding.weight
-        self.added = module.to(device=weight.device, dtype=weight.dtype)
+        self.added = adapters.kept(module.to(device=weight.device, dtype=weight.dtype))
+        self._trained = {name for name, p in self.added.named_parameters() if p.requires_grad}
         self.model.add_module(EXTRA, self.added)
         return module
+
+    def check_attached(self) -> None:
+        """Raise ValueError where the model was changed since, so that what was added is not read, or not trained."""
+        if self._rows is not None and self.model.get_input_embeddings() is not self.embedding:
+            raise ValueError(
+                f"{self.name}: its input embeddings were wrapped or replaced after attach, so that registers would be "
+                "read as tokens; load the model again and attach afterwards"
+            )
+        if self.added is None:
+            return
+        if adapters.reached(self.added):
+            raise ValueError(
+                f"{self.name}: peft reached into what the method added ({EXTRA}), which is trained and saved anyway; "
+                "load the model again and attach after get_peft_model"
+            )
+        frozen = {name for name, p in self.added.named_parameters() if not p.requires_grad}
+        if torch.is_grad_enabled() and frozen & self._trained:
+            raise ValueError(
+                f"{self.name}: what the method added ({EXTRA}) was frozen after attach and would not be trained; set "
+                "its requires_grad"
+            )
 
     def is_layer(self, module: nn.Module) -> bool:
         """Whether it is a decoder layer, the model's or a new one."""
@@ -175,18 +203,19 @@ class Backbone:
         inside = {id(part) for layer in self.model.modules() if self.is_layer(layer) for part in layer.modules()}
         for module in self.model.modules():
             as_wide = id(module) not in inside and getattr(module, "out_features", None) == self.vocabulary
-            if isinstance(module, nn.Embedding) or module in self._outputs or as_wide:
+            if isinstance(module, nn.Embedding) or module in (self.head, *self._outputs) or as_wide:
                 yield from module.parameters()
 
     def __call__(self, model: Any, layout: Layout) -> BackboneOutput:
         """One forward of `model` (the model itself, or what a distributed wrapper made of it)."""
+        self.check_attached()
         attention = self.config._attn_implementation
         if layout.ids.device.type == "cpu":  # on a GPU a look at the positions would make the step wait
             self.check_lengths(layout)
             if torch.is_grad_enabled() and attention in ATTENTION and not ATTENTION[attention].cpu_gradients:
                 allowed = ", ".join(name for name, backend in ATTENTION.items() if backend.cpu_gradients)
                 raise ValueError(f"attention: {attention!r} has no gradients on a CPU; allowed there: {allowed}")
-        mask = attention_mask(layout, attention, self.embedding.weight.dtype)
+        mask = self.mask(layout)
         seen: dict[str, Any] = {}
 
         def last_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -208,27 +237,13 @@ class Backbone:
         finally:
             for hook in hooks:
                 hook.remove()
+        if "hidden" not in seen:
+            raise ValueError(f"{self.name}: another model than the one that the method is attached to; attach to it")
         return BackboneOutput(
             hidden=seen["hidden"],
             normed=seen["normed"].view(seen["hidden"].shape),
             apply_layer=lambda layer, x: _first(layer(x, *seen["args"], **seen["kwargs"])),
         )
-
-    def check_lengths(self, layout: Layout) -> None:
-        """Raise ValueError for a sequence that is longer than the model's positions or its sliding window."""
-        length = layout.ids.shape[1]
-        room = getattr(self.config, "max_position_embeddings", None)
-        if room and int(length) > room and int(layout.position.max()) >= room:
-            raise ValueError(
-                f"{self.name}: position {int(layout.position.max())}, the model has positions 0..{room - 1}"
-            )
-        window = getattr(self.config, "sliding_window", None) or 0
-        slides = getattr(self.config, "use_sliding_window", True) and window > 0
-        if slides and int(length) > window and int(layout.position.max()) >= window:
-            raise ValueError(
-                f"{self.name}: a sequence of {int(layout.position.max()) + 1} tokens is longer than the model's "
-                f"sliding window of {window}, which an explicit mask would lift; shorten the sequences"
-            )
 
     @torch.no_grad()
     def probe(self, layout: Layout) -> Tensor:
@@ -246,25 +261,77 @@ class Backbone:
             ) from error
 
     @torch.no_grad()
-    def _check_logits(self) -> None:
-        """Refuse a model whose logits are not those of its final norm and output layer, mask and positions given."""
-        ids = torch.arange(4)[None] % self.vocabulary
-        zero, index = torch.zeros_like(ids), torch.arange(4)[None]
-        masked = self.probe(Layout(ids, index, zero, index, zero.bool(), zero.bool(), zero))
+    def _stock(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed hidden states [1, T, d] and logits float32 [1, T, V] of ids [1, T], without a mask."""
         seen: list[Tensor] = []
         hook = self.norm.register_forward_hook(lambda module, args, output: seen.append(output))
         with evaluating(self.model):
-            theirs = self.model(input_ids=ids.to(masked.device), use_cache=False).logits.float()
+            logits = self.model(input_ids=ids.to(self.embedding.weight.device), use_cache=False).logits.float()
         hook.remove()
+        return seen[0].view(*ids.shape, -1), logits
+
+    def _check_logits(self) -> None:
+        """Refuse a model whose logits are not those of its final norm and output layer, mask and positions given."""
+        few = self._few_tokens()
+        masked = self.probe(few)
+        normed, theirs = self._stock(few.ids)
         largest = float(theirs.abs().max())
         # in one pass they are equal; two passes, one with a mask, differ by rounding, in bfloat16 by some percent
         between = 1e-2 if masked.dtype == torch.float32 else 5e-2
-        for normed, tolerance in ((seen[0].view(masked.shape), 1e-2), (masked, between)):
-            if not torch.allclose(self.logits(normed), theirs, atol=tolerance * largest + 1e-6):
+        for ours, tolerance in ((normed, 1e-2), (masked, between)):
+            if not torch.allclose(self.logits(ours), theirs, atol=tolerance * largest + 1e-6):
                 raise ValueError(
                     f"{self.name} ({self.config.model_type}): its logits can't be rebuilt from its final norm and "
                     "output layer; it scales them in a way the adapter in mutor/mtp/backbone.py does not know"
                 )
+
+    def _windows_hold(self) -> bool:
+        """Whether explicit masks of sliding windows do what the model does by itself, tried with one of 2 tokens."""
+        window, few = self.config.sliding_window if sliding_window(self.config) else None, self._few_tokens()
+        if window is None:
+            return True
+        self.config.sliding_window = 2
+        try:
+            masked, (normed, _) = self.probe(few), self._stock(few.ids)
+        except ValueError:  # it takes one mask for all layers
+            return False
+        finally:
+            self.config.sliding_window = window
+        tolerance = 1e-2 if masked.dtype == torch.float32 else 5e-2
+        return torch.allclose(masked.float(), normed.float(), atol=tolerance * float(normed.abs().max()))
+
+    def _few_tokens(self) -> Layout:
+        """Four tokens of the vocabulary, to try the model with."""
+        ids, index = torch.arange(4)[None] % self.vocabulary, torch.arange(4)[None]
+        zero = torch.zeros_like(ids)
+        return Layout(ids, index, zero, index, zero.bool(), zero.bool(), zero)
+
+
+class _ExtraRows:
+    """Hooks of an embedding that give ids beyond its rows vectors of their own.
+
+    An object, not closures: a copy of the model copies it, with the copy's own table.
+    """
+
+    def __init__(self, table: nn.Embedding, scale: Tensor | None, divide: float | None):
+        """scale, divide: what a vector is multiplied with and divided by, None: left as it is."""
+        self.table, self.scale, self.divide = table, scale, divide
+        self.asked: list[Tensor] = []  # ids of the call under way: forward hooks only see them clamped
+
+    def clamp(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before the embedding: ids that it knows."""
+        self.asked.append(args[0])
+        return (args[0].clamp(max=module.weight.shape[0] - 1), *args[1:])
+
+    def put(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Behind the embedding: the table's vectors where ids are beyond."""
+        ids, vocabulary = self.asked.pop(), int(module.weight.shape[0])
+        vectors = self.table((ids - vocabulary).clamp(0, self.table.num_embeddings - 1)).to(output.dtype)
+        if self.scale is not None:
+            vectors = vectors * self.scale.to(output.dtype)
+        if self.divide is not None:
+            vectors = vectors / self.divide
+        return torch.where((ids >= vocabulary)[..., None], vectors, output)
 
 
 class evaluating:

@@ -95,7 +95,7 @@ def decode_in_one_pass(model: Any, prompts: Prompts) -> Tensor:
     index, none = torch.arange(ids.shape[1], device=ids.device).expand(batch, -1), torch.zeros_like(ids)
     position, prefix = (attended.cumsum(-1) - 1).clamp(min=0), (index < start) & prompts.prefix_lm
     layout = Layout(ids, position, attended - 1, index, prefix, none.bool(), none)
-    mask = attention_mask(layout, model.config._attn_implementation, model.dtype)
+    mask = attention_mask(layout, model.config.get_text_config(), model.dtype)
     logits = model(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False).logits
     behind = logits[:, start - 1 :].float()
     out = torch.stack([prompts.choose(behind[:, step], step) for step in range(prompts.length)], dim=1)

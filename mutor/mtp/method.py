@@ -99,16 +99,21 @@ class Method:
     shardable: ClassVar[bool] = True  # whether it trains and exports a model whose weights are spread over processes
     keeps_at_inference: ClassVar[bool] = False  # whether `answer` needs what the method added; else the plain model
     trunk: Backbone
+    shortest_answer: int = 1  # tokens of an answer below which only next tokens are predicted
 
     def __init__(self, config: Any, *, per_sequence: bool = False):
         """config: an instance of `Config`; per_sequence: losses are means inside each sequence first."""
         self.config, self.per_sequence = config, per_sequence
 
     def attach(self, model: Any, initialise: Callable[[nn.Module], None] | None = None) -> Any:
-        """Add the method's parameters to `model` and return it. Raises ValueError for a model it can't train."""
+        """Add the method's parameters to `model` and return it; a PeftModel gets them inside.
+
+        Raises ValueError for a model it can't train.
+        """
+        from mutor.mtp.adapters import base_model
         from mutor.mtp.backbone import Backbone
 
-        self.trunk = Backbone(model, initialise)
+        self.trunk = Backbone(base_model(model), initialise)
         self.add_parameters()
         return model
 
@@ -142,6 +147,20 @@ class Method:
     def train_layout(self, rows: TokenBatch, context: Context) -> Layout:
         """What the model is fed in training."""
         return self.eval_layout(rows, context)
+
+    def check_answers(self, lengths: Iterable[int]) -> None:
+        """Raise ValueError where none of the answers, so many tokens each, is long enough; reads on until one is."""
+        longest = 0
+        for length in lengths:
+            longest = max(longest, length)
+            if longest >= self.shortest_answer:
+                return
+        if longest:
+            lower = f", or d_min of at most {longest}" if hasattr(self.config, "d_min") else ""
+            raise ValueError(
+                f"{type(self).__name__}: the longest answer has {longest} tokens, and below {self.shortest_answer} "
+                f"nothing is predicted but next tokens; allowed: longer answers{lower}"
+            )
 
     def tokens(self, example: Example) -> int:
         """How many tokens of a row a sequence takes in training, at most."""
@@ -216,8 +235,10 @@ class Method:
 
     def added_parameters(self, model: nn.Module) -> int:
         """Number of parameters that the method added."""
+        from mutor.mtp.adapters import base_model
         from mutor.mtp.backbone import EXTRA
 
+        model = base_model(model)
         return sum(p.numel() for p in getattr(model, EXTRA).parameters()) if hasattr(model, EXTRA) else 0
 
     def metrics(
@@ -243,10 +264,13 @@ class Method:
     def export(self, model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Save the plain base architecture, which `AutoModelForCausalLM.from_pretrained(folder)` loads.
 
-        state: the model's state dict, where its own does not hold it whole.
+        peft's adapters are merged into its weights, in a second copy of the model, which itself keeps them. state: the
+        model's state dict, where its own does not hold it whole.
         """
+        from mutor.mtp.adapters import merged
         from mutor.mtp.backbone import EXTRA
 
+        model = merged(model)
         whole = model.state_dict() if state is None else state
         state = {name: value for name, value in whole.items() if not name.startswith(f"{EXTRA}.")}
         model.save_pretrained(folder, state_dict=state)
@@ -261,9 +285,10 @@ class Method:
 
         from safetensors.torch import save_file
 
+        from mutor.mtp.adapters import base_model
         from mutor.mtp.backbone import EXTRA
 
-        whole = model.state_dict() if state is None else state
+        whole = base_model(model).state_dict() if state is None else state
         own = {k.removeprefix(f"{EXTRA}."): v.contiguous() for k, v in whole.items() if k.startswith(f"{EXTRA}.")}
         if own:
             folder.mkdir(parents=True, exist_ok=True)
@@ -281,14 +306,15 @@ class Method:
 
         from safetensors.torch import load_file
 
+        from mutor.mtp.adapters import base_model
         from mutor.mtp.backbone import EXTRA
 
         Method.attach(self, model)  # not a subclass's: adapters, say, are in the plain weights already
-        if hasattr(model, EXTRA):
+        if hasattr(base_model(model), EXTRA):
             if not (folder / WEIGHTS).exists():
                 raise ValueError(f"{folder}: has no {WEIGHTS}, the weights that {type(self).__name__} adds to a model")
             saved = json.loads((folder / SETTINGS).read_text())["settings"]
             if saved != json.loads(json.dumps(asdict(self.config))):
                 raise ValueError(f"{folder}: was saved with settings {saved}, not with {asdict(self.config)}")
-            getattr(model, EXTRA).load_state_dict(load_file(folder / WEIGHTS))
+            getattr(base_model(model), EXTRA).load_state_dict(load_file(folder / WEIGHTS))
         return model

@@ -2,15 +2,14 @@
 
 method = MuToR.of(d_max=4, a=0.3)
 method.attach(model)                                  # any Hugging Face causal LM; adds one vector
-Trainer(model, args, train_dataset=data,
-        data_collator=method.collator(tokenizer.pad_token_id),
+collator = method.collator(tokenizer.pad_token_id)    # lays out registers, anew in each epoch
+Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=[collator],
         compute_loss_func=method.loss_from_outputs).train()
 method.export(model, "out")                           # the plain model, registers dropped
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,11 @@ from mutor.streams import stream
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mutor.mtp.collator import Collator
     from mutor.mtp.layout import Example, Layout, TokenBatch
     from mutor.mtp.loss import LossTargets
+
+PATIENCE = 1000  # answers without any register, from the first on, before training is refused
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class MuToR(Method):
 
     Config = MuToRConfig
     config: MuToRConfig
+    _short: tuple[int, ...] | None = ()  # lengths of answers so far, none of which had a register; None: one had
+
+    @property
+    def shortest_answer(self) -> int:  # type: ignore[override]
+        """The register behind the last prefix token looks d_min ahead."""
+        return self.config.d_min
 
     @classmethod
     def of(cls, **settings: Any) -> MuToR:
@@ -139,59 +147,43 @@ class MuToR(Method):
         a = self.config.a
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), "register": extra.detach()}
 
-    def collator(
-        self, pad_id: int, *, seed: int = 0, prefix_lm: bool = False
-    ) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-        """A data collator for a plain transformers Trainer (with `remove_unused_columns=False`).
+    def collator(self, pad_id: int, *, seed: int = 0, prefix_lm: bool = False) -> Collator:
+        """A data collator for a plain transformers Trainer, and a callback that tells it the epoch.
 
-        Takes examples with "input_ids" and "prefix_length" (and "index", the sample's number, from which its offset
-        is drawn; without it they are numbered as they come). Gives input_ids, position_ids, attention_mask, labels;
-        a register's label is its target plus the vocabulary size, which `loss_from_outputs` takes apart.
+        Trainer(..., data_collator=collator, callbacks=[collator]), with `remove_unused_columns=False`. Another loop
+        calls `collator.set_epoch(epoch)` before each epoch. What it takes and gives: mutor/mtp/collator.py.
         """
-        import itertools
+        from mutor.mtp.collator import Collator
 
-        import numpy as np
-        import torch
-
-        from mutor.mtp.attention import attention_mask
-        from mutor.mtp.layout import IGNORE, Example, collate
-
-        context, count = Context(seed, pad_id, prefix_lm), itertools.count()
-
-        def collator(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-            rows = collate(
-                [
-                    Example(np.asarray(e["input_ids"]), int(e["prefix_length"]), int(e.get("index", next(count))))
-                    for e in examples
-                ],
-                pad_id,
-            )
-            layout = self.train_layout(rows, context)
-            shift = torch.where(layout.register & (layout.target != IGNORE), self.trunk.vocabulary, 0)
-            implementation = self.trunk.config._attn_implementation
-            return {
-                "input_ids": layout.ids,
-                "position_ids": layout.position,
-                "attention_mask": attention_mask(layout, implementation, self.trunk.embedding.weight.dtype),
-                "labels": layout.target + shift,
-            }
-
-        return collator
+        return Collator(self, Context(seed, pad_id, prefix_lm))
 
     def loss_from_outputs(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """`compute_loss_func` of a plain transformers Trainer; labels: int64 [B, L] from `collator`.
 
-        A batch computed in parts is the mean of its parts' losses, each weighted by its share of all predicted tokens
-        (`num_items_in_batch`, which the Trainer passes).
+        In training (1 - a) times the loss of next tokens plus a times that of registers. In evaluation, which is when
+        the model is in evaluation mode or there are no gradients, that of next tokens alone, so that `eval_loss`
+        compares with any other model's. A batch computed in parts is the mean of its parts' losses, each weighted by
+        its share of all predicted tokens (`num_items_in_batch`, which the Trainer passes). Raises ValueError where the
+        first thousand answers are all too short for a register.
         """
+        import torch
         import torch.nn.functional as F
 
-        logits, vocabulary = outputs.logits, self.trunk.vocabulary
+        self.trunk.check_attached()
+        logits, vocabulary, a = outputs.logits, self.trunk.vocabulary, self.config.a
         register = labels >= vocabulary
         token = (labels >= 0) & ~register
-        loss = (1 - self.config.a) * F.cross_entropy(logits[token].float(), labels[token])
-        if register.any():
-            loss = loss + self.config.a * F.cross_entropy(logits[register].float(), labels[register] - vocabulary)
+        loss = F.cross_entropy(logits[token].float(), labels[token])
+        if self.trunk.model.training and torch.is_grad_enabled():
+            loss = (1 - a) * loss
+            if register.any():
+                self._short = None
+                loss = loss + a * F.cross_entropy(logits[register].float(), labels[register] - vocabulary)
+            elif self._short is not None:
+                self._short += tuple(token.sum(1).tolist())
+                if len(self._short) >= PATIENCE:
+                    self.check_answers(self._short)
+                    self._short = None
         share = 1 if num_items_in_batch is None else (labels >= 0).sum() / num_items_in_batch
         return loss * share
 

@@ -158,6 +158,7 @@ RECORD = _fields(
         "stands_in_for": TEXT,
         "data_hash": TEXT,
         "test_data_hash": _or_none(TEXT),
+        "chosen_on": _kind("'valid', 'test' or ''", lambda v: v in ("valid", "test", "")),
     },
 )
 CURVE = _list(_mapping(NUMBER))

@@ -92,11 +92,13 @@ def markdown(evidence: Evidence, table: Table) -> str:
 
 
 def caption(evidence: Evidence, table: Table) -> str:
-    """What a table shows, and what its best checkpoints were chosen on."""
+    """What a table shows, and what its best checkpoints were chosen on, as their records say or new runs would."""
     chosen: dict[str, dict[str, None]] = {}
-    for spec in [cell.spec for cell in evidence.cells(table) if cell.checkpoint == "best"]:
-        task = load(TASKS, spec.dataset.task, "task")
-        chosen.setdefault(task.chosen_on(spec.task_config), {})[task.describe(spec.task_config)] = None
+    for cell in [cell for cell in evidence.cells(table) if cell.checkpoint == "best"]:
+        task, config = load(TASKS, cell.spec.dataset.task, "task"), cell.spec.task_config
+        now = task.chosen_on(config)
+        for split in {record.get("chosen_on", now) for record in evidence.records_of(cell)} or {now}:
+            chosen.setdefault(split, {})[task.describe(config)] = None
     if not chosen:
         return table.caption
     texts = [CHOSEN[split] + f" ({', '.join(names)})" * (len(chosen) > 1) for split, names in chosen.items()]

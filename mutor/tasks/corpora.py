@@ -117,6 +117,10 @@ def _kept(where: tuple[str, str], origin: Origin, only: tuple[str, ...] = ()) ->
     published = PUBLISHED[name]
     for line, row in _rows(name, split, origin):
         try:
+            if only and not isinstance(row["problem_source"], str):
+                raise ValueError(
+                    f"problem_source is {row['problem_source']!r}, allowed: a text, {only[0]!r} or another"
+                )
             if not only or row["problem_source"] in only:
                 yield from (replace(problem, where=line) for problem in published.read(row))
         except KeyError as error:

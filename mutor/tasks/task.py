@@ -14,7 +14,7 @@ torch inside functions only, so that plans are made without it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,6 +37,14 @@ class Source:
     examples: Callable[[np.ndarray], list[tuple[np.ndarray, int]]]
     size: int | None
     dropped: int = 0
+
+
+def answer_lengths(source: Source) -> Iterator[int]:
+    """Tokens of each answer, of the first thousand where there is no end."""
+    size = 1000 if source.size is None else source.size
+    for start in range(0, size, 256):
+        for ids, prefix in source.examples(np.arange(start, min(size, start + 256))):
+            yield len(ids) - prefix
 
 
 class Task:

@@ -21,7 +21,7 @@ from mutor.mtp.method import Context, Method
 from mutor.registry import METHODS, answers_under, load
 from mutor.results import provenance, records
 from mutor.results.record_schema import pack
-from mutor.tasks.task import Log, Source, Task
+from mutor.tasks.task import Log, Source, Task, answer_lengths
 from mutor.training.devices import agreed, device_name, is_main, processes
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ class SeedRun:
         recipe = spec.recipe.for_size(source.size)
         if source.dropped:
             self.print_line(f"{source.size} training examples; {source.dropped} longer ones dropped")
+        if recipe.steps:
+            self.method.check_answers(answer_lengths(source))
         base = None
         if spec.base:
             base = records.seed_folder(self.env.runs, spec.base, spec.base_seed_of(self.seed)) / "last"
@@ -268,6 +270,7 @@ class SeedRun:
             "train_data_name": self.task.describe(self.spec.task_config),
             "data_hash": self.task.data_hash(),
             "test_data_hash": self.task.test_data_hash(),
+            "chosen_on": self.task.chosen_on(self.spec.task_config),
         }
 
 

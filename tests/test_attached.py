@@ -1,0 +1,78 @@
+"""A model that changes after a method was attached: its vocabulary, its embeddings, or that there are two of it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from mutor import MuToR
+from mutor.mtp.layout import Example, collate
+from mutor.mtp.method import Context
+
+PLAIN = [{"input_ids": [*range(3 + n, 23 + n)], "prefix_length": 2} for n in range(12)]
+
+
+def collator_of(mutor):
+    """A collator that knows its epoch."""
+    collator = mutor.collator(0)
+    collator.set_epoch(0)
+    return collator
+
+
+def test_new_tokens_are_tokens_and_registers_stay_registers(tiny, tools):
+    """resize_token_embeddings after attach: as if attached afterwards, in both paths; tokens as of a plain model."""
+    data = [{"input_ids": [60, 61, 62, 5, 61, 9, 62, 7], "prefix_length": 3, "index": 4}]
+    losses, tokens = [], []
+    for when in ("never", "before", "after"):
+        model, mutor = tiny("llama"), MuToR.of(d_max=3)
+        if when != "after":
+            model.resize_token_embeddings(64, mean_resizing=False)
+        if when != "never":
+            tools.attach(mutor, model)
+        if when == "after":
+            model.resize_token_embeddings(64, mean_resizing=False)
+        with torch.no_grad():
+            for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table.weight[61:] = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
+        tokens.append(model.train()(torch.tensor([data[0]["input_ids"]])).logits.detach())
+        tools.close(tokens[-1], tokens[0])
+        if when == "never":
+            continue
+        inputs = collator_of(mutor)(data)
+        assert inputs["input_ids"].max() == 64 == mutor.trunk.vocabulary
+        labels = inputs.pop("labels")
+        rows = collate([Example(np.array(data[0]["input_ids"]), 3, 4)], 0)
+        losses.append(mutor.loss_from_outputs(model(**inputs), labels).detach())
+        losses.append(mutor.compute_loss(model, mutor.train_layout(rows, Context()))[0].detach())
+    for loss in losses[1:]:
+        tools.close(loss, losses[0])
+
+
+def test_replaced_embeddings_are_refused(tiny):
+    """The hooks stayed behind."""
+    model, mutor = tiny(), MuToR.of()
+    mutor.attach(model)
+    model.set_input_embeddings(torch.nn.Embedding(70, 32))
+    inputs = collator_of(mutor)(PLAIN[:1])
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*embeddings were wrapped or replaced.*attach afterwards"):
+        mutor.loss_from_outputs(model(input_ids=inputs["input_ids"] % 60), inputs["labels"])
+
+
+def test_a_copy_reads_its_own_register(tiny, tools, family):
+    """deepcopy after attach; the method goes on with the model it is attached to."""
+    model, mutor = tiny(family), MuToR.of(d_max=3)
+    tools.attach(mutor, model)
+    inputs = collator_of(mutor)(PLAIN)
+    inputs.pop("labels")
+    before = model(**inputs).logits.detach()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.mtp["registers"].weight.neg_()
+    assert torch.equal(model(**inputs).logits, before)
+    after = twin(**inputs).logits.detach()
+    tools.close(after[:, :20], before[:, :20])
+    assert float((after - before)[:, 20:].abs().max()) > 1e-3
+    rows = collate([Example(np.array(PLAIN[0]["input_ids"]), 2, 0)], 0)
+    with pytest.raises(ValueError, match="another model than the one"):
+        mutor.compute_loss(twin, mutor.train_layout(rows, Context()))
