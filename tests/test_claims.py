@@ -106,6 +106,20 @@ def test_verdicts_on_made_up_runs(tmp_path):
     assert {c["claim"] for c in content["claims"]} == set(frame["claim"])
 
 
+@pytest.mark.parametrize(
+    ("ours", "verdict", "low", "high"), [(0, "undecided", -8.66, 8.66), (30, "same direction", 81.69, 100)]
+)
+def test_none_right_of_three_seeds_is_not_without_doubt(tmp_path, ours, verdict, low, high):
+    """Two methods that are always wrong are not known to be equal; one that is always right is known to be better."""
+    frame = frame_of(tmp_path, {"next_token": (0, 0, 0), "mutor": (ours,) * 3}, count=30)
+    row = of(frame, "fails on")
+    assert (row["verdict"], row["n_seeds"]) == (verdict, 3) and row["measured"] == pytest.approx(ours / 0.3)
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high), abs=0.01)
+    chance = of(frame, "95% or more")  # against a number: Wilson's of the rate
+    wilson = (0, 11.35) if ours == 0 else (88.65, 100)
+    assert (chance["ci_low"], chance["ci_high"]) == pytest.approx([x - 95 for x in wilson], abs=0.01)
+
+
 def test_one_seed_is_over_problems_and_says_so(tmp_path):
     row = of(frame_of(tmp_path, {"next_token": (100,), "mutor": (150,)}), "fails on")
     assert (row["n_seeds"], row["covers"], row["verdict"]) == (1, "problems", "same direction")
@@ -156,6 +170,18 @@ def test_different_problems_are_compared_by_seeds(tmp_path, by):
     assert row["covers"] == "seeds" and row["measured"] == pytest.approx(25)
     half = 4.302653 * (2 * 7.0710678**2 / 2) ** 0.5 / 1  # Welch at equal variances: t with 2 degrees of freedom
     assert row["ci_high"] - 25 == pytest.approx(half, rel=1e-4)
+
+
+def test_a_difference_by_seeds_is_no_more_than_possible(tmp_path):
+    """Welch's half-width of (0, 100) against (0, 10) is far above 100."""
+    for cell in cells_of(load_table(ROOT, "figure4"), load_scale(ROOT, "smoke")):
+        if not cell.row.control and cell.spec.method in ("next_token", "mutor"):
+            for seed, right in ((42, 0), (43, 200 if cell.spec.method == "mutor" else 20)):
+                put(tmp_path, cell, seed, right, test_data_hash=cell.spec.method + str(seed))
+    frame = judged("smoke", tmp_path)
+    row, number = of(frame, "fails on"), of(frame, "95% or more")
+    assert row["covers"] == number["covers"] == "seeds" and row["measured"] == pytest.approx(45)
+    assert (row["ci_low"], row["ci_high"], number["ci_low"], number["ci_high"]) == (-100, 100, -95, 5)
 
 
 def test_other_training_data_are_compared_problem_by_problem(tmp_path):

@@ -147,8 +147,8 @@ def test_the_line_of_data_is_read_and_scored_as_the_readme_says(tmp_path):
 
     line = re.search(r'^\{"prompt".*\}$', README, re.M)[0]
     files = {f"{name}_file": str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
-    for file in files.values():
-        Path(file).write_text(line + "\n")
+    for name, text in (("train", line.replace("3 + 4 = ?", "4 + 3 = ?")), ("test", line)):
+        Path(files[f"{name}_file"]).write_text(text + "\n")
     task = Text(TextConfig(corpus="own", extract="hashes", compare="number", tokens="standin", **files))
     problem = task.problems["test"][0]
     assert task.train(0).size == 1 and problem.gold == "7"

@@ -22,33 +22,86 @@ def test_spread_of_seeds_alone_is_students_t():
     assert (got.low, got.high, got.covers) == (pytest.approx(low), pytest.approx(high), "seeds and problems")
 
 
-def test_one_seed_is_over_problems_only():
-    """100 of 400 right: the standard error is sqrt(p (1 - p) / (N - 1))."""
-    got = interval((np.arange(400) < 100)[None])
-    half = stats.t.ppf(0.975, 399) * (0.25 * 0.75 / 399) ** 0.5
-    assert got.covers == "problems" and got.estimate == 0.25
-    assert got.over_problems == pytest.approx(half) and got.high - got.estimate == pytest.approx(half)
+@pytest.mark.parametrize("level", [0.95, 0.5])
+@pytest.mark.parametrize("right", [0, 1, 7, 29, 30])
+def test_right_or_wrong_is_wilsons(right, level):
+    """Of one seed, and of several that solve the same problems: 0 of 30 leaves a width, which seeds do not narrow."""
+    low, high = stats.binomtest(right, 30).proportion_ci(level, method="wilson")
+    for seeds in (1, 3):
+        got = interval(np.tile(np.arange(30) < right, (seeds, 1)), level)
+        assert (got.low, got.high) == pytest.approx((low, high)) and got.estimate == right / 30
+        assert got.over_problems == pytest.approx((high - low) / 2) and got.high > got.low
+        assert got.covers == ("problems" if seeds == 1 else "seeds and problems")
+
+
+def test_seeds_that_differ_count_as_more_problems():
+    """Three seeds, 400 problems, all 1,200 answers by themselves: about as good as 1,200 problems."""
+    scores = rng().random((3, 400)) < 0.3
+    alone = interval(scores).over_problems
+    share = scores.mean()
+    halves = [np.diff(wilson(share, n))[0] / 2 for n in (400, 1200)]
+    assert alone == pytest.approx(halves[1], rel=0.05) and alone < 0.7 * halves[0]
+    padded = np.append(scores.mean(axis=0), (0, 0, 1, 1))
+    effect = padded.var() / (padded.mean() * (1 - padded.mean()))
+    assert alone == pytest.approx(np.diff(wilson(share, 400 / effect))[0] / 2)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "low", "high"),
+    [(0, 0, -0.086619, 0.086619), (30, 30, -0.086619, 0.086619), (30, 0, 0.816931, 1.0), (0, 30, -1.0, -0.816931)],
+)
+def test_none_right_against_none_or_all(ours, theirs, low, high):
+    """Bonett and Price by hand, 30 problems: (n12 - n21) / 32 +- 1.96 sqrt((n12 + n21) / 32 - that^2) / sqrt(32)."""
+    for seeds in (1, 3):
+        one, other = (np.tile(np.arange(30) < right, (seeds, 1)) for right in (ours, theirs))
+        got = paired(one, other, rng()).difference
+        assert (got.low, got.high) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_differences_within_problems_by_hand():
+    """Of 50 problems 6 are only ours, 2 only theirs; with one more of each 7 and 3 of 52."""
+    change = np.zeros((1, 50))
+    change[0, :8] = [1] * 6 + [-1] * 2
+    half = 1.959964 * ((10 / 52 - (4 / 52) ** 2) / 52) ** 0.5
+    got = interval(change, difference=True)
+    assert (got.low, got.high) == pytest.approx((4 / 52 - half, 4 / 52 + half)) and got.estimate == 4 / 50
+    assert got.minus(0.5).estimate == 4 / 50 - 0.5 and got.minus(0.5).low == pytest.approx(4 / 52 - half - 0.5)
+
+
+@pytest.mark.parametrize(("rate", "problems"), [(0.01, 30), (0.03, 30), (0.97, 30), (0.01, 200), (0.5, 30)])
+def test_coverage_at_the_bounds(rate, problems):
+    """95% intervals of rates and of paired differences, at rates where none or all are often right."""
+    draw, held, held_difference = rng(7), [], []
+    for _ in range(600):
+        ours, theirs = (draw.random((1, problems)) < rate for _ in range(2))
+        got, change = interval(ours), paired(ours, theirs, draw).difference
+        held.append(got.low <= rate <= got.high)
+        held_difference.append(change.low <= 0 <= change.high)
+    assert np.mean(held) > 0.925 and np.mean(held_difference) > 0.925
 
 
 @pytest.mark.parametrize("level", [0.95, 0.5])
 def test_every_field_of_an_interval_by_hand(level):
-    """Two seeds, two problems: means 1/2 and 1 of the seeds, 1 and 1/2 of the problems, one degree of freedom each."""
-    got = interval(np.array([[1, 0], [1, 1]]), level)
+    """Two seeds, two problems: means 0.45 and 0.5 of the seeds, 0.5 and 0.45 of the problems."""
+    got = interval(np.array([[0.5, 0.4], [0.5, 0.5]]), level)
     t = stats.t.ppf(0.5 + level / 2, 1)
-    spread = 0.125**0.5  # of 1/2 and 1, and of 1 and 1/2
+    spread = 0.05 / 2**0.5
     half = t * spread / 2**0.5
-    assert (got.estimate, got.spread, got.over_problems) == pytest.approx((0.75, spread, half))
-    assert (got.low, got.high) == pytest.approx((0.75 - 2**0.5 * half, 0.75 + 2**0.5 * half))
+    assert (got.estimate, got.spread, got.over_problems) == pytest.approx((0.475, spread, half))
+    whole = (0.475 - 2**0.5 * half, 0.475 + 2**0.5 * half)
+    assert (got.low, got.high) == pytest.approx(whole) and got.low > 0 and got.high < 1
     assert got.covers == "seeds and problems" and interval(np.array([[0, 1]])).spread is None
-    percent = got.times(100)
-    assert percent == Interval(75.0, 100 * got.low, 100 * got.high, got.covers, 100 * spread, 100 * got.over_problems)
+    assert got.spread is not None
+    wanted = [47.5, *(100 * x for x in (got.low, got.high)), got.covers, 100 * got.spread, 100 * got.over_problems]
+    assert got.times(100) == Interval(*wanted)
     assert interval(np.array([[0, 1]])).times(100).spread is None
 
 
 def test_one_problem_says_nothing_about_problems():
-    got = interval(np.array([[0.2], [0.6]]))
-    half = stats.t.ppf(0.975, 1) * 0.08**0.5 / 2**0.5
-    assert got.over_problems == 0 and (got.low, got.high) == pytest.approx((0.4 - half, 0.4 + half))
+    """An interval is cut to what is possible: a score lies between 0 and 1, a difference between -1 and 1."""
+    for difference, low in ((False, 0.0), (True, -1.0)):
+        got = interval(np.array([[0.2], [0.6]]), difference=difference)
+        assert (got.low, got.estimate, got.high) == (low, 0.4, 1.0)
 
 
 def test_scores_of_few_digits_are_averaged_in_double_precision():
@@ -59,11 +112,11 @@ def test_scores_of_few_digits_are_averaged_in_double_precision():
 
 
 def test_standard_error_over_problems_is_what_a_bootstrap_estimates():
-    """Two seeds, six problems, means 1, 1, 1/2, 1/2, 0, 0: resampling whole columns 200,000 times comes to s / sqrt(N).
+    """Six problems, means 1, 1, 1/2, 1/2, 0, 0: resampling whole columns 200,000 times comes to s / sqrt(N).
 
     The bootstrap divides by N where s divides by N - 1, and its own error is 1 / sqrt(2 * 200,000) = 0.16%.
     """
-    scores = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]])
+    scores = np.array([[1, 1, 0.5, 0.5, 0, 0]])
     drawn = rng().integers(0, 6, size=(200_000, 6))
     resampled = scores.mean(axis=0)[drawn].mean(axis=1).std() * (6 / 5) ** 0.5
     t = stats.t.ppf(0.975, 5)
@@ -71,9 +124,7 @@ def test_standard_error_over_problems_is_what_a_bootstrap_estimates():
     assert interval(scores).over_problems == pytest.approx(t * resampled, rel=4 * 0.0016)
 
 
-def test_nothing_that_varies_has_no_width():
-    got = interval(np.ones((3, 20)))
-    assert (got.estimate, got.low, got.high) == (1.0, 1.0, 1.0)
+def test_scores_are_seeds_by_problems():
     with pytest.raises(ValueError, match=r"expected \[seeds, problems\], got shape \(4,\)"):
         interval(np.ones(4))
 
@@ -170,8 +221,12 @@ def test_one_number_a_seed():
     assert over_seeds([0.0, 2**0.5], [0.0, 0.0]).low < 0 and over_seeds(ours, [60.0, 60.0]).spread == alone.spread
 
 
-def test_seeds_that_do_not_differ_have_no_width(recwarn):
-    assert over_seeds([2.0, 2.0], [0.5, 0.5]) == Interval(1.5, 1.5, 1.5, "seeds", 0.0) and not recwarn.list
+def test_seeds_that_do_not_differ_tell_nothing(recwarn):
+    assert over_seeds([2.0, 2.0], [0.5, 0.5]) is over_seeds([2.0, 2.0]) is None and not recwarn.list
+    assert over_seeds([95.85, 95.85 + 1e-13]) is None  # but for rounding
+    one = over_seeds([2.0, 2.0], [0.5, 0.6])
+    assert one.high - 1.45 == pytest.approx(stats.t.ppf(0.975, 1) * 0.05) and not recwarn.list
+    assert summarise([100.0, 100.0, 100.0]) == Summary(3, 100.0, 0.0)
 
 
 def test_what_would_decide():
@@ -220,17 +275,16 @@ def test_one_seed_of_graded_scores_has_students_t():
     assert (one.mean, one.std, one.covers) == (50.0, None, "problems")
     assert (one.ci_low, one.ci_high) == pytest.approx(stats.t.interval(0.95, 3, 50, 100 * stats.sem(graded)))
     assert summarise([50.0], [np.array([0.0, 0.5])]).ci_low == 0.0
-    assert summarise([50.0], [np.array([0.0, 0.5])], rate=False).ci_low < -200
     assert summarise([50.0], [np.array([0.5, 1.0])]).ci_high == 100.0
 
 
 def test_seeds_and_problems_vary_together():
-    """Half-widths in quadrature: t over the seeds' means, and over the problems' means."""
+    """Half-widths in quadrature: t over the seeds' means, and Wilson's over the problems', which the seeds share."""
     scores = [np.arange(400) < n for n in (180, 200, 220)]
     both = summarise([45.0, 50.0, 55.0], scores)
     from_seeds = stats.t.ppf(0.975, 2) * 5 / 3**0.5
-    ease = np.mean(scores, axis=0)
-    over_problems = stats.t.ppf(0.975, 399) * 100 * ease.std(ddof=1) / 400**0.5
+    padded = np.append(np.mean(scores, axis=0), (0, 0, 1, 1))
+    over_problems = 100 * (wilson(0.5, 400 * 0.25 / padded.var())[1] - 0.5)
     assert (both.n_seeds, both.mean, both.std, both.covers) == (3, 50.0, 5.0, "seeds and problems")
     half = np.hypot(from_seeds, over_problems)
     assert (both.ci_low, both.ci_high) == pytest.approx((50 - half, 50 + half))

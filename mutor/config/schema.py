@@ -64,7 +64,9 @@ class Dataset:
     )
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
     plan: dict = setting({}, doc="for `plan` before anything ran: examples, about, and tokens of one, at most")
-    metrics: dict = setting({}, doc="a table's metric -> what is measured in its place")
+    metrics: dict = setting(
+        {}, doc="a table's metric -> what is measured in its place; no published values stand beside such data's"
+    )
     setting_substitutes: dict = setting(
         {}, was="instead", doc="a setting's name -> a table's value of it -> the value here"
     )

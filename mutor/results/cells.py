@@ -55,8 +55,10 @@ COLUMNS = [
 ]
 PUBLISHED_SETTINGS = ("d_max", "a", "registers", "placement", "register_embedding")
 NUMBERS = ("mean", "std", "ci_low", "ci_high", "reported", "reported_difference", "chance")
-# for drawing, not in the .csv: name in figures; every seed's number; of cost tables, what is swept over and its value
-FOR_DRAWING = ["label", "values", "chance", "sweep", "x"]
+# for drawing, not in the .csv: name in figures, with and without the steps; every seed's number; what ran, for which
+# role; the training data, as a stand-in where they have the published name; of cost tables, a section with what ran for
+# it, what is swept over and its value
+FOR_DRAWING = ["label", "line", "values", "chance", "ran", "data", "panel", "sweep", "x"]
 
 
 class Evidence:
@@ -164,7 +166,7 @@ def settings_rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
         places = (spec.recipe, spec.method_config, spec.task_config, _corpus(spec))
         values = [getattr(place, cell.metric, None) for place in places]
         row = _described(cell)
-        label = f"{row['label'].split(', d_max')[0]} on {row['train_data']}"
+        label = f"{row['label'].split(', d_max')[0]} on {row['data']}"
         yield row | {"mean": next((v for v in values if v is not None), None), "unit": "", "label": label}
 
 
@@ -173,8 +175,10 @@ def _corpus(spec: Spec) -> Any:
 
 
 def _published(published: Published, cell: Cell, train_data: str) -> float | None:
-    """The published value beside a run's cell."""
+    """The published value beside a run's cell: none where the data have metrics of their own."""
     spec = cell.spec
+    if spec.dataset.metrics:
+        return None
     stated: dict[str, list[str]] = {
         "model": [spec.model_config.role],
         "method": [spec.method],
@@ -196,11 +200,13 @@ def _described(cell: Cell) -> dict[str, Any]:
     settings = {key: getattr(spec.method_config, key, "") for key in PUBLISHED_SETTINGS}
     if settings["placement"] == "all":
         settings["registers"] = ""
+    label, data = cell.row.label or _label(spec), task.describe(spec.task_config)
+    named_alike = bool(spec.dataset.stands_in_for) and data == cell.row.train_data
     return {
         "role": spec.model_config.role,
         "model": spec.model,
         "method": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""),
-        "train_data": task.describe(spec.task_config),
+        "train_data": data,
         "benchmark": task.scored_on(spec.task_config),
         "metric": cell.measured,
         "unit": cell.unit,
@@ -208,8 +214,29 @@ def _described(cell: Cell) -> dict[str, Any]:
         "iterations": cell.iterations,
         "epochs": spec.recipe.epochs,
         "stands_in_for": spec.stands_in_for,
-        "label": cell.row.label or _label(spec),
+        "label": label + _when(cell),
+        "line": label,
+        "ran": what_ran(spec.model, spec.model_config.role if spec.model_config.stands_in_for else spec.model),
+        "data": f"{data} stand-in" if named_alike else data,
     }
+
+
+def what_ran(model: str, role: str) -> str:
+    """A model's name, with the model that it stands in for."""
+    return model if model == role else f"{model} for {role}"
+
+
+def stand_ins(frame: pd.DataFrame) -> list[str]:
+    """What stands in for what in a table's cells, each model and dataset once."""
+    return sorted({part for words in frame["stands_in_for"] if words for part in words.split("; ")})
+
+
+def _when(cell: Cell) -> str:
+    """After how many steps a row is scored, where it says so, and for how many published ones these stand."""
+    if cell.row.iterations is None:
+        return ""
+    published = f"{cell.row.iterations // 1000}K"
+    return f", {published}" if cell.iterations == cell.row.iterations else f", {cell.iterations} steps for {published}"
 
 
 def _extra(spec: Spec) -> str:

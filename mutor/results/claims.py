@@ -112,7 +112,7 @@ def _side(given: dict[str, Any], where: str) -> Any:
 
 
 def claim_frame(evidence: Evidence) -> pd.DataFrame:
-    """One row a claim and cell of the scale that it is about, with COLUMNS; none is dropped."""
+    """One row a claim and cell of the scale that it is about, with COLUMNS and what to call model and data."""
     return evidence.once("claims", "", lambda: _claim_frame(evidence))
 
 
@@ -126,7 +126,7 @@ def _claim_frame(evidence: Evidence) -> pd.DataFrame:
             found = evidence.frame(table).to_dict("records") if cells else []
             pairs[claim.table] = list(zip(cells, found, strict=True))
         rows += _rows(evidence, claim, pairs[claim.table])
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=[*COLUMNS, "ran", "data"])
 
 
 def _rows(evidence: Evidence, claim: Claim, pairs: list[Pair]) -> list[dict[str, Any]]:
@@ -151,7 +151,8 @@ def _rows(evidence: Evidence, claim: Claim, pairs: list[Pair]) -> list[dict[str,
     out = []
     for pair in ours:
         cell, row = pair
-        about = head | {"metric": cell.measured, **{key: row[key] for key in ("model", "train_data", "stands_in_for")}}
+        said = ("model", "train_data", "stands_in_for", "ran", "data")
+        about = head | {"metric": cell.measured, **{key: row[key] for key in said}}
         if isinstance(claim.theirs, Side):
             compared = [_compare(evidence, claim, pair, other) for other in _against(claim, claim.theirs, cell, pairs)]
         else:
@@ -235,7 +236,7 @@ def collect_claims(evidence: Evidence, folder: Path) -> list[Path]:
     """Write claims.csv and claims.md."""
     frame = claim_frame(evidence)
     files = [folder / "claims.csv", folder / "claims.md"]
-    write_text(files[0], frame.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    write_text(files[0], frame[COLUMNS].to_csv(index=False, lineterminator="\n", float_format="%.6g"))
     write_text(files[1], markdown(frame, evidence.scale))
     return files
 
@@ -257,7 +258,7 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame:
                 "measured": measured,
                 "published": text(row["published"], "+.2f"),
                 "compared": than,
-                "on": f"{row['train_data']}, {row['metric']}",
+                "on": f"{row['ran']}, {row['data']}, {row['metric']}",
                 "to decide": row["to_decide"],
                 "source": row["source"],
             }

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mutor.config.cost_cases import Case, cases_of, settings_of
+from mutor.config.cost_cases import Case, CostScaling, cases_of, settings_of
 from mutor.config.schema import Table
 from mutor.files import read_json
+from mutor.results.cells import what_ran
 from mutor.results.flops import PEAKS
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
         # left by an older configuration
         found = found if found and found["case"] == as_dict(case) and "seconds" in found else None
         values = metrics_of(found, content["device"]) if found else {}
-        row = _described(case, scaling.models.get(case.model, case.model))
+        row = _described(case, scaling)
         for metric in table.metrics:
             mean, std = values.get(metric, (None, None))
             same = {"model": [case.model], "variant": [case.published], "metric": [metric]}
@@ -100,9 +101,10 @@ def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
             }
 
 
-def _described(case: Case, model: str) -> dict[str, Any]:
-    """A case's columns without its numbers; model: what is measured in the place of the case's."""
-    settings = settings_of(case)
+def _described(case: Case, scaling: CostScaling) -> dict[str, Any]:
+    """A case's columns without its numbers; scaling: what is measured in its place."""
+    settings, model = settings_of(case), scaling.models.get(case.model, case.model)
+    here = [model] * (model != case.model) + _smaller(scaling)
     return {
         "role": case.model,
         "model": model,
@@ -115,26 +117,33 @@ def _described(case: Case, model: str) -> dict[str, Any]:
         "placement": settings.get("placement", "all") if case.method == "mutor" else "",
         "stands_in_for": "" if model == case.model else f"{case.model} (here {model}, random weights)",
         "label": case.label,
+        "ran": what_ran(model, case.model),
+        "panel": f"{', '.join(here)} (case: {case.section})" if here else case.section,
         "sweep": case.sweep_over or "",
         "x": case.value,
     }
 
 
+def _smaller(scaling: CostScaling) -> list[str]:
+    """How a scale shrinks the cases, in words."""
+    factors = ((scaling.batch, "batch"), (scaling.tokens, "lengths"))
+    return [f"{factor:g} x {name}" for factor, name in factors if factor != 1]
+
+
 def printed(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """The cells as .md and .tex name them: by section and case, whose names say the model."""
-    return frame.assign(label=frame["benchmark"] + ": " + frame["train_data"], role="")
+    return frame.assign(label=frame["panel"] + ": " + frame["train_data"], role="", ran="")
 
 
 def circumstances(evidence: Evidence, table: Table) -> list[str]:
     """Sentences on the device, the number of rounds, and how the scale shrinks the cases."""
-    scaling, wanted = cases_of(table, evidence.scale)
+    scaling, _ = cases_of(table, evidence.scale)
     device = measured(file_of(evidence.runs.runs, evidence.scale.name, table.name))["device"]
     where = f"Measured on {device}" if device else "Not measured yet"
     out = [f"{where}; medians ± standard deviation of n rounds."]
-    if (scaling.tokens, scaling.batch) != (1, 1):
-        out.append(f"Here lengths are {scaling.tokens:g} times and batches {scaling.batch:g} times those named.")
-    roles = {case.model: scaling.models[case.model] for case in wanted if case.model in scaling.models}
-    return out + [f"In the place of {role}: {model}." for role, model in roles.items()]
+    if smaller := _smaller(scaling):
+        out.append(f"Here cases have {' and '.join(smaller)} of what their names say.")
+    return out
 
 
 def as_dict(case: Case) -> dict[str, Any]:

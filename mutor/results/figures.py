@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from mutor.config.schema import Table
 from mutor.files import write
 from mutor.registry import TASKS, load
-from mutor.results.cells import Evidence
+from mutor.results.cells import Evidence, stand_ins
 from mutor.results.numbers import is_missing
+from mutor.results.render import circumstances
 
 STYLE: Any = {
     "font.size": 9,
@@ -67,8 +68,9 @@ def solve_rates(evidence: Evidence, table: Table) -> Figure:
             axis.text(rows[0]["chance"], -0.75, " chance 1/n", color="#555555", fontsize=7.5, va="center")
         axis.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -1.05), xlabel="solve rate (%)", title=graph_name(group))
         axis.set_yticks(range(len(rows)), [f"{r['label']}  (n={r['n_seeds']})" for r in rows])
-    figure.suptitle(f"{table.title} — scale {evidence.scale.name}", fontsize=10)
-    _stands_in(figure, frame, len(groups))
+    published = "; crosses: published" if frame["reported"].notna().any() else ""
+    figure.suptitle(_wrap(_title(evidence, table, published), 20 + 45 * len(groups)), fontsize=10)
+    _foot(figure, frame, len(groups))
     return figure
 
 
@@ -97,7 +99,7 @@ def sweep(evidence: Evidence, table: Table) -> Figure:
 def progress(evidence: Evidence, table: Table) -> Figure:
     """The first metric over the iterations, a line a setting."""
     frame = evidence.frame(table)
-    return _lines(evidence, table, "iterations", frame["label"].str.replace(r", \d+K$", "", regex=True))
+    return _lines(evidence, table, "iterations", frame["line"])
 
 
 def _lines(evidence: Evidence, table: Table, over: str, line: pd.Series) -> Figure:
@@ -110,11 +112,11 @@ def _lines(evidence: Evidence, table: Table, over: str, line: pd.Series) -> Figu
     metric, unit = frame["metric"].iloc[0], frame["unit"].iloc[0]
     frame = frame[frame["metric"] == metric].copy()
     frame.loc[frame["stands_in_for"] != "", "reported"] = None
-    groups, lines = (list(dict.fromkeys(frame[key])) for key in ("train_data", "line"))
+    groups, lines = (list(dict.fromkeys(frame[key])) for key in ("data", "line"))
     figure, axes = _panels(len(groups), (0.6 + 3.8 * max(len(groups), 1), 3.1))
     for axis, group in zip(axes, groups, strict=False):
         for name, own in zip(lines, COLOURS, strict=False):
-            rows = frame[(frame["train_data"] == group) & (frame["line"] == name)]
+            rows = frame[(frame["data"] == group) & (frame["line"] == name)]
             x = pd.to_numeric(rows[over], errors="coerce").fillna(table.x_if_absent).tolist()
             if len(x) == 1 and over == table.sweep_over:
                 for column, style in (("mean", "-"), ("reported", ":")):
@@ -124,12 +126,15 @@ def _lines(evidence: Evidence, table: Table, over: str, line: pd.Series) -> Figu
             axis.plot(x, rows["reported"].astype(float), "x:", color=own, lw=1, ms=5)
             for at, values in zip(x, rows["values"], strict=True):
                 axis.plot([at] * len(values), values, "o", color=own, ms=4, mec="white", mew=0.4)
-        axis.set(title=group, xlabel=over, ylabel=f"{metric} ({'%' if unit == 'percent' else unit})")
+        axis.set(
+            title=group,
+            xlabel=over.replace("iterations", "training steps"),
+            ylabel=f"{metric} ({'%' if unit == 'percent' else unit})",
+        )
     axes[0].legend(fontsize=8)
     published = "; crosses and dots: published" if frame["reported"].notna().any() else ""
-    title = f"{table.title} — scale {evidence.scale.name}{published}"
-    figure.suptitle(_wrap(title, 15 + 45 * len(groups)), fontsize=9)
-    _stands_in(figure, frame, len(groups))
+    figure.suptitle(_wrap(_title(evidence, table, published), 15 + 45 * len(groups)), fontsize=9)
+    _foot(figure, frame, len(groups))
     return figure
 
 
@@ -144,7 +149,7 @@ def costs(evidence: Evidence, table: Table) -> Figure:
         part = frame[frame["benchmark"] == name]
         about = part.drop_duplicates("train_data").set_index("train_data")[["label", "sweep", "x"]]
         numbers = part.pivot(index="train_data", columns="metric", values="mean")
-        sections[name] = about.join(numbers[["ratio", "token_ratio", "flop_ratio"]].astype(float))
+        sections[part["panel"].iloc[0]] = about.join(numbers[["ratio", "token_ratio", "flop_ratio"]].astype(float))
     lines = all(section["sweep"].any() for section in sections.values())
     if lines:
         figure, axes = _panels(len(sections), (0.6 + 3.6 * len(sections), 3.3))
@@ -157,10 +162,10 @@ def costs(evidence: Evidence, table: Table) -> Figure:
         for axis, (name, section) in zip(axes, sections.items(), strict=True):
             _cost_bars(axis, name, section)
         axes[-1].set_xlabel("time of a step, times next_token's")
-        axes[0].legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     wide = len(sections) if lines else 1
     figure.suptitle(_wrap(f"{table.title} — scale {evidence.scale.name}", 20 + 40 * wide), fontsize=10)
-    _stands_in(figure, frame, wide)
+    _foot(figure, frame, wide, circumstances(evidence, table))
     return figure
 
 
@@ -173,7 +178,8 @@ def _cost_lines(axis: Axes, name: str, section: pd.DataFrame) -> None:
             axis.plot(x, mine["ratio"], "o-", color=own, ms=4, lw=1.4, label=label)
             axis.plot(x, mine["flop_ratio"], "--", color=own, lw=1)
     axis.axhline(1, color="#555555", lw=0.8)
-    axis.set(title=name, xlabel=next(filter(None, section["sweep"])), ylim=(0, None))
+    axis.set_title(_wrap(name, 42), fontsize=9)
+    axis.set(xlabel=next(filter(None, section["sweep"])), ylim=(0, None))
     if section["ratio"].notna().any():
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
@@ -194,27 +200,30 @@ def _cost_bars(axis: Axes, name: str, section: pd.DataFrame) -> None:
     axis.invert_yaxis()
     widest = section[["ratio", "token_ratio", "flop_ratio"]].max().dropna()
     axis.set_xlim(0, 1.05 * max([1.0, *widest]))
-    axis.set_title(name, loc="left")
+    axis.set_title(_wrap(name, 64), loc="left", fontsize=9)
 
 
 def samples(evidence: Evidence, table: Table) -> Figure:
     """Pictures drawn by the last model of each setting, its first seed, side by side; a column is a class."""
-    chosen = {cell.spec.path: cell for cell in evidence.cells(table) if cell.checkpoint == "last"}
+    frame = evidence.frame(table)
+    labels = zip(evidence.cells(table), frame["label"], strict=True)
+    chosen = {cell.spec.path: label for cell, label in labels if cell.checkpoint == "last"}
     found = {}
-    for path, cell in chosen.items():
+    for path, label in chosen.items():
         files = sorted((evidence.runs.runs / path).glob("seed*/samples-last.png"))
         if files:
-            found[cell.row.label] = files[0]  # whole: what was trained longer differs in its iterations alone
+            found[label] = files[0]
     figure, axes = _panels(len(found), (3.2 * max(len(found), 1), 3.7))
     for axis in axes:
         axis.axis("off")
     for axis, (label, file) in zip(axes, found.items(), strict=False):
         axis.imshow(plt.imread(file), cmap="gray", interpolation="nearest")
-        axis.set_title(label)
+        axis.set_title(_wrap(label, 40), fontsize=9)
     if not found:
         axes[0].text(0.5, 0.5, "no pictures in the folder of runs", ha="center", color="#777777")
-    title = f"{table.title}: samples of the last models — scale {evidence.scale.name}"
+    title = _title(evidence, table, "; samples of the last models")
     figure.suptitle(_wrap(title, 45 * max(len(found), 1)), fontsize=9)
+    _foot(figure, frame, len(found))
     return figure
 
 
@@ -244,8 +253,9 @@ def curves(evidence: Evidence, table: Table) -> Figure:
         row[0].set_ylim(0, 102)
     drawn = {line.get_label(): line for axis in axes[:, 0] for line in axis.get_legend_handles_labels()[0]}
     if drawn:
-        figure.legend(handles=drawn.values(), fontsize=7, loc="outside lower center", ncols=len(drawn))
-    figure.suptitle(f"{table.title}: learning curves, a line a seed — scale {evidence.scale.name}", fontsize=10)
+        axes[0, 1].legend(handles=drawn.values(), fontsize=7)
+    figure.suptitle(_title(evidence, table, "; learning curves, a line a seed"), fontsize=10)
+    _foot(figure, evidence.frame(table), 3)
     return figure
 
 
@@ -269,11 +279,18 @@ def _panels(
     return figure, list(axes.flat)
 
 
-def _stands_in(figure: Figure, frame: pd.DataFrame, panels: int) -> None:
-    """What stands in for what, below a figure."""
-    stands = "; ".join(sorted(set(filter(None, frame["stands_in_for"])))[:2])
-    if stands:
-        figure.supxlabel("Stands in for " + _wrap(stands, 22 + 45 * panels), fontsize=7, color="#555555")
+def _title(evidence: Evidence, table: Table, more: str) -> str:
+    """What is shown, what ran, and at which scale."""
+    ran = ", ".join(dict.fromkeys(evidence.frame(table)["ran"]))
+    return f"{table.title}{more} — {ran} — scale {evidence.scale.name}"
+
+
+def _foot(figure: Figure, frame: pd.DataFrame, panels: int, about: Sequence[str] = ()) -> None:
+    """What stands in for what, all of it, and how the numbers were made, below a figure."""
+    stands = stand_ins(frame)
+    words = [*([f"Stands in for {'; '.join(stands)}."] if stands else []), *about]
+    if words:
+        figure.supxlabel(_wrap(" ".join(words), 35 + 50 * panels), fontsize=7, color="#555555")
 
 
 def graph_name(name: str) -> str:

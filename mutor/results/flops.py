@@ -62,6 +62,7 @@ def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
             yield {
                 "role": role,
                 "model": role,
+                "ran": role,
                 "benchmark": label,
                 "metric": metric,
                 "unit": unit,

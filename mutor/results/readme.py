@@ -66,7 +66,7 @@ def one_row_each(frame: pd.DataFrame, where: str) -> pd.DataFrame:
         rows.append(
             {
                 "claim": f"[{first['claim']}]({where}/{first['table']}.md): {first['metric']}",
-                "on": _lines(group["train_data"].map(graph_name)),
+                "on": _lines(group["data"].map(graph_name) + ", " + group["ran"]),
                 "difference here": _lines(said["measured"]),
                 "published": _lines(said["published"]),
                 "verdict": _lines(said["verdict"]),

@@ -10,7 +10,7 @@ import pandas as pd
 from mutor.config.runs import Spec
 from mutor.config.schema import Table
 from mutor.registry import TASKS, load, resolve
-from mutor.results.cells import Evidence
+from mutor.results.cells import Evidence, stand_ins
 from mutor.results.numbers import is_missing, text
 
 CHOSEN = {  # by what names the best checkpoint, see Task.chosen_on
@@ -33,7 +33,10 @@ def first_metric(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
 
 
 def published_shape(evidence: Evidence, table: Table) -> pd.DataFrame:
-    """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)"."""
+    """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)".
+
+    What ran stands in the corner, or before each row where models of several roles did.
+    """
     return evidence.once("shape", table.name, lambda: _shape(printed_cells(evidence, table), table))
 
 
@@ -42,14 +45,15 @@ def _shape(cells: pd.DataFrame, table: Table) -> pd.DataFrame:
     shown: dict[str, dict[str, str]] = {}
     columns: dict[str, None] = {}  # in the order in which they come up, as the rows are
     for row in cells.to_dict("records"):
-        name = f"{row['role']}: {row['label']}" if several_roles else row["label"]
+        name = f"{row['ran']}: {row['label']}" if several_roles else row["label"]
         column = row["metric"]
         if table.needs_runs:
-            column = f"{row['train_data']} {row['metric'] if several_metrics else ''}".strip()
+            column = f"{row['data']} {row['metric'] if several_metrics else ''}".strip()
         columns[column] = None
         shown.setdefault(name, {})[column] = _text(row)
     texts = [[row.get(column, "") for column in columns] for row in shown.values()]
-    return pd.DataFrame(texts, index=list(shown), columns=list(columns), dtype=object)
+    corner = "" if several_roles else "; ".join(dict.fromkeys(cells["ran"]))
+    return pd.DataFrame(texts, index=pd.Index(shown, name=corner), columns=list(columns), dtype=object)
 
 
 def _text(row: Mapping[Any, Any]) -> str:
@@ -73,17 +77,15 @@ def markdown(evidence: Evidence, table: Table) -> str:
     if about := circumstances(evidence, table):
         parts += [" ".join(about), ""]
     if table.needs_runs:
-        units = _units(printed_cells(evidence, table))
-        parts += [f"{units}, mean ± standard deviation over seeds (n = seeds).", ""]
+        parts += [_numbers(printed_cells(evidence, table)), ""]
     parts += [grid(published_shape(evidence, table)), ""]
     specs = [cell.spec for cell in evidence.cells(table)]
-    stands = {words for s in specs for words in (s.dataset.stands_in_for, s.model_config.stands_in_for)}
-    parts += [f"- Stands in for {words}." for words in sorted(filter(None, stands))]
+    parts += [f"- Stands in for {words}." for words in stand_ins(evidence.frame(table))]
     parts += [f"- {note}" for note in table.notes]
     parts += [f"- Left out: {problem}" for problem in _problems(evidence, specs)]
     beside = evidence.published(table).frame
     if len(beside):
-        order = "model variant method d_max a train_data metric epochs value seeds source"
+        order = "model variant method d_max a train_data metric epochs iterations value seeds source"
         columns = [name for name in order.split() if beside[name].ne("").any()]
         parts += ["", "Published values:", "", grid(beside[columns].set_index("model"))]
     return "\n".join(parts) + "\n"
@@ -108,12 +110,15 @@ def circumstances(evidence: Evidence, table: Table) -> list[str]:
     return resolve(table.drawing.about)(evidence, table) if table.drawing.about else []
 
 
-def _units(cells: pd.DataFrame) -> str:
-    """What is shown, with units: "accuracy, percent"."""
+def _numbers(cells: pd.DataFrame) -> str:
+    """What the numbers are, with units: "accuracy, percent, mean ± ..."; and whose the published ones are."""
     names: dict[str, list[str]] = {}
     for metric, unit in dict(zip(cells["metric"], cells["unit"], strict=True)).items():
         names.setdefault(unit, []).append(metric)
-    return "; ".join(f"{', '.join(metrics)}, {unit}" for unit, metrics in names.items())
+    units = "; ".join(f"{', '.join(metrics)}, {unit}" for unit, metrics in names.items())
+    beside = (cells["stands_in_for"] != "") & cells["reported"].notna()
+    published = " Published: of the models and data that are stood in for." if beside.any() else ""
+    return f"{units}, mean ± standard deviation over seeds (n = seeds).{published}"
 
 
 def _problems(evidence: Evidence, specs: list[Spec]) -> list[str]:
@@ -136,10 +141,15 @@ def grid(frame: pd.DataFrame) -> str:
 def latex(evidence: Evidence, table: Table) -> str:
     """The table in LaTeX (booktabs)."""
     shown = published_shape(evidence, table)
-    words = f"{table.title}. Scale: {evidence.scale.name}. {caption(evidence, table)}"
+    words = [
+        f"{table.title}. Scale: {evidence.scale.name}. {caption(evidence, table)}",
+        *circumstances(evidence, table),
+    ]
+    words += [_numbers(printed_cells(evidence, table))] if table.needs_runs else []
+    words += [f"Stands in for {text}." for text in stand_ins(evidence.frame(table))]
     escaped = shown.map(_escape)
     escaped.index, escaped.columns = [_escape(i) for i in shown.index], [_escape(c) for c in shown.columns]
-    body = [" & ".join(["", *escaped.columns]) + r" \\", r"\midrule"]
+    body = [" & ".join([_escape(shown.index.name), *escaped.columns]) + r" \\", r"\midrule"]
     body += [" & ".join([str(i), *row]) + r" \\" for i, row in zip(escaped.index, escaped.to_numpy(), strict=True)]
     lines = [
         r"\begin{table}",
@@ -149,7 +159,7 @@ def latex(evidence: Evidence, table: Table) -> str:
         *body,
         r"\bottomrule",
         r"\end{tabular}",
-        rf"\caption{{{_escape(words)}}}",
+        rf"\caption{{{_escape(' '.join(words))}}}",
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from mutor.config.schema import Table
 from mutor.files import write_text
 from mutor.results import claims
-from mutor.results.cells import COLUMNS, Evidence
+from mutor.results.cells import COLUMNS, Evidence, stand_ins
 from mutor.results.flops import training_flops
 from mutor.results.numbers import is_missing, text
 from mutor.results.records import checkpoint_metrics, problem_scores
@@ -70,7 +70,7 @@ def _grid(frame: pd.DataFrame, mark: str | None = None) -> dict[str, Any]:
 
 
 def _artifact(evidence: Evidence, table: Table, folder: Path) -> dict[str, Any]:
-    frame = evidence.frame(table)
+    frame, shape = evidence.frame(table), published_shape(evidence, table)
     columns = ["label", *(c for c in COLUMNS if c not in SAID_ONCE)]
     if frame["role"].nunique() > 1:
         columns.insert(1, "role")
@@ -85,9 +85,9 @@ def _artifact(evidence: Evidence, table: Table, folder: Path) -> dict[str, Any]:
         "caption": caption(evidence, table),
         "notes": [*circumstances(evidence, table), *table.notes],
         "figures": figures,
-        "stands_in": sorted({words for words in frame["stands_in_for"] if words}),
+        "stands_in": stand_ins(frame),
         "measured": table.needs_runs,
-        "shape": _grid(published_shape(evidence, table).rename_axis(" ").reset_index()),
+        "shape": _grid(shape.reset_index(names=str(shape.index.name or " "))),
         "cells": _grid(frame[columns]),
         "published": _grid(evidence.published(table).frame.drop(columns="artifact")),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -27,8 +27,8 @@ def summarise(
     """Summary of one metric over seeds.
 
     values: one a seed, in percent if `rate`; scores: of each seed the scores [N] of the same problems, 0 to 1, where
-    they are kept. With scores the interval is over seeds and problems (`interval`), with one seed over problems alone
-    (Wilson's for right or wrong); without, Student's t over the seeds, for one seed none. Rates are cut to 0..100.
+    they are kept. With scores the interval is `interval`'s, without `over_seeds`', cut to 0..100 for rates; none where
+    nothing tells how the values would vary.
     """
     n = len(values)
     if n == 0:
@@ -37,25 +37,13 @@ def summarise(
     std = float(np.std(values, ddof=1)) if n > 1 else None
     kept = [s for s in scores if s is not None]
     if len(kept) == n and len({len(s) for s in kept}) == 1:
-        table = np.array(kept, dtype=float)
-        if n == 1 and np.isin(table, (0, 1)).all():
-            low, high = (100 * end for end in wilson(table.mean(), table.size, level))
-            return Summary(1, mean, None, low, high, "problems")
-        found = interval(100 * table, level)
-        low, high, covers = found.low, found.high, found.covers
-    elif (varying := over_seeds(values, level=level)) is not None:
-        low, high, covers = varying.low, varying.high, varying.covers
-    else:
-        return Summary(1, mean)
-    if rate:
-        low, high = max(low, 0.0), min(high, 100.0)
-    return Summary(n, mean, std, low, high, covers)
-
-
-def wilson(share: float, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (0..1) observed over `count` problems."""
-    interval = stats.binomtest(round(share * count), count).proportion_ci(level, method="wilson")
-    return float(interval.low), float(interval.high)
+        found = interval(np.array(kept), level).times(100)
+        return Summary(n, mean, std, found.low, found.high, found.covers)
+    varying = over_seeds(values, level=level)
+    if varying is None:
+        return Summary(n, mean, std)
+    low, high = (max(varying.low, 0.0), min(varying.high, 100.0)) if rate else (varying.low, varying.high)
+    return Summary(n, mean, std, low, high, varying.covers)
 
 
 @dataclass(frozen=True)
@@ -79,46 +67,90 @@ class Interval:
         spread = None if self.spread is None else factor * self.spread
         return Interval(mean, low, high, self.covers, spread, factor * self.over_problems)
 
+    def minus(self, number: float) -> Interval:
+        """The difference from a number that does not vary."""
+        return replace(self, estimate=self.estimate - number, low=self.low - number, high=self.high - number)
 
-def interval(scores: np.ndarray, level: float = 0.95) -> Interval:
+
+def interval(scores: np.ndarray, level: float = 0.95, *, difference: bool = False) -> Interval:
     """Interval of the mean of scores [S seeds, N problems], for other seeds and other problems of the same kind.
 
-    Two half-widths in quadrature (Zou and Donner 2008): Student's t over the seeds' means, as few seeds say little
-    about their spread, and Student's t over the problems' means (whole columns, so that problems hard for all seeds
-    stay hard). The standard error of a mean over N problems is s / sqrt(N) exactly, so nothing is resampled. With one
-    seed the interval is over problems alone, and says so.
+    scores: 0 to 1; with `difference` those of one method less those of another, -1 to 1. Two parts in quadrature, each
+    side of the mean by itself (Zou and Donner 2008), cut to what is possible: Student's t over the seeds' means, as few
+    seeds say little about their spread, and one over the problems' means (whole columns, so that problems hard for all
+    seeds stay hard). The latter is `right_or_wrong`, or `won_or_lost` for a difference, where all scores are whole
+    numbers, else `graded`. With one seed the interval is over problems alone, and says so.
     """
     scores = np.asarray(scores, dtype=float)
     if scores.ndim != 2 or min(scores.shape) < 1:
         raise ValueError(f"scores: expected [seeds, problems], got shape {scores.shape}")
-    seeds, problems = scores.shape
-    mean, columns = float(scores.mean()), scores.mean(axis=0)
-    over_problems = float(columns.std(ddof=1)) / problems**0.5 if problems > 1 else 0.0
-    half = from_problems = float(stats.t.ppf(0.5 + level / 2, max(problems - 1, 1))) * over_problems
+    seeds, mean = len(scores), float(scores.mean())
+    whole = np.isin(scores, (-1, 0, 1)).all()
+    over_problems = (won_or_lost if difference else right_or_wrong) if whole else graded
+    low, high = over_problems(scores.mean(axis=0), level)
     spread = float(scores.mean(axis=1).std(ddof=1)) if seeds > 1 else None
-    if spread is not None:
-        half = float(np.hypot(half, stats.t.ppf(0.5 + level / 2, seeds - 1) * spread / seeds**0.5))
+    from_seeds = 0.0 if spread is None else float(stats.t.ppf(0.5 + level / 2, seeds - 1)) * spread / seeds**0.5
+    below, above = float(np.hypot(mean - low, from_seeds)), float(np.hypot(high - mean, from_seeds))
     covers = "problems" if spread is None else "seeds and problems"
-    return Interval(mean, mean - half, mean + half, covers, spread, from_problems)
+    lowest = -1.0 if difference else 0.0
+    return Interval(mean, max(mean - below, lowest), min(mean + above, 1.0), covers, spread, (high - low) / 2)
+
+
+def right_or_wrong(columns: np.ndarray, level: float) -> tuple[float, float]:
+    """Wilson's interval of the share of right answers, from the share [N] of seeds that solve each problem.
+
+    As over problems alone; several seeds count as more problems as far as they differ (the effective sample size of
+    Kott and Liu 2009). How far is estimated with two more problems that all seeds solve and two that none does, so
+    that seeds which are all right or all wrong count as one.
+    """
+    padded = np.append(columns, (0, 0, 1, 1))
+    share = padded.mean()
+    return wilson(float(columns.mean()), float(len(columns) * share * (1 - share) / padded.var()), level)
+
+
+def wilson(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share (0..1) observed over `count` problems."""
+    z2 = float(stats.norm.ppf(0.5 + level / 2)) ** 2
+    centre, half = share + z2 / (2 * count), (z2 * (share * (1 - share) + z2 / (4 * count)) / count) ** 0.5
+    return max((centre - half) / (1 + z2 / count), 0.0), min((centre + half) / (1 + z2 / count), 1.0)
+
+
+def won_or_lost(columns: np.ndarray, level: float) -> tuple[float, float]:
+    """Bonett and Price's interval (2012) of the difference of two paired shares, from each problem's mean change [N].
+
+    The normal interval with one more problem that only ours solves and one that only theirs does.
+    """
+    padded = np.append(columns, (-1, 1))
+    mean, half = float(padded.mean()), float(stats.norm.ppf(0.5 + level / 2) * padded.std()) / len(padded) ** 0.5
+    return mean - half, mean + half
+
+
+def graded(columns: np.ndarray, level: float) -> tuple[float, float]:
+    """Student's t over the problems' means [N]; a single problem tells nothing.
+
+    The standard error of a mean over N problems is s / sqrt(N) exactly, so nothing is resampled.
+    """
+    count, mean = len(columns), float(columns.mean())
+    if count == 1:
+        return -np.inf, np.inf
+    half = float(stats.t.ppf(0.5 + level / 2, count - 1) * columns.std(ddof=1)) / count**0.5
+    return mean - half, mean + half
 
 
 def over_seeds(ours: Sequence[float], theirs: Sequence[float] | None = None, level: float = 0.95) -> Interval | None:
     """Interval of the mean of `ours`, or of mean(ours) - mean(theirs) (Welch's), where only one number a seed is known.
 
-    None with a single seed on a side: nothing tells how it would vary.
+    None with a single seed on a side, and where all seeds of each side are equal: nothing tells how they would vary.
     """
-    if len(ours) < 2 or (theirs is not None and len(theirs) < 2):
+    sides = [np.asarray(side, dtype=float) for side in (ours, theirs) if side is not None]
+    if any(len(side) < 2 for side in sides) or all(np.allclose(side, side[0], rtol=1e-12, atol=0) for side in sides):
         return None
-    mean, spread = float(np.mean(ours)), float(np.std(ours, ddof=1))
-    if theirs is None:
-        half = float(stats.t.ppf(0.5 + level / 2, len(ours) - 1)) * spread / len(ours) ** 0.5
-        return Interval(mean, mean - half, mean + half, "seeds", spread)
-    mean -= float(np.mean(theirs))
-    spread = float(np.hypot(spread, np.std(theirs, ddof=1)))
-    if spread == 0:
-        return Interval(mean, mean, mean, "seeds", 0.0)
-    found = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(level)
-    return Interval(mean, float(found.low), float(found.high), "seeds", spread)
+    parts = [float(side.var(ddof=1)) / len(side) for side in sides]  # of the variance of the mean
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, sides, strict=True))
+    half = float(stats.t.ppf(0.5 + level / 2, freedom)) * sum(parts) ** 0.5
+    mean = float(sides[0].mean() - sum(side.mean() for side in sides[1:]))
+    spread = float(np.hypot.reduce([side.std(ddof=1) for side in sides]))
+    return Interval(mean, mean - half, mean + half, "seeds", spread)
 
 
 def needed(
@@ -162,7 +194,7 @@ def paired(ours: np.ndarray, theirs: np.ndarray, rng: np.random.Generator, draws
     if ours.shape != theirs.shape:
         raise ValueError(f"scores: shapes {ours.shape} and {theirs.shape} differ; allowed: the same seeds and problems")
     change = ours - theirs
-    found = interval(change)
+    found = interval(change, difference=True)
     if len(change) == 1 and np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
         return Paired(found, mcnemar(ours[0], theirs[0]), "McNemar, exact")
     cells = change[change != 0]

@@ -6,7 +6,7 @@ Each seed of a side is a `Scored`; a side is seed -> Scored. Differences are our
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,15 @@ takes the place of zero. `equal` with margin m: reproduced if the whole interval
 lies outside as a whole, else inconclusive. Where `theirs` names several cells, each is compared; the claim is
 reproduced if it is against all of them and contradicted if it is against any; the least favourable is shown. Where
 anything stands in for the published model or data, the words are: same direction, opposite direction, undecided.
-"To decide" assumes that the measured difference is the true one and that more seeds spread as these do."""
+"To decide" assumes that the measured difference is the true one and that more seeds spread as these do.
+
+An interval is for other seeds and other problems of the same kind, and is cut to what is possible. Its part for seeds
+is Student's t. Its part for problems, where answers are right or wrong, is Wilson's for a rate and Bonett and Price's
+for the difference of two rates on the same problems, so that none right or all right leaves a width too; for other
+scores it is Student's t. The two are added in quadrature. Where only one number of each seed is known, it is Student's
+or Welch's t, and none if all seeds are equal. Student's t takes it that seeds spread about one mean. Where a seed
+either learns a task or does not, count the seeds: three of three against none of three is p = 0.10 (Fisher's exact
+test), four of four against none of four p = 0.03."""
 WORDS = {
     "reproduced": "same direction",
     "contradicted": "opposite direction",
@@ -102,15 +110,16 @@ def difference(ours: dict[int, Scored], theirs: dict[int, Scored] | float, *, pe
     if not isinstance(theirs, dict):
         table = _table(ours, sorted(ours)) if percent else None
         if table is not None:
-            return Found(interval(table - theirs / 100).times(100), None, len(ours))
-        return _by_seeds([scored.value - theirs for scored in ours.values()], None)
+            return Found(interval(table).times(100).minus(theirs), None, len(ours))
+        return _by_seeds([scored.value - theirs for scored in ours.values()], None, (-theirs, 100 - theirs), percent)
     common = sorted(ours.keys() & theirs.keys())
     one, other = (_table(side, common) if percent and common else None for side in (ours, theirs))
     alike = all(same_problems(ours[s].test_data_hash, theirs[s].test_data_hash) for s in common)
     if alike and one is not None and other is not None and one.shape == other.shape:
         result = paired(one, other, np.random.default_rng(0))
         return Found(result.difference.times(100), result.p, len(common))
-    return _by_seeds(*([scored.value for scored in side.values()] for side in (ours, theirs)))
+    each, others = ([scored.value for scored in side.values()] for side in (ours, theirs))
+    return _by_seeds(each, others, (-100, 100), percent)
 
 
 def _table(side: dict[int, Scored], seeds: list[int]) -> np.ndarray | None:
@@ -122,11 +131,14 @@ def _table(side: dict[int, Scored], seeds: list[int]) -> np.ndarray | None:
     return np.array(kept, dtype=float) if alike and len({len(k) for k in kept if k is not None}) == 1 else None
 
 
-def _by_seeds(ours: list[float], theirs: list[float] | None) -> Found:
+def _by_seeds(ours: list[float], theirs: list[float] | None, possible: tuple[float, float], percent: bool) -> Found:
+    """The difference where one number of each seed is known; of percentages no more than what is possible."""
     found = over_seeds(ours, theirs)
     if found is None:
         mean = float(np.mean(ours)) - (float(np.mean(theirs)) if theirs else 0.0)
         found = Interval(mean, np.nan, np.nan, "nothing")
+    elif percent:
+        found = replace(found, low=max(found.low, possible[0]), high=min(found.high, possible[1]))
     return Found(found, None, min(len(ours), len(theirs or ours)))
 
 

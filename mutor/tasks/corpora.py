@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mutor.files import read_text
@@ -122,7 +122,7 @@ def _kept(where: tuple[str, str], origin: Origin, only: tuple[str, ...] = ()) ->
                     f"problem_source is {row['problem_source']!r}, allowed: a text, {only[0]!r} or another"
                 )
             if not only or row["problem_source"] in only:
-                yield from published.read(row)
+                yield from (replace(problem, where=line) for problem in published.read(row))
         except KeyError as error:
             raise ValueError(f"{line}: field {error} is missing") from None
         except (ValueError, TypeError) as error:

@@ -14,11 +14,12 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, the worked answer to train on (with the space before it), and what is right."""
+    """A prompt, the worked answer to train on (with the space before it), what is right, and where it was read."""
 
     prompt: str
     answer: str
     gold: str
+    where: str = field(default="", compare=False)
 
     @property
     def key(self) -> str:
@@ -63,12 +64,17 @@ def dialogue(row: Row) -> list[Problem]:
 
 
 def pair(row: Row) -> list[Problem]:
-    """A user's own row: prompt and answer, joined by a space; gold, where the answer is more than what is scored."""
+    """A user's own row: prompt and answer, joined by a space; gold, where the answer is more than what is scored.
+
+    Without gold it is empty here: what is right is then found in the answer.
+    """
     for name in ("prompt", "answer", "gold"):
         if name in row and not isinstance(row[name], str):
             raise ValueError(f"field {name!r} is {row[name]!r}; allowed: a text")
+        if name != "prompt" and name in row and not row[name].strip():
+            raise ValueError(f"field {name!r} is empty")
     space = "" if row["prompt"][-1:].isspace() else " "
-    return [Problem(row["prompt"], space + row["answer"].strip(), row.get("gold", row["answer"].strip()))]
+    return [Problem(row["prompt"], space + row["answer"].strip(), row.get("gold", ""))]
 
 
 def mix(row: Row) -> list[Problem]:

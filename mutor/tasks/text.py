@@ -20,6 +20,7 @@ from mutor.checks import setting
 from mutor.files import write_text
 from mutor.tasks.corpora import CORPORA, Origin, problems
 from mutor.tasks.formats import Problem
+from mutor.tasks.own_data import check_answers, check_apart, with_gold
 from mutor.tasks.scoring import COMPARE, EXTRACT, rouge
 from mutor.tasks.task import Log, Source, Task
 
@@ -36,7 +37,9 @@ class TextConfig:
     folder: str | None = setting(None, doc="with source folder: the folder that holds one folder a dataset")
     train_file: str | None = setting(None, doc="with corpus own: JSONL of prompt and answer")
     valid_file: str | None = setting(None, doc="with corpus own: to choose checkpoints; none: the last is the best")
-    test_file: str | None = setting(None, doc="with corpus own: to score; gold: what is right, if not answer")
+    test_file: str | None = setting(
+        None, doc="with corpus own: to score; gold: what is right, if not what extract finds in the answer"
+    )
     extract: str | None = setting(None, doc="how an answer is found in a text", choices=(*EXTRACT, None))
     compare: str | None = setting(None, doc="what is right", choices=(*COMPARE, "rouge", None))
     train_size: int | None = setting(None, doc="first so many training examples", low=1)
@@ -91,6 +94,9 @@ class Text(Task):
         self.selection_metric = "rougeL" if self.corpus.compare == "rouge" else "accuracy"
         splits = ("valid", "test") if self.chosen_on(config) else ("test",)
         self.problems = {split: self._problems(split) for split in splits}
+        if config.corpus == "own":
+            for found in self.problems.values():
+                check_answers(found, self.corpus, self.score)
         self._encoded = {split: self.encode(found) for split, found in self.problems.items()}
 
     @staticmethod
@@ -130,11 +136,14 @@ class Text(Task):
         found = problems(self.corpus, split, origin, size)
         if not found:
             raise ValueError(f"{self.describe(c)}: no {split} problems in {own or c.folder or c.source}")
-        return found
+        return with_gold(found, self.corpus) if own else found
 
     @cached_property
     def _training(self) -> list[Problem]:
-        return self._problems("train")
+        found = self._problems("train")
+        if self.config.corpus == "own":
+            check_apart(found, self.problems)
+        return found
 
     def train(self, seed: int) -> Source:
         """Tokenised training examples, those longer than `max_tokens` dropped and counted; the same for all seeds."""
