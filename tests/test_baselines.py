@@ -12,7 +12,7 @@ from baselines.next_token import NextToken, NextTokenConfig
 from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
 from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
 from baselines.teacherless import Teacherless, TeacherlessConfig
-from mutor.mtp.decode import Prompts, decode
+from mutor.mtp.decode import Prompts, decode, decode_in_one_pass
 from mutor.mtp.layout import IGNORE, Example, collate, regular, targets_ahead
 from mutor.mtp.loss import one_at_a_time
 from mutor.mtp.method import Context
@@ -106,6 +106,21 @@ def test_greedy_is_a_plain_loop(tiny, tools, family, prefix_lm):
         wanted.append(ids[5:])
     ids = torch.tensor(prefix)
     assert decode(model, Prompts(ids, torch.ones_like(ids), 5, prefix_lm=prefix_lm)).tolist() == wanted
+
+
+@pytest.mark.parametrize("way", [decode, decode_in_one_pass])
+def test_a_choice_is_asked_for_each_step_in_order(tiny, way):
+    """Given float32 logits [B, V] and the step; what it says is the answer."""
+    seen = []
+
+    def choose(logits, step):
+        seen.append((tuple(logits.shape), logits.dtype, step))
+        return torch.tensor([3 + step, 13 + step])
+
+    ids = torch.tensor([[7, 9, 30], [8, 5, 3]])
+    answers = way(tiny("llama").bfloat16(), Prompts(ids, torch.ones_like(ids), 4, choose=choose))
+    assert answers.tolist() == [[3, 4, 5, 6], [13, 14, 15, 16]]
+    assert seen == [((2, 61), torch.float32, step) for step in range(4)]
 
 
 def combine(tools, model, total, parts, names, losses, a):
