@@ -263,6 +263,19 @@ def test_sharded_parameters_take_the_plain_mean(tools):
         assert found[0].tolist() == [1.5, 5, 10.5] and found[1].tolist() == [[1.5, 2.5, 3.5]]
 
 
+def test_losses_without_gradients_are_only_computed():
+    """Nothing is differentiated under no_grad, nor where nothing is trained; what no loss reads gets no gradient."""
+    weight, idle, hidden = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True), torch.ones(1, 3)
+    enabled = []
+    losses = [lambda h: (enabled.append(torch.is_grad_enabled() and h.requires_grad), (h * weight).sum())[1]]
+    with torch.no_grad():
+        assert one_at_a_time(losses, hidden, [weight])[0] == 3
+    assert one_at_a_time(losses, hidden, [weight.detach()])[0] == 3
+    mean, _ = one_at_a_time(losses, hidden, [weight, idle])
+    mean.backward()
+    assert enabled == [False, False, True] and weight.grad.tolist() == [1, 1, 1] and idle.grad is None
+
+
 class Held:
     """What autograd saved, by weak reference, so that the live amount can be counted."""
 
