@@ -45,6 +45,7 @@ def test_packed_rows_by_hand():
         ([5, 5], [[0], [1]]),
         ([3, 3, 5, 4, 3], [[0, 1], [2], [3, 4]]),  # two rows would do by their sum, but not for these
         ([1, 8, 2, 7], [[0, 1], [2, 3]]),
+        ([1, 8, 7], [[0, 2], [1]]),  # rows in the order of their first sequences
     ],
 )
 def test_which_sequences_share_a_row(takes, rows):
