@@ -66,3 +66,13 @@ def test_a_new_layer_stands_where_the_last_one_does(tiny):
     assert type(layer) is type(last) and layer.self_attn.layer_idx == 2 and layer.self_attn.config is model.config
     assert not torch.equal(layer.mlp.up_proj.weight, last.mlp.up_proj.weight)
     assert layer.mlp.up_proj.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+def test_what_is_added_to_a_bfloat16_model_is_bfloat16(tiny, family):
+    """Rounding alone does not make it look unfit; inputs and outputs keep its type."""
+    method = MuToR.of()
+    model = method.attach(tiny(family).bfloat16())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    fed = model.get_input_embeddings()(torch.tensor([[5, method.trunk.vocabulary]]))
+    assert fed.dtype == torch.bfloat16 and method.trunk.new_linear(32, 4).weight.dtype == torch.bfloat16
