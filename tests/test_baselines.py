@@ -12,7 +12,7 @@ from baselines.next_token import NextToken, NextTokenConfig
 from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
 from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
 from baselines.teacherless import Teacherless, TeacherlessConfig
-from mutor.mtp.decode import Prompts, decode
+from mutor.mtp.decode import Prompts, decode, decode_in_one_pass
 from mutor.mtp.layout import IGNORE, Example, collate, regular, targets_ahead
 from mutor.mtp.loss import one_at_a_time
 from mutor.mtp.method import Context
@@ -110,6 +110,21 @@ def test_greedy_is_a_plain_loop(tiny, tools, family, prefix_lm):
         wanted.append(ids[5:])
     ids = torch.tensor(prefix)
     assert decode(model, Prompts(ids, torch.ones_like(ids), 5, prefix_lm=prefix_lm)).tolist() == wanted
+
+
+@pytest.mark.parametrize("way", [decode, decode_in_one_pass])
+def test_a_choice_is_asked_for_each_step_in_order(tiny, way):
+    """Given float32 logits [B, V] and the step; what it says is the answer."""
+    seen = []
+
+    def choose(logits, step):
+        seen.append((tuple(logits.shape), logits.dtype, step))
+        return torch.tensor([3 + step, 13 + step])
+
+    ids = torch.tensor([[7, 9, 30], [8, 5, 3]])
+    answers = way(tiny("llama").bfloat16(), Prompts(ids, torch.ones_like(ids), 4, choose=choose))
+    assert answers.tolist() == [[3, 4, 5, 6], [13, 14, 15, 16]]
+    assert seen == [((2, 61), torch.float32, step) for step in range(4)]
 
 
 def combine(tools, model, total, parts, names, losses, a):
@@ -250,6 +265,19 @@ def test_sharded_parameters_take_the_plain_mean(tools):
         assert seen.pop() == sharded and not seen
         found = torch.autograd.grad(mean, [weight, hidden])
         assert found[0].tolist() == [1.5, 5, 10.5] and found[1].tolist() == [[1.5, 2.5, 3.5]]
+
+
+def test_losses_without_gradients_are_only_computed():
+    """Nothing is differentiated under no_grad, nor where nothing is trained; what no loss reads gets no gradient."""
+    weight, idle, hidden = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True), torch.ones(1, 3)
+    enabled = []
+    losses = [lambda h: (enabled.append(torch.is_grad_enabled() and h.requires_grad), (h * weight).sum())[1]]
+    with torch.no_grad():
+        assert one_at_a_time(losses, hidden, [weight])[0] == 3
+    assert one_at_a_time(losses, hidden, [weight.detach()])[0] == 3
+    mean, _ = one_at_a_time(losses, hidden, [weight, idle])
+    mean.backward()
+    assert enabled == [False, False, True] and weight.grad.tolist() == [1, 1, 1] and idle.grad is None
 
 
 class Held:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mutor.mtp.attention import additive_mask, dense_mask
+from mutor.mtp.attention import additive_mask, block_mask, dense_mask
 from mutor.mtp.layout import Example, Layout, collate, regular, with_registers
 
 N = -100  # no target
@@ -45,6 +45,7 @@ def test_packed_rows_by_hand():
         ([5, 5], [[0], [1]]),
         ([3, 3, 5, 4, 3], [[0, 1], [2], [3, 4]]),  # two rows would do by their sum, but not for these
         ([1, 8, 2, 7], [[0, 1], [2, 3]]),
+        ([1, 8, 7], [[0, 2], [1]]),  # rows in the order of their first sequences
     ],
 )
 def test_which_sequences_share_a_row(takes, rows):
@@ -90,6 +91,22 @@ def test_masks_are_made_where_the_layout_is():
     away = regular(collate(TWO, 3)).to("meta")
     assert {getattr(away, f.name).device.type for f in fields(Layout)} == {"meta"}
     assert dense_mask(away).device.type == additive_mask(away, torch.float32).device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_to_add_is_zero_or_the_lowest_number(dtype):
+    layout = regular(collate(TWO, 3))
+    sees, mask = dense_mask(layout), additive_mask(layout, dtype)
+    assert mask.dtype == dtype and set(mask[sees].tolist()) == {0.0} and mask[~sees].max() == torch.finfo(dtype).min
+
+
+def test_blocks_of_each_row_are_those_that_hold_a_visible_pair():
+    """Two rows of three blocks of 128 tokens: a sequence of 300 tokens, and three of 128, 100 and 40."""
+    long, short = ([Example(np.arange(n), 1) for n in lengths] for lengths in ((300,), (128, 100, 40)))
+    layouts = [regular(collate(some, 0, 384)) for some in (long, short)]
+    both = Layout(*(torch.cat([getattr(layout, f.name) for layout in layouts]) for f in fields(Layout)))
+    blocks = dense_mask(both).view(2, 1, 3, 128, 3, 128).any(-1).any(-2)
+    assert torch.equal(block_mask(both).to_dense().bool(), blocks) and not torch.equal(blocks[0], blocks[1])
 
 
 def test_no_registers_are_no_columns():

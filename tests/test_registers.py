@@ -1,16 +1,19 @@
 """Registers against tables written out by hand, and the draws of their offsets and places."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from mutor.checks import from_mapping
 from mutor.mtp import registers as r
 from mutor.mtp.attention import dense_mask, visible_pairs
 from mutor.mtp.layout import Example, collate, regular, with_registers
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR
+from mutor.mtp.mutor_images import MuToR2D
 
 LONG, SHORT = [10, 11, 12, 13, 14, 15], [20, 21, 22, 23]
 N = -100  # no target
@@ -159,6 +162,21 @@ def test_offsets_are_uniform(mixed, d_min, d_max):
         seen = torch.bincount(values, minlength=cells).double()
         chi2 = float(((seen - len(values) / cells) ** 2 / (len(values) / cells)).sum())
         assert chi2 <= cells + 5 * (2 * cells) ** 0.5
+
+
+def test_pairs_on_a_grid_are_drawn_for_each_sequence_or_each_register():
+    """d_max 3 on 10 columns: eight pairs, all of them in each of a few samples where they are mixed."""
+    pairs = {(h - 1) * 10 + w - 1: (h - 1) * 3 + w - 2 for h in (1, 2, 3) for w in (1, 2, 3) if (h, w) != (1, 1)}
+    samples = torch.arange(3)[:, None].expand(-1, 400)
+    for offsets, different in (("sequence", 1), ("mixed", 8)):
+        method = MuToR2D(from_mapping(MuToR2D.Config, {"d_max": 3, "offsets": offsets}, "mutor_2d"))
+        method.trunk = SimpleNamespace(config=SimpleNamespace(columns=10))
+        drawn, number = method.offsets(samples, 5)
+        assert [len(set(line)) for line in drawn.tolist()] == [different] * 3
+        assert all(pairs[d] == n for d, n in zip(drawn.flatten().tolist(), number.flatten().tolist(), strict=True))
+        plain = r.grid_offsets(samples, seed=5, d_max=3, columns=10, mixed=offsets == "mixed")
+        assert torch.equal(drawn, plain[0]) and torch.equal(number, plain[1])
+    assert len(set(r.grid_offsets(samples, seed=5, d_max=3, columns=10)[0][0].tolist())) == 1
 
 
 def test_one_draw_a_sequence_and_other_seeds_draw_otherwise():

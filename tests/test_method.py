@@ -1,0 +1,78 @@
+"""What every method does alike: what it saves, of the model as it is or of a state given to it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from mutor.mtp.backbone import Backbone
+from mutor.mtp.mutor import MuToR
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_is_saved_is_the_models_state_or_the_one_given(tiny, tmp_path, given):
+    """A sharded model's own state dict does not hold it whole, so its trainer gives one."""
+    method = MuToR.of(d_max=2)
+    model = method.attach(tiny())
+    wanted = {name: value + 1 if given else value for name, value in model.state_dict().items()}
+    state = wanted if given else None
+    method.export(model, tmp_path / "plain", state)
+    method.save_own(model, tmp_path / "plain/deep/method", state)
+    plain, own = (
+        load_file(tmp_path / "plain/model.safetensors"),
+        load_file(tmp_path / "plain/deep/method/weights.safetensors"),
+    )
+    assert set(plain) | {f"mtp.{name}" for name in own} == set(wanted) and set(own) == {"registers.weight"}
+    assert all(torch.equal(value, wanted[name]) for name, value in plain.items())
+    assert torch.equal(own["registers.weight"], wanted["mtp.registers.weight"])
+    method.save_own(model, tmp_path / "plain/deep/method", state)  # again, into the same folder
+    made = json.loads((tmp_path / "plain/deep/method/method.json").read_text())
+    assert made["class"] == "mutor.mtp.mutor:MuToR" and made["settings"]["d_max"] == 2
+
+
+def test_own_weights_have_to_be_there(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"has no weights\.safetensors, the weights that MuToR adds"):
+        MuToR.of().load_own(tiny(), tmp_path)
+
+
+def test_numbers_of_added_parameters(tiny):
+    method, model = MuToR.of(), tiny()
+    assert method.added_parameters(model) == 0 and method.added_parameters(method.attach(model)) == 32
+
+
+def test_a_loss_from_outputs_by_hand(tiny):
+    """Labels of registers are their targets plus 61; token 0 is a target like any other."""
+    method = MuToR.of(a=0.25)
+    method.attach(tiny()).train()
+    logits = torch.randn(1, 5, 61, generator=torch.Generator().manual_seed(0))
+    each = cross_entropy(logits[0], torch.tensor([0, 0, 7, 0, 60]), reduction="none").tolist()
+    labels = torch.tensor([[-100, 0, 7, 61 + 0, 61 + 60]])
+    wanted = 0.75 * (each[1] + each[2]) / 2 + 0.25 * (each[3] + each[4]) / 2
+    outputs = SimpleNamespace(logits=logits)
+    assert method.loss_from_outputs(outputs, labels).item() == pytest.approx(wanted, rel=1e-5)
+    assert method.loss_from_outputs(outputs, labels, torch.tensor(8)).item() == pytest.approx(wanted / 2, rel=1e-5)
+    labels[0, 3:] = -100
+    only = method.loss_from_outputs(outputs, labels).item()
+    assert only == pytest.approx(0.75 * (each[1] + each[2]) / 2, rel=1e-5)
+
+
+def test_a_new_layer_stands_where_the_last_one_does(tiny):
+    """Same class, number and configuration, the very object, so that a change of it counts here, too; other weights."""
+    model = tiny("llama", num_hidden_layers=3)
+    last, layer = model.model.layers[2], Backbone(model).new_layer()
+    assert type(layer) is type(last) and layer.self_attn.layer_idx == 2 and layer.self_attn.config is model.config
+    assert not torch.equal(layer.mlp.up_proj.weight, last.mlp.up_proj.weight)
+    assert layer.mlp.up_proj.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+def test_what_is_added_to_a_bfloat16_model_is_bfloat16(tiny, family):
+    """Rounding alone does not make it look unfit; inputs and outputs keep its type."""
+    method = MuToR.of()
+    model = method.attach(tiny(family).bfloat16())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    fed = model.get_input_embeddings()(torch.tensor([[5, method.trunk.vocabulary]]))
+    assert fed.dtype == torch.bfloat16 and method.trunk.new_linear(32, 4).weight.dtype == torch.bfloat16
