@@ -21,6 +21,7 @@ from mutor.results.cells import COLUMNS, Evidence
 from mutor.results.drawings import collect_artifact
 from mutor.results.published import Published, read_reported
 from mutor.results.records import Records
+from mutor.results.render import grid, latex_text
 from mutor.results.stats import summarise
 
 ROOT = Path(__file__).parent.parent
@@ -348,3 +349,15 @@ def test_sweep_figure_is_drawn_with_and_without_runs(tmp_path):
     frame = pd.read_csv(files[0])
     assert frame["n_seeds"].eq(3).all() and frame["mean"].eq(41.0).all()
     assert frame["reported_difference"].to_numpy() == pytest.approx((frame["mean"] - frame["reported"]).to_numpy())
+
+
+def test_texts_are_read_as_they_are_written():
+    """A name of a user's may hold what means something in Markdown or LaTeX."""
+    words = "a|b <i>c</i> \\d ^e ~f {g} 5% $h #i _j & k\nl"
+    row = grid(pd.DataFrame({words: [words]}, index=pd.Index(["x"], name="n"))).splitlines()
+    cell = r"a\|b &lt;i>c&lt;/i> \\d ^e ~f {g} 5% $h #i _j & k l"
+    assert row == [f"| n | {cell} |", "|---|---|", f"| x | {cell} |"]
+    assert latex_text(words) == (
+        r"a\ensuremath{|}b \ensuremath{<}i\ensuremath{>}c\ensuremath{<}/i\ensuremath{>} \textbackslash{}d "
+        r"\textasciicircum{}e \textasciitilde{}f \{g\} 5\% \$h \#i \_j \& k l"
+    )

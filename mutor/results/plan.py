@@ -63,6 +63,7 @@ def lines(
         hours = [f"{flops / PEAKS[name] / UTILISATION / 3600:,.0f} hours of {name}" for name in ("A100", "H100")]
         out.append(f"at {UTILISATION:.0%} of the bf16 peak: {' or '.join(hours)}")
     out.append(f"memory {scale.memory_mb} MB a process; models kept on disk {disk / 1e6:,.0f} MB")
+    out += [f"left out: {problem}" for problem in here.problems]
     return out + _matched(wanted, measured)
 
 

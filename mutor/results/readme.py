@@ -11,7 +11,7 @@ from mutor.results.cells import Evidence
 from mutor.results.claims import claim_frame, load_claims, shown
 from mutor.results.figures import graph_name
 from mutor.results.records import Records
-from mutor.results.render import grid
+from mutor.results.render import grid, plain
 from mutor.results.report import spent
 
 README_MARKS = ("<!-- results -->", "<!-- end of results -->")
@@ -41,7 +41,7 @@ def _reference(evidence: Evidence, folder: Path) -> list[str]:
     parts += [f"![{evidence.table(name).title}]({where}/{name}.png)\n" for name in drawn]
     headlines = frame[frame["claim"].isin([c.claim for c in load_claims(evidence) if c.headline])]
     if len(headlines):
-        parts += [grid(one_row_each(headlines, str(where)).set_index("claim")), ""]
+        parts += [grid(one_row_each(headlines, str(where)).set_index("claim"), str), ""]
     counts = ", ".join(f"{count} {verdict}" for verdict, count in frame["verdict"].value_counts().items())
     named, known = headlines["claim"].nunique(), frame["claim"].nunique()
     return [
@@ -65,7 +65,7 @@ def one_row_each(frame: pd.DataFrame, where: str) -> pd.DataFrame:
         said, first = shown(group), group.iloc[0]
         rows.append(
             {
-                "claim": f"[{first['claim']}]({where}/{first['table']}.md): {first['metric']}",
+                "claim": f"[{plain(first['claim'])}]({where}/{first['table']}.md): {first['metric']}",
                 "on": _lines(group["data"].map(graph_name) + ", " + group["ran"]),
                 "difference here": _lines(said["measured"]),
                 "published": _lines(said["published"]),
@@ -76,4 +76,4 @@ def one_row_each(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def _lines(texts: pd.Series) -> str:
-    return "<br>".join(text.replace(" ", "\u00a0") or "–" for text in texts)
+    return "<br>".join(plain(text).replace(" ", "\u00a0") or "–" for text in texts)

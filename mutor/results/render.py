@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -18,6 +18,12 @@ CHOSEN = {  # by what names the best checkpoint, see Task.chosen_on
     "test": "chosen on the test problems themselves, as in the paper",
     "": "the last one, as there are no validation problems",
 }
+MARKDOWN = str.maketrans({"|": r"\|", "\\": r"\\", "<": "&lt;", "\n": " "})
+LATEX = str.maketrans(
+    {char: f"\\{char}" for char in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$", "\n": " "}
+    | {char: rf"\ensuremath{{{char}}}" for char in "<>|"}
+)
 DIGITS = {"fraction": 3, "score": 2, "times": 2, "s": 4, "1/s": 0, "GB": 2}  # by unit, behind the point; others: 1
 
 
@@ -80,9 +86,9 @@ def markdown(evidence: Evidence, table: Table) -> str:
         parts += [_numbers(printed_cells(evidence, table)), ""]
     parts += [grid(published_shape(evidence, table)), ""]
     specs = [cell.spec for cell in evidence.cells(table)]
-    parts += [f"- Stands in for {words}." for words in stand_ins(evidence.frame(table))]
+    parts += [f"- Stands in for {plain(words)}." for words in stand_ins(evidence.frame(table))]
     parts += [f"- {note}" for note in table.notes]
-    parts += [f"- Left out: {problem}" for problem in _problems(evidence, specs)]
+    parts += [f"- Left out: {plain(problem)}" for problem in _problems(evidence, specs)]
     beside = evidence.published(table).frame
     if len(beside):
         order = "model variant method d_max a train_data metric epochs iterations value seeds source"
@@ -128,13 +134,17 @@ def _problems(evidence: Evidence, specs: list[Spec]) -> list[str]:
     return [p.replace(f"{folder}/", "") for p in evidence.runs.problems if p.startswith(paths)]
 
 
-def grid(frame: pd.DataFrame) -> str:
-    """A frame in Markdown, its index in the first column."""
-    head = [str(frame.index.name or ""), *map(str, frame.columns)]
+def plain(value: Any) -> str:
+    """A text for Markdown, as it is read: what is no row, no HTML and no escape of it stays none."""
+    return str(value).translate(MARKDOWN)
+
+
+def grid(frame: pd.DataFrame, shown: Callable[[Any], str] = plain) -> str:
+    """A frame in Markdown, its index in the first column; `shown` writes a cell, and leaves Markdown that is one."""
+    head = [shown(frame.index.name or ""), *map(shown, frame.columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += [
-        "| " + " | ".join([str(i), *map(str, row)]) + " |" for i, row in zip(frame.index, frame.to_numpy(), strict=True)
-    ]
+    for name, row in zip(frame.index, frame.to_numpy(), strict=True):
+        lines.append("| " + " | ".join([shown(name), *map(shown, row)]) + " |")
     return "\n".join(lines)
 
 
@@ -147,9 +157,9 @@ def latex(evidence: Evidence, table: Table) -> str:
     ]
     words += [_numbers(printed_cells(evidence, table))] if table.needs_runs else []
     words += [f"Stands in for {text}." for text in stand_ins(evidence.frame(table))]
-    escaped = shown.map(_escape)
-    escaped.index, escaped.columns = [_escape(i) for i in shown.index], [_escape(c) for c in shown.columns]
-    body = [" & ".join([_escape(shown.index.name), *escaped.columns]) + r" \\", r"\midrule"]
+    escaped = shown.map(latex_text)
+    escaped.index, escaped.columns = [latex_text(i) for i in shown.index], [latex_text(c) for c in shown.columns]
+    body = [" & ".join([latex_text(shown.index.name), *escaped.columns]) + r" \\", r"\midrule"]
     body += [" & ".join([str(i), *row]) + r" \\" for i, row in zip(escaped.index, escaped.to_numpy(), strict=True)]
     lines = [
         r"\begin{table}",
@@ -159,14 +169,12 @@ def latex(evidence: Evidence, table: Table) -> str:
         *body,
         r"\bottomrule",
         r"\end{tabular}",
-        rf"\caption{{{_escape(' '.join(words))}}}",
+        rf"\caption{{{latex_text(' '.join(words))}}}",
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _escape(value: Any) -> str:
-    out = str(value).replace("\\", r"\textbackslash{}")
-    for char in "&%$#_{}":
-        out = out.replace(char, "\\" + char)
-    return out.replace("±", r"$\pm$")
+def latex_text(value: Any) -> str:
+    """A text for LaTeX, as it is read."""
+    return str(value).translate(LATEX)
