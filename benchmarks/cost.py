@@ -165,7 +165,7 @@ def attending(setup, case):
     as_fast = case.attention == "auto" and not case.one_at_a_time
     setup.model.set_attn_implementation(fastest_attention(setup.device if as_fast else "cpu"))
     if case.attention == "causal":  # whole rows, so the model's own causal attention is the same
-        with unittest.mock.patch("mutor.mtp.backbone.attention_mask", lambda *of: None):
+        with unittest.mock.patch("mutor.mtp.facts.attention_mask", lambda *of, **windows: None):
             yield
     else:
         yield

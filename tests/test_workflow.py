@@ -310,8 +310,8 @@ def test_a_users_own_model_and_data(tmp_path):
     for part in (model, words):
         part.save_pretrained(folder / "mine")
     (folder / "data").mkdir()
-    for name, count in (("train", 200), ("test", 30)):
-        sums = [(n, (7 * n) % 50) for n in range(count)]
+    for name, first, count in (("train", 0, 200), ("test", 200, 30)):
+        sums = [(n, (7 * n) % 50) for n in range(first, first + count)]
         lines = [
             {
                 "prompt": f"Question: {a} + {b} = ?\n\nAnswer:",
