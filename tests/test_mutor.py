@@ -369,3 +369,16 @@ def test_lengths_beyond_the_model_are_refused(tiny, tools, batch):
         method = ready(tools, model)
         with pytest.raises(ValueError, match=f"{name}.*11 tokens.*max_position_embeddings of 9; shorten"):
             method.compute_loss(model, method.train_layout(batch.rows, Context()))
+
+
+def test_shuffled_targets_are_others_for_each_seed_and_batch():
+    """Drawn once for all, a shuffle could be learned; drawn from the global generator, no run would be repeated."""
+    from mutor.mtp.mutor import _shuffled
+
+    target, has = torch.arange(40).reshape(2, 20), torch.ones(2, 20, dtype=torch.bool)
+    has[0, :3] = False
+    found = {(seed, sample): _shuffled(target, has, seed, sample) for seed in (0, 1) for sample in (0, 1, 5)}
+    assert len({tuple(out.flatten().tolist()) for out in found.values()}) == 6
+    for (seed, sample), out in found.items():
+        assert out[0, :3].tolist() == [0, 1, 2] and sorted(out.flatten().tolist()) == list(range(40))
+        assert torch.equal(out, _shuffled(target, has, seed, sample))

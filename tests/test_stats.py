@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mutor.results.stats import Interval, Summary, interval, mcnemar, needed, over_seeds, paired, summarise, wilson
+from mutor.results.stats import (
+    Interval,
+    Summary,
+    graded,
+    interval,
+    mcnemar,
+    needed,
+    over_seeds,
+    paired,
+    summarise,
+    wilson,
+)
 
 
 def rng(seed=0):
@@ -95,6 +106,8 @@ def test_every_field_of_an_interval_by_hand(level):
     wanted = [47.5, *(100 * x for x in (got.low, got.high)), got.covers, 100 * got.spread, 100 * got.over_problems]
     assert got.times(100) == Interval(*wanted)
     assert interval(np.array([[0, 1]])).times(100).spread is None
+    less = Interval(got.estimate - 0.1, got.low - 0.1, got.high - 0.1, got.covers, got.spread, got.over_problems)
+    assert got.minus(0.1) == less
 
 
 def test_one_problem_says_nothing_about_problems():
@@ -102,6 +115,7 @@ def test_one_problem_says_nothing_about_problems():
     for difference, low in ((False, 0.0), (True, -1.0)):
         got = interval(np.array([[0.2], [0.6]]), difference=difference)
         assert (got.low, got.estimate, got.high) == (low, 0.4, 1.0)
+    assert graded(np.array([0.4]), 0.95) == (-np.inf, np.inf)
 
 
 def test_scores_of_few_digits_are_averaged_in_double_precision():
@@ -294,3 +308,16 @@ def test_seeds_and_problems_vary_together():
     assert summarise([45.0, 50.0], [scores[0], scores[1][:300]]) == summarise([45.0, 50.0])  # not the same problems
     assert (two := summarise([45.0, 50.0])).covers == "seeds" and two.std == pytest.approx(12.5**0.5)
     assert summarise([0.0, 10.0]).ci_low == 0.0
+
+
+def test_what_is_no_rate_is_not_cut():
+    """A log-likelihood may be below 0, a distance above 100."""
+    below, above = summarise([-2.4, -2.0], rate=False), summarise([140.0, 200.0], rate=False)
+    assert below.ci_low < below.ci_high < 0.5 and below.ci_low < -2.4 and above.ci_high > 200
+    assert summarise([-2.4, -2.0]).ci_low == 0
+
+
+def test_seeds_differ_unless_by_rounding():
+    assert over_seeds([0.1 + 0.2, 0.3]) is None and over_seeds([50.0, 50.0], [0.1 + 0.2, 0.3]) is None
+    for seeds in ([1e-9, 2e-9], [50.0, 50.0001], [1.0, 1.0, 2.0]):  # small numbers and differences are some
+        assert over_seeds(seeds) is not None

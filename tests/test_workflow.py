@@ -183,9 +183,9 @@ def test_smoke_scale_runs_from_images_to_table(smoke):
     assert list(frame.columns) == COLUMNS and len(frame) == 3 * 3 * 4 and (frame["n_seeds"] == 2).all()
     assert sorted(frame["iterations"].unique()) == [5, 10, 18]
     assert set(frame["metric"]) == {"classifier_fid", "classifier_score", "precision", "recall"}  # no plain FID
-    nt = frame[(frame["method"] == "next_token") & frame["reported"].notna()]
-    assert nt[nt["metric"] == "classifier_fid"]["reported"].tolist() == [7.71, 6.83, 6.18]
-    assert frame["reported_difference"].isna().all() and frame["reported"].notna().all()
+    assert frame["reported"].isna().all()  # published are Inception's values, not these
+    listed = (smoke / "results/table7.md").read_text().partition("Published values:")[2]
+    assert all(f"| {value} |" in listed for value in ("7.71", "6.83", "6.18"))
     assert len(list(smoke.glob("runs/smoke/assets/digits-*/assets.json"))) == 1
     for name in ("samples-step5.png", "samples-step10.png", "samples-last.png"):
         assert len(list(smoke.glob(f"runs/smoke/digits/*/mutor_2d/default/seed*/{name}"))) == 2
@@ -213,6 +213,7 @@ def test_nothing_to_do_does_nothing(smoke):
 
 def test_locks_of_a_dead_snakemake_are_removed_and_of_a_living_one_are_not(smoke):
     locks = smoke / ".snakemake/locks"
+    locks.mkdir(parents=True, exist_ok=True)
     for kind in ("input", "output"):
         (locks / f"0.{kind}.lock").write_text("runs/smoke/g2x3/gpt2-2x32/next_token/default/index.json\n")
     arguments = ("results/figure4.csv", "--cores", "1", "--forcerun", "draw_solve_rates", "--config", "scale=smoke")
