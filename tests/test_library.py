@@ -8,10 +8,12 @@ import pytest
 import torch
 import transformers
 
+from baselines.next_token import NextTokenConfig
 from mutor import MuToR
 from mutor.mtp.backbone import Backbone
+from mutor.mtp.collator import SAMPLES, sample_number
 from mutor.mtp.layout import Example, collate
-from mutor.mtp.method import Context
+from mutor.mtp.method import Context, Method
 from mutor.registry import METHODS, load
 
 pytest.importorskip("accelerate")
@@ -368,3 +370,38 @@ def test_data_without_room_for_a_register_are_refused(tiny, tmp_path):
         mutor.loss_from_outputs(outputs, labels)
     longer = [*PLAIN, {"input_ids": list(range(3, 23)), "prefix_length": 1}]
     trainer_of(mutor, model, tmp_path, longer, mutor.collator(0), max_steps=2).train()
+
+
+def test_the_loss_is_the_methods_own_in_training_with_gradients_alone(tiny):
+    """A model in training mode may be scored without gradients, and one in evaluation mode may have them."""
+    model, mutor = tiny("llama", scale=1.0), MuToR.of(d_max=3, a=0.7)
+    mutor.attach(model)
+    batch = collator_of(mutor)(copies(4))
+    labels = batch.pop("labels")
+    outputs = model.train()(**batch)
+    trained = mutor.loss_from_outputs(outputs, labels).detach()
+    with torch.no_grad():
+        scored = mutor.loss_from_outputs(outputs, labels)
+    model.eval()
+    assert float(mutor.loss_from_outputs(outputs, labels).detach()) == float(scored) != float(trained)
+
+
+def test_words_on_answers_that_are_too_short():
+    mutor, plain = MuToR.of(d_min=3, d_max=4), Method(NextTokenConfig())
+    plain.shortest_answer = 3
+    mutor.check_answers([])  # nothing is known
+    mutor.check_answers([0, 0])
+    mutor.check_answers([1, 3])
+    with pytest.raises(ValueError, match=r"longer answers, or d_min of at most 2$"):
+        mutor.check_answers([1, 2])
+    with pytest.raises(ValueError, match=r"Method: the longest answer has 1 tokens, .* allowed: longer answers$"):
+        plain.check_answers([1])
+
+
+def test_a_sample_is_its_tokens_however_they_are_kept():
+    """Lists, and arrays of any width, so that a data set that was saved and read again draws the same offsets."""
+    tokens = [3, 70, 5]
+    kept = [tokens, np.array(tokens, dtype=np.int32), np.array(tokens, dtype=np.uint8), torch.tensor(tokens)]
+    numbers = {sample_number({"input_ids": ids, "prefix_length": 1}, 2) for ids in kept}
+    assert len(numbers) == 1 and numbers != {sample_number({"input_ids": [3, 70, 6], "prefix_length": 1}, 2)}
+    assert sample_number({"input_ids": tokens, "index": 7}, 2) == 2 * SAMPLES + 7

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mutor import MuToR
+from mutor.mtp.adapters import merged
 from mutor.mtp.layout import collate
 from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
@@ -183,3 +184,8 @@ def test_adapters_that_add_tokens_are_refused(tiny):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match=r"PROMPT_TUNING adds tokens to each row.*LoRA"):
         MuToR.of().attach(peft.get_peft_model(tiny("llama"), config))
+
+
+def test_a_model_without_adapters_is_not_copied_to_be_exported(tiny):
+    model = tiny("llama")
+    assert merged(model) is model and merged(adapted(tiny("llama"), load(METHODS, "mutor", "m").of(), "attach first"))
