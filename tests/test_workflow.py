@@ -222,7 +222,7 @@ def test_locks_of_a_dead_snakemake_are_removed_and_of_a_living_one_are_not(smoke
         assert done.returncode != 0 and "LockException" in done.stderr
     done = snakemake(smoke, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0.input.lock was left by a Snakemake that is gone: removed" in done.stderr and not list(locks.iterdir())
+    assert "0.input.lock was left by a Snakemake that is gone: removed" in done.stderr and not list(locks.glob("*"))
 
 
 def test_finished_seeds_survive_a_lost_output_and_a_new_seed(smoke):
