@@ -26,7 +26,7 @@ reproduce: env  ## everything at the scale of config/config.yaml into results: h
 test: env check  ## check, then the tests: units, the workflow at smoke scale, dry runs of every scale
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-mutants:  ## small bugs put into the library, statistics and scoring, which tests should notice: about an hour
+mutants:  ## small bugs put into the library, statistics and scoring, which tests should notice: one to two hours
 	@$(MAKE) --no-print-directory env EXTRAS=$(EXTRAS),mutants
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
