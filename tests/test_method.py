@@ -1,5 +1,6 @@
 """What every method does alike: what it saves, of the model as it is or of a state given to it."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -8,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from mutor.mtp.backbone import Backbone
+from mutor.mtp.backbone import Backbone, evaluating
 from mutor.mtp.mutor import MuToR
+from mutor.registry import answers_under
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -76,3 +78,17 @@ def test_what_is_added_to_a_bfloat16_model_is_bfloat16(tiny, family):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     fed = model.get_input_embeddings()(torch.tensor([[5, method.trunk.vocabulary]]))
     assert fed.dtype == torch.bfloat16 and method.trunk.new_linear(32, 4).weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_a_model_is_evaluated_and_then_as_it_was(tiny, attention, training):
+    """Under the backend that its own answers under; after an error, too."""
+    model = tiny("llama").train(training)
+    model.set_attn_implementation(attention)
+    for error in (False, True):
+        with contextlib.suppress(KeyError), evaluating(model):
+            assert not model.training and model.config._attn_implementation == answers_under(attention)
+            if error:
+                raise KeyError
+        assert model.training is training and model.config._attn_implementation == attention
