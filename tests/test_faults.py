@@ -170,8 +170,8 @@ def test_code_that_changed_between_training_and_scoring_is_recorded(spec, tmp_pa
 def test_models_damaged_before_they_are_scored_are_trained_again(spec, whole, tmp_path, capsys, part, name):
     runs = copied(whole[0], tmp_path)
     folder = records.seed_folder(runs, spec, 7)
-    if not (folder / part).exists():
-        pytest.skip("the last checkpoint is the best")
+    if not (folder / part).exists():  # the last one is the best
+        shutil.copytree(folder / "last", folder / part)
     (folder / "metrics.json").unlink()
     flip(folder / part / name)
     finished_like(runs, spec, whole[1])

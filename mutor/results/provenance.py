@@ -21,7 +21,7 @@ import hashlib
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,18 @@ def changed_code(record: Mapping[str, Any], root: Path) -> list[str]:
 def made_by(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a run of this configuration, as it is now: `code` (see run_code), and as `provenance` has it."""
     return {"code": run_code(root, config), **provenance(root)}
+
+
+def taken_over(makers: Sequence[Mapping[str, Any]], now: Mapping[str, Any], since: str) -> list[Mapping[str, Any]]:
+    """A run's makers so far, and the present one if it is another than the last; since: where it takes over."""
+    same = {**makers[-1], "from": ""} == {**now, "from": ""}
+    return [*makers] if same else [*makers, {**now, "from": since}]
+
+
+def other_data(what: str, makers: Sequence[Mapping[str, Any]], data_hash: str | None) -> str | None:
+    """That `what` was trained on other data than these; None if it was not."""
+    was = makers[-1].get("data_hash")
+    return None if was == data_hash else f"{what} was trained on other data (hash {was}, now {data_hash})"
 
 
 def provenance(root: Path) -> dict[str, Any]:

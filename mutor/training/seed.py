@@ -5,7 +5,6 @@ SeedRun(spec, 42, task, "cpu", env, print).finish()
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mutor.config.recipe import Recipe
 from mutor.config.runs import Spec
-from mutor.files import complete_folder, damage, remove_folder, sweep, write_json
+from mutor.files import complete_folder, damage, read_json, remove_folder, sweep, write_json
 from mutor.mtp.method import Context, Method
 from mutor.registry import METHODS, answers_under, load
 from mutor.results import provenance, records
@@ -53,8 +52,9 @@ class SeedRun:
         self.context = Context(seed=seed, pad_id=task.pad_id, prefix_lm=task.prefix_lm)
         method_class: type[Method] = load(METHODS, spec.method, "method")
         self.method = method_class(spec.method_config, per_sequence=spec.recipe.loss_mean == "sequence")
-        # read before training, in which a file may be edited
-        self.made_by = {"data_hash": task.data_hash(), **provenance.made_by(env.root, spec.as_dict())}
+        # read before training, in which a file may be edited, by the one process that writes it down
+        made_by = {"data_hash": task.data_hash(), **provenance.made_by(env.root, spec.as_dict())} if is_main() else {}
+        self.made_by: dict[str, Any] = made_by
         self.trainer: MethodTrainer | None = None
         self._best = float("-inf")
 
@@ -67,14 +67,17 @@ class SeedRun:
         if not is_main():
             return  # and wait at the next seed, if there is one
         remove_folder(self.folder / "checkpoints")  # a killed process may have left them beside last/
-        training = json.loads((self.folder / "last/training.json").read_text())
+        training = self._training()
         checkpoints = self.score(training)
         self.print_line("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
-        makers = training["made_by"]
-        if {**makers[-1], "from": ""} != {"from": "", **self.made_by}:
-            makers = [*makers, {"from": "scoring", **self.made_by}]
+        makers = provenance.taken_over(training["made_by"], self.made_by, "scoring")
         record = records.compose(self.spec, self.seed, training, checkpoints, makers, self._circumstances())
         write_json(self.folder / "metrics.json", record)
+
+    def _training(self) -> dict[str, Any]:
+        """What training has left beside its last model."""
+        found: dict[str, Any] = read_json(self.folder / "last/training.json")
+        return found
 
     def _trained_before(self) -> bool:
         """Whether training has ended, on these data, and its models are as they were saved.
@@ -84,13 +87,12 @@ class SeedRun:
         models = [part for part in records.models(self.folder) if part.name != "checkpoints"]
         if not is_main() or self.folder / "last" not in models:
             return False
-        found = {f"{part.name}/ is damaged": damage(part) for part in models}
-        wrong = next((f"{part}: {what}" for part, what in found.items() if what), None)
+        damages = ((part, damage(part)) for part in models)
+        wrong = next((f"{part.name}/ is damaged: {what}" for part, what in damages if what), None)
         if wrong is None:
-            was = json.loads((self.folder / "last/training.json").read_text())["made_by"][-1]["data_hash"]
-            if was == self.made_by["data_hash"]:
-                return True
-            wrong = f"last/ was trained on other data (hash {was}, now {self.made_by['data_hash']})"
+            wrong = provenance.other_data("last/", self._training()["made_by"], self.made_by["data_hash"])
+        if wrong is None:
+            return True
         self.print_line(f"{wrong}; the run starts again")
         for model in models:
             remove_folder(model)
@@ -215,7 +217,7 @@ class SeedRun:
     def score(self, training: dict[str, Any]) -> list[dict[str, Any]]:
         """Test metrics and scores of the best, the kept and the last checkpoint, as anyone would load them."""
         best = self.folder / "best/training.json"
-        steps = {"best": json.loads(best.read_text())["step"]} if best.exists() else {}
+        steps = {"best": read_json(best)["step"]} if best.exists() else {}
         same = steps.get("best", training["steps"]) == training["steps"]
         if same:
             steps = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +21,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from mutor.config.recipe import Recipe
-from mutor.files import damage, remove_folder, seal, write_json
+from mutor.files import damage, read_json, remove_folder, seal, write_json
 from mutor.mtp.layout import Example, Layout
 from mutor.mtp.loss import LossTargets
 from mutor.mtp.method import Context, Method
+from mutor.results.provenance import other_data, taken_over
 from mutor.training.data import Samples
 from mutor.training.devices import agreed, is_main, processes
 from mutor.training.optim import optimizer, schedule
@@ -63,7 +63,7 @@ class MethodTrainer(Trainer):
     ):
         self.method, self.recipe, self.context = method, recipe, context
         self.score, self.selection_metric, self.print_line = score, selection_metric, log
-        self.made_by: list[dict[str, Any]] = [{"from": "step 0", **(made_by or {})}]
+        self.made_by: list[Mapping[str, Any]] = [{"from": "step 0", **(made_by or {})}]
         self._parts: dict[str, Tensor] = {}
         self._tokens: Tensor | int = 0
         self._seconds = 0.0
@@ -208,12 +208,11 @@ class MethodTrainer(Trainer):
         data_hash = self.made_by[-1].get("data_hash")
         checkpoint = agreed(last_checkpoint(folder, data_hash, self.print_line) if is_main() else None)
         if checkpoint:
-            history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+            history = read_json(checkpoint / "trainer_state.json")["log_history"]
             self._seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
-            before = json.loads((checkpoint / MADE_BY).read_text())
-            now = self.made_by[-1] | {"from": f"step {checkpoint.name.rpartition('-')[2]}"}
-            self.made_by = before if _same(before[-1], now) else [*before, now]
-            self.print_line(f"resumed from {now['from']}")
+            step = f"step {checkpoint.name.rpartition('-')[2]}"
+            self.made_by = taken_over(read_json(checkpoint / MADE_BY), self.made_by[-1], step)
+            self.print_line(f"resumed from {step}")
         if processes() > 1:
             set_seed(self.args.seed + self.args.process_index)  # dropout differs between the parts of a batch
         self._started = time.monotonic()
@@ -318,16 +317,9 @@ def last_checkpoint(folder: Path, data_hash: str | None, log: Callable[[str], No
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
-        wrong = damage(checkpoint)
+        wrong = damage(checkpoint) or other_data("it", read_json(checkpoint / MADE_BY), data_hash)
         if wrong is None:
-            was = json.loads((checkpoint / MADE_BY).read_text())[-1].get("data_hash")
-            if was == data_hash:
-                return checkpoint
-            wrong = f"it was trained on other data (hash {was}, now {data_hash})"
+            return checkpoint
         log(f"{checkpoint.name} is not used: {wrong}")
         remove_folder(checkpoint)
     return None
-
-
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return {**one, "from": ""} == {**other, "from": ""}
