@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -198,12 +197,13 @@ def cleanup(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Delete checkpoints and models of a scale, but not of runs that are under way."""
     freed = 0
     for folder in sorted((root / project.runs / project.scale).glob("*/*/*/*/seed*")):
-        with contextlib.suppress(BlockingIOError), locked(folder / ".lock", wait=False):
-            sweep(folder)
-            for part in records.models(folder):
-                if part.name == "checkpoints" or (folder / "metrics.json").exists():
-                    freed += sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
-                    remove_folder(part)
-            continue
-        print(f"{_shown(folder, root)} is being run: left as it is")
+        try:
+            with locked(folder / ".lock", wait=False):
+                sweep(folder)
+                for part in records.models(folder):
+                    if part.name == "checkpoints" or (folder / "metrics.json").exists():
+                        freed += sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
+                        remove_folder(part)
+        except BlockingIOError:
+            print(f"{_shown(folder, root)} is being run: left as it is")
     print(f"freed {freed / 1e6:.1f} MB at scale {project.scale}; metrics.json files are kept")

@@ -97,6 +97,12 @@ def _metric(name: str, value: Any) -> None:
     (PERCENT if rate else NUMBER)(name, value)
 
 
+def _entry(name: str, value: Any) -> None:
+    """Of the learning curve: numbers, of which one is the step."""
+    for part in (_fields({"step": COUNT}), _mapping(NUMBER)):
+        part(name, value)
+
+
 def _base(name: str, value: Any) -> None:
     _or_none(_fields(MADE_OF))(name, value)
 
@@ -129,7 +135,7 @@ RECORD = _fields(
         "config": _fields(MADE_OF | {"settings": _mapping(SIMPLE), "recipe": _mapping(SIMPLE)}),
         "config_hash": TEXT,
         "checkpoints": _list(CHECKPOINT),
-        "curve": _list(_fields({"step": COUNT})),
+        "curve": _list(_entry),
         "steps": COUNT,
         "seconds_training": SECONDS,
         "trainable_parameters": COUNT,
@@ -161,13 +167,11 @@ RECORD = _fields(
         "chosen_on": _kind("'valid', 'test' or ''", lambda v: v in ("valid", "test", "")),
     },
 )
-CURVE = _list(_mapping(NUMBER))
 
 
 def check(record: Any) -> None:
     """Raise ValueError for what no run writes: a field that is missing or of another kind, metrics that contradict."""
     RECORD("", record)
-    CURVE("curve", record.get("curve", []))
     names = [name for checkpoint in record["checkpoints"] for name in checkpoint["names"]]
     for name in ("best", "last"):
         if names.count(name) != 1:
