@@ -245,6 +245,25 @@ def impatient(monkeypatch: Any) -> Iterator[None]:
     mathematics._worker.cache_clear()
 
 
+@pytest.fixture
+def short_corpora(monkeypatch: Any) -> None:
+    """Of the generated corpora a twentieth of the training rows, the first ones: enough where a test asks for few."""
+    from mutor.tasks import standins
+
+    for splits in standins.SIZES.values():
+        for split in splits.keys() - {*standins.HELD_OUT}:
+            monkeypatch.setitem(splits, split, splits[split] // 20)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: Any) -> Iterator[str]:
+    """An executable that does what Python does, with torch, transformers and others imported; see forks.py."""
+    import forks
+
+    with forks.python(tmp_path_factory.mktemp("forks") / "python") as executable:
+        yield executable
+
+
 @pytest.fixture(scope="session")
 def tools() -> Any:
     """The helper functions of this file, for tests that can't import a conftest."""

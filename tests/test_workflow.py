@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forks
 import pandas as pd
 import pytest
 
@@ -36,10 +35,9 @@ def programs(python):
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def program(python):
     """Programs by a Python that has imported what they need, and so have those that Snakemake starts."""
-    with forks.python(tmp_path_factory.mktemp("forks") / "python") as python:
-        yield programs(python)
+    return programs(python)
 
 
 @pytest.fixture(scope="module")
