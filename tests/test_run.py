@@ -373,7 +373,7 @@ def test_a_run_on_star_graphs_needs_torch_transformers_and_numpy_alone():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-def test_answers_too_short_for_a_method_are_refused_before_it_trains(tmp_path, short_corpora):
+def test_answers_too_short_for_a_method_are_refused_before_it_trains(tmp_path):
     """With the lengths, in one line; nothing of a model is saved."""
     scale = load_scale(ROOT, "smoke")
     spec = make_spec(scale, "mix", "llama-2x32", "mutor", {"d_min": 300, "d_max": 301, "a": 0.5}, (7,))
