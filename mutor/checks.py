@@ -7,6 +7,7 @@ ValueError: method mutor: unknown key 'd_mx', did you mean 'd_max'? Known keys: 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -72,12 +73,15 @@ def from_mapping(cls: type, values: Mapping[str, Any] | None, where: str) -> Any
     ]
     if missing:
         raise ValueError(f"{where}: missing key {missing[0]!r}: {fields[missing[0]].metadata.get('doc', '')}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     clean = {key: _check(f"{where}: {key}", value, hints[key], fields[key].metadata) for key, value in values.items()}
     try:
         return cls(**clean)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+_hints = functools.cache(typing.get_type_hints)  # a scale has hundreds of mappings of a dozen kinds
 
 
 def _check(where: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:

@@ -1,6 +1,8 @@
 """Tiny random models of many families, and small batches together with where each sequence lies in them."""
 
+import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,6 +19,7 @@ from mutor.mtp.layout import Example, TokenBatch, collate
 from mutor.registry import ATTENTION
 
 VOCABULARY = 61
+FROZEN = [0]  # how many modules there were whenever the garbage collector was told to look at new objects only
 LONG = ("test_workflow.py", "test_distributed.py", "test_models.py")  # these begin, so that two processes end together
 FAMILIES = (
     "llama", "gpt2", "gemma", "gemma2", "gemma3_text", "qwen3", "mistral", "gpt_neox", "phi3", "olmo2", "granite",
@@ -74,6 +77,13 @@ class Batch:
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     """Files that take minutes come first."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_runtest_setup() -> None:
+    """The Trainer collects garbage with every run: not among the objects of what is imported, which stay anyway."""
+    if len(sys.modules) > FROZEN[-1] + 50:
+        gc.freeze()
+        FROZEN.append(len(sys.modules))
 
 
 def close(ours: Tensor, theirs: Tensor, rtol: float = 1e-4, atol: float = 2e-5) -> None:
@@ -233,6 +243,25 @@ def impatient(monkeypatch: Any) -> Iterator[None]:
     mathematics._worker.cache_clear()
     yield
     mathematics._worker.cache_clear()
+
+
+@pytest.fixture
+def short_corpora(monkeypatch: Any) -> None:
+    """Of the generated corpora a twentieth of the training rows, the first ones: enough where a test asks for few."""
+    from mutor.tasks import standins
+
+    for splits in standins.SIZES.values():
+        for split in splits.keys() - {*standins.HELD_OUT}:
+            monkeypatch.setitem(splits, split, splits[split] // 20)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: Any) -> Iterator[str]:
+    """An executable that does what Python does, with torch, transformers and others imported; see forks.py."""
+    import forks
+
+    with forks.python(tmp_path_factory.mktemp("forks") / "python") as executable:
+        yield executable
 
 
 @pytest.fixture(scope="session")

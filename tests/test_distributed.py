@@ -3,6 +3,7 @@
 accelerate launch ... tests/test_distributed.py FOLDER ddp|fsdp   # what each of them does in the first test
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -107,6 +108,7 @@ def work(folder, kind):
     """What each of the two processes does: all runs, one of them interrupted and taken up again."""
     from mutor.training.trainer import MethodTrainer
 
+    gc.freeze()  # the Trainer collects garbage with every run
     if kind == "fsdp":
         shard_on_cpu()
     log = MethodTrainer.log

@@ -1,6 +1,5 @@
 """MuToR as a library: a stock transformers Trainer, three lines, a plain checkpoint."""
 
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +7,10 @@ import pytest
 import torch
 import transformers
 
-from baselines.next_token import NextTokenConfig
 from mutor import MuToR
 from mutor.mtp.backbone import Backbone
-from mutor.mtp.collator import SAMPLES, sample_number
 from mutor.mtp.layout import Example, collate
-from mutor.mtp.method import Context, Method
+from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
 
 pytest.importorskip("accelerate")
@@ -193,134 +190,6 @@ def test_a_model_that_scales_its_logits_in_its_own_way_is_refused(tiny, monkeypa
         Backbone(model)
 
 
-PLAIN = [{"input_ids": [*range(3 + n, 23 + n)], "prefix_length": 2} for n in range(12)]
-
-
-def draws(loader, collator, epochs=3):
-    """The offset of each sequence, by epoch: where its first register stands, which is behind token 1."""
-    found = []
-    for epoch in range(epochs):
-        collator.set_epoch(epoch)
-        found.append([int(line[20]) for batch in loader for line in batch["position_ids"]])
-    return found
-
-
-@pytest.mark.parametrize("numbered", [False, True])
-def test_offsets_depend_on_seed_epoch_and_sample_alone(tiny, numbered):
-    """Not on workers, how they start and how long they live, nor on the order of samples."""
-    from torch.utils.data import DataLoader
-
-    mutor = MuToR.of(d_max=9)
-    mutor.attach(tiny())
-    data = [{**e, "index": n} for n, e in enumerate(PLAIN)] if numbered else PLAIN
-    collator = mutor.collator(0)
-    wanted = draws(DataLoader(data, batch_size=4, collate_fn=collator), collator)
-    assert all(1 <= d <= 9 for epoch in wanted for d in epoch) and all(len(set(epoch)) > 3 for epoch in wanted)
-    assert wanted[0] != wanted[1] != wanted[2] != wanted[0]
-    # persistent ones under spawn get the collator once, before the first epoch
-    for settings in (
-        {},
-        {"persistent_workers": True},
-        {"persistent_workers": True, "multiprocessing_context": "spawn"},
-    ):
-        again = mutor.collator(0)
-        loader = DataLoader(data, batch_size=4, collate_fn=again, num_workers=2, **settings)
-        assert draws(loader, again) == wanted
-    backwards = DataLoader(data[::-1], batch_size=3, collate_fn=collator)
-    assert [epoch[::-1] for epoch in draws(backwards, collator)] == wanted
-    assert draws(DataLoader(data, 4, collate_fn=(other := mutor.collator(0, seed=1))), other) != wanted
-
-
-def test_a_pickled_collator_leaves_the_model_behind(tiny):
-    """What a worker that is spawned has to receive."""
-    import pickle
-
-    model, mutor = tiny(), MuToR.of(d_max=6)
-    mutor.attach(model)
-    collator = collator_of(mutor, epoch=2)
-    pickled = pickle.dumps(collator)
-    assert len(pickled) < 20_000 < 4 * sum(p.numel() for p in model.parameters())
-    again = pickle.loads(pickled)
-    for name, value in collator(PLAIN).items():
-        assert torch.equal(again(PLAIN)[name], value)
-    with pytest.raises(ValueError, match="64"):
-        again([{"input_ids": list(range(65)) * 2, "prefix_length": 2}])
-
-
-class Seen(list):
-    """The offsets that a Trainer's batches were given, in their order."""
-
-    def watch(self, collator):
-        given = collator.__class__.__call__
-
-        class Watching(collator.__class__):
-            def __call__(watching, examples):
-                batch = given(watching, examples)
-                first, length = batch["position_ids"], len(examples[0]["input_ids"])
-                self.append(list(zip([e["input_ids"][0] for e in examples], first[:, length].tolist(), strict=True)))
-                return batch
-
-        collator.__class__ = Watching
-        return collator
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_draws_as_one_that_was_not_interrupted(tiny, tmp_path, workers):
-    """Three epochs of three steps, resumed within the second: the same weights bit for bit, and no epoch as another."""
-    ends, seen = [], []
-    for checkpoint in (None, str(tmp_path / "checkpoint-5")):
-        model, mutor = tiny("llama", scale=1.0), MuToR.of(d_max=9)
-        mutor.attach(model)
-        seen.append(Seen())
-        collator = mutor.collator(0) if workers else seen[-1].watch(mutor.collator(0))
-        trainer_of(
-            mutor,
-            model,
-            tmp_path,
-            PLAIN,
-            collator,
-            num_train_epochs=3,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            dataloader_num_workers=workers,
-            dataloader_persistent_workers=bool(workers),
-            save_strategy="steps",
-            save_steps=5,
-            learning_rate=1e-2,
-        ).train(resume_from_checkpoint=checkpoint)
-        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.equal(*ends)
-    if not workers:
-        epochs = [dict(chain(*seen[0][start : start + 6])) for start in (0, 6, 12)]
-        assert all(len(epoch) == 12 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2] != epochs[0]
-        assert seen[0][10:] == seen[1]
-
-
-def test_an_iterable_that_ends_begins_a_new_epoch(tiny, tmp_path):
-    """There the Trainer's count of epochs is a fraction of all steps."""
-    from torch.utils.data import IterableDataset
-
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(PLAIN[:4])
-
-    model, mutor = tiny("llama", scale=1.0), MuToR.of(d_max=9)
-    mutor.attach(model)
-    collator = (seen := Seen()).watch(mutor.collator(0))
-    trainer_of(mutor, model, tmp_path, Stream(), collator, max_steps=6, per_device_train_batch_size=2).train()
-    epochs = [[*chain(*seen[start : start + 2])] for start in (0, 2, 4)]
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-
-
-def test_without_an_epoch_there_is_no_batch(tiny):
-    """All epochs would draw the same, and nobody would know."""
-    mutor = MuToR.of()
-    mutor.attach(tiny())
-    with pytest.raises(ValueError, match=r"callbacks=\[collator\].*set_epoch") as error:
-        mutor.collator(0)(PLAIN)
-    assert "\n" not in str(error.value)
-
-
 def test_evaluation_is_next_token_predictions_own(tiny, tmp_path):
     """eval_loss is the plain model's loss, before training and during it, whatever a."""
     model, mutor = tiny("llama", scale=1.0), MuToR.of(d_max=3, a=0.7)
@@ -352,26 +221,6 @@ def test_evaluation_is_next_token_predictions_own(tiny, tmp_path):
     assert found[-1] == pytest.approx(plain(), rel=1e-5) and len(set(found)) == 2
 
 
-def test_data_without_room_for_a_register_are_refused(tiny, tmp_path):
-    """With the lengths: before a Trainer's first step, and in any other loop after a thousand answers."""
-    words = "MuToR: the longest answer has 18 tokens, and below 19 .*; allowed: longer answers, or d_min of at most 18"
-    model, mutor = tiny("llama"), MuToR.of(d_min=19, d_max=20)
-    mutor.attach(model)
-    trainer = trainer_of(mutor, model, tmp_path, PLAIN, mutor.collator(0), max_steps=2)
-    with pytest.raises(ValueError, match=words) as error:
-        trainer.train()
-    assert trainer.state.global_step == 0 and "\n" not in str(error.value)
-    batch = collator_of(mutor)(PLAIN)
-    labels = batch.pop("labels")
-    outputs = model.train()(**batch)
-    for _ in range(83):
-        mutor.loss_from_outputs(outputs, labels)
-    with pytest.raises(ValueError, match=words):
-        mutor.loss_from_outputs(outputs, labels)
-    longer = [*PLAIN, {"input_ids": list(range(3, 23)), "prefix_length": 1}]
-    trainer_of(mutor, model, tmp_path, longer, mutor.collator(0), max_steps=2).train()
-
-
 def test_the_loss_is_the_methods_own_in_training_with_gradients_alone(tiny):
     """A model in training mode may be scored without gradients, and one in evaluation mode may have them."""
     model, mutor = tiny("llama", scale=1.0), MuToR.of(d_max=3, a=0.7)
@@ -384,24 +233,3 @@ def test_the_loss_is_the_methods_own_in_training_with_gradients_alone(tiny):
         scored = mutor.loss_from_outputs(outputs, labels)
     model.eval()
     assert float(mutor.loss_from_outputs(outputs, labels).detach()) == float(scored) != float(trained)
-
-
-def test_words_on_answers_that_are_too_short():
-    mutor, plain = MuToR.of(d_min=3, d_max=4), Method(NextTokenConfig())
-    plain.shortest_answer = 3
-    mutor.check_answers([])  # nothing is known
-    mutor.check_answers([0, 0])
-    mutor.check_answers([1, 3])
-    with pytest.raises(ValueError, match=r"longer answers, or d_min of at most 2$"):
-        mutor.check_answers([1, 2])
-    with pytest.raises(ValueError, match=r"Method: the longest answer has 1 tokens, .* allowed: longer answers$"):
-        plain.check_answers([1])
-
-
-def test_a_sample_is_its_tokens_however_they_are_kept():
-    """Lists, and arrays of any width, so that a data set that was saved and read again draws the same offsets."""
-    tokens = [3, 70, 5]
-    kept = [tokens, np.array(tokens, dtype=np.int32), np.array(tokens, dtype=np.uint8), torch.tensor(tokens)]
-    numbers = {sample_number({"input_ids": ids, "prefix_length": 1}, 2) for ids in kept}
-    assert len(numbers) == 1 and numbers != {sample_number({"input_ids": [3, 70, 6], "prefix_length": 1}, 2)}
-    assert sample_number({"input_ids": tokens, "index": 7}, 2) == 2 * SAMPLES + 7

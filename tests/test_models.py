@@ -147,7 +147,7 @@ def small(spec, folder):
 
 
 @pytest.mark.parametrize("scale", scale_names(ROOT))
-def test_every_recipe_runs_two_steps_on_tiny_models(scale, tiny_pretrained, tmp_path):
+def test_every_recipe_runs_two_steps_on_tiny_models(scale, tiny_pretrained, tmp_path, short_corpora):
     loaded = load_scale(ROOT, scale)
     seen = set()
     tables = [load_table(ROOT, name) for name in loaded.artifacts]

@@ -148,7 +148,7 @@ def test_own_data_with_validation_choose_by_it(tmp_path, monkeypatch):
     assert [p.gold for p in task.problems["test"]][:2] == ["201", "202"]
 
 
-def test_the_test_problems_have_a_hash_of_their_own():
+def test_the_test_problems_have_a_hash_of_their_own(short_corpora):
     """The same for all that is scored on the same problems in the same order, whatever it was trained on."""
 
     def hashes(**options):

@@ -1,5 +1,6 @@
 """The workflow from configuration to figure: dry runs of every scale, one real pass at smoke scale."""
 
+import functools
 import json
 import os
 import re
@@ -19,13 +20,30 @@ from mutor.results import records
 from mutor.results.cells import COLUMNS
 
 ROOT = Path(__file__).parent.parent
-SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 pytest.importorskip("snakemake")
 
 
-def snakemake(folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*SNAKEMAKE, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+def programs(python):
+    """program("snakemake", folder, ...): what `python -m snakemake ...` does in a folder."""
+
+    def program(name, folder, *arguments):
+        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        command = [python, "-m", name, *map(str, arguments)]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+    return program
+
+
+@pytest.fixture(scope="module")
+def program(python):
+    """Programs by a Python that has imported what they need, and so have those that Snakemake starts."""
+    return programs(python)
+
+
+@pytest.fixture(scope="module")
+def snakemake(program):
+    """snakemake(folder, ...)"""
+    return functools.partial(program, "snakemake")
 
 
 def copied(folder):
@@ -44,7 +62,7 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def smoke(checkout):
+def smoke(checkout, snakemake):
     """The checkout after a whole pass at smoke scale."""
     done = snakemake(checkout, "--cores", "2", "--config", "scale=smoke")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,7 +86,7 @@ JOBS = {
 
 
 @pytest.mark.parametrize("scale", scale_names(ROOT))
-def test_dry_run_lists_exactly_the_configured_jobs(checkout, scale):
+def test_dry_run_lists_exactly_the_configured_jobs(checkout, scale, snakemake):
     done = snakemake(checkout, "-n", "--config", f"scale={scale}")
     assert done.returncode == 0, done.stdout + done.stderr
     loaded = load_scale(ROOT, scale)
@@ -89,12 +107,12 @@ def test_dry_run_lists_exactly_the_configured_jobs(checkout, scale):
         (["runs=a{b}"], "runs: 'a{b}' is not allowed; allowed: a folder without braces in its name"),
     ],
 )
-def test_wrong_configuration_stops_the_workflow_at_once(checkout, changes, says):
+def test_wrong_configuration_stops_the_workflow_at_once(checkout, changes, says, snakemake):
     done = snakemake(checkout, "-n", "--config", *changes)
     assert done.returncode != 0 and says in done.stdout + done.stderr
 
 
-def test_a_new_drawing_is_one_entry_and_its_functions(tmp_path):
+def test_a_new_drawing_is_one_entry_and_its_functions(tmp_path, snakemake):
     """The rules find it and its figures: an entry of DRAWINGS, a function, and a table that is drawn so."""
     folder = copied(tmp_path / "project")
     with open(folder / "mutor/registry.py", "a") as file:
@@ -129,7 +147,7 @@ def test_account_and_partition_stand_outside_of_the_repository():
 
 
 @pytest.mark.parametrize("runs", ["my runs", "it's; touch /tmp/never", "a$(touch never)b", "-r"])
-def test_folders_of_any_name_are_quoted(checkout, runs):
+def test_folders_of_any_name_are_quoted(checkout, runs, snakemake):
     """A folder with a space or a quote is a folder, and no command."""
     changes = ["scale=smoke", f"runs={runs}", "results=results of mine"]
     done = snakemake(checkout, "-np", "results of mine/figure4.csv", "--config", *changes)
@@ -140,7 +158,7 @@ def test_folders_of_any_name_are_quoted(checkout, runs):
     assert collect[collect.index("--results") + 1] == "results of mine"
 
 
-def test_seeds_given_to_the_workflow_reach_its_commands(checkout):
+def test_seeds_given_to_the_workflow_reach_its_commands(checkout, snakemake):
     arguments = ("-n", "-p", "--config", "scale=smoke", "seeds=[7,8]", "artifacts=[figure4]")
     done = snakemake(checkout, *arguments)
     commands = re.findall(r"-m mutor (run|collect \w+) (.*)", done.stdout + done.stderr)
@@ -206,12 +224,12 @@ def test_smoke_scale_ends_in_claims_and_a_report(smoke):
     assert "No cell lacks a seed." in page
 
 
-def test_nothing_to_do_does_nothing(smoke):
+def test_nothing_to_do_does_nothing(smoke, snakemake):
     done = snakemake(smoke, "--cores", "2", "--config", "scale=smoke")
     assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
 
 
-def test_locks_of_a_dead_snakemake_are_removed_and_of_a_living_one_are_not(smoke):
+def test_locks_of_a_dead_snakemake_are_removed_and_of_a_living_one_are_not(smoke, snakemake):
     locks = smoke / ".snakemake/locks"
     locks.mkdir(parents=True, exist_ok=True)
     for kind in ("input", "output"):
@@ -226,6 +244,8 @@ def test_locks_of_a_dead_snakemake_are_removed_and_of_a_living_one_are_not(smoke
 
 
 def test_finished_seeds_survive_a_lost_output_and_a_new_seed(smoke):
+    """By Python as it is."""
+    snakemake = functools.partial(programs(sys.executable), "snakemake")
     folder = smoke / "runs/smoke/g2x3/gpt2-2x32/next_token/default"
     before = (folder / "seed42/metrics.json").stat().st_mtime_ns
     (folder / "index.json").unlink()
@@ -236,7 +256,7 @@ def test_finished_seeds_survive_a_lost_output_and_a_new_seed(smoke):
     assert set(json.loads((folder / "index.json").read_text())["seeds"]) == {"42", "43", "44"}
 
 
-def test_a_record_that_broke_after_its_run_is_made_again(smoke):
+def test_a_record_that_broke_after_its_run_is_made_again(smoke, snakemake):
     folder = smoke / "runs/smoke/g2x3/gpt2-2x32/next_token/default"
     before = (folder / "seed42/metrics.json").read_text()
     (folder / "seed42/metrics.json").write_text(before[:1000])
@@ -251,7 +271,7 @@ def test_a_record_that_broke_after_its_run_is_made_again(smoke):
     assert snakemake(smoke, target, "--cores", "1", "--config", "scale=smoke", "seeds=[42,43,44]").returncode == 0
 
 
-def test_cells_without_runs_are_empty_rows(smoke, tmp_path):
+def test_cells_without_runs_are_empty_rows(smoke, tmp_path, program):
     runs = tmp_path / "runs"
     scale = load_scale(ROOT, "smoke")
     spec = make_spec(scale, "g2x3", "gpt2-2x32", "next_token", {})
@@ -259,10 +279,8 @@ def test_cells_without_runs_are_empty_rows(smoke, tmp_path):
     target = records.seed_folder(runs, spec, 42) / "metrics.json"
     target.parent.mkdir(parents=True)
     shutil.copy(source, target)  # a record made elsewhere merges in by copying it
-    command = [sys.executable, "-m", "mutor", "collect", "figure4", "runs", "--scale", "smoke"]
-    command += ["--runs", str(runs), "--results", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    arguments = ("collect", "figure4", "runs", "--scale", "smoke", "--runs", runs, "--results", tmp_path / "out")
+    done = program("mutor", ROOT, *arguments)
     assert done.returncode == 0, done.stderr
     frame = pd.read_csv(tmp_path / "out/figure4.csv")
     assert len(frame) == 16
@@ -272,21 +290,19 @@ def test_cells_without_runs_are_empty_rows(smoke, tmp_path):
     assert len(pd.read_csv(tmp_path / "out/runs.csv")) == 1
 
 
-def test_snakemake_report_works(smoke, tmp_path):
+def test_snakemake_report_works(smoke, tmp_path, snakemake):
     done = snakemake(smoke, "--report", str(tmp_path / "report.html"), "--config", "scale=smoke")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "figure4" in (tmp_path / "report.html").read_text()
 
 
-def test_cleanup_frees_models_and_keeps_metrics(smoke):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "mutor", "cleanup", "--scale", "smoke", "--runs", str(smoke / "runs")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def test_cleanup_frees_models_and_keeps_metrics(smoke, program):
+    done = program("mutor", ROOT, "cleanup", "--scale", "smoke", "--runs", smoke / "runs")
     assert done.returncode == 0 and "freed" in done.stdout
     assert not list(smoke.glob("runs/**/model.safetensors")) and list(smoke.glob("runs/**/metrics.json"))
 
 
-def test_a_users_own_model_and_data(tmp_path):
+def test_a_users_own_model_and_data(tmp_path, snakemake):
     """200 lines of JSONL and a model folder, named in config/scales/own.yaml: every method, one command, a table."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

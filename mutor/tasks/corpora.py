@@ -5,6 +5,7 @@ for problem in load(CORPORA["gsm8k"], "test", Origin("folder", "/data")): print(
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -91,8 +92,11 @@ def problems(corpus: Corpus, split: str, origin: Origin, size: int | None = None
     "valid" are those that checkpoints are chosen on (`Corpus.chosen_on`). size: the first so many, of a corpus that is
     shuffled after shuffling. Raises ValueError naming file and line, or dataset and revision, for what can't be read.
     """
+    limit = min((x for x in (size, corpus.size if split == "train" else None) if x is not None), default=None)
+    # what is generated has no faults to find behind what is asked for
+    enough = None if corpus.more or corpus.shuffled or origin.kind != "generated" else limit
     if split == "train":
-        found = list(_kept(corpus.train, origin, corpus.only))
+        found = list(itertools.islice(_kept(corpus.train, origin, corpus.only), enough))
         if corpus.more:
             have = {p.key for p in found}
             extra: list[Problem] = []
@@ -107,7 +111,6 @@ def problems(corpus: Corpus, split: str, origin: Origin, size: int | None = None
         import numpy as np
 
         found = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
-    limit = min(x for x in (size, corpus.size if split == "train" else None, len(found)) if x is not None)
     return found[:limit]
 
 
