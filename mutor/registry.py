@@ -22,8 +22,9 @@ T = TypeVar("T")
 class AttentionBackend:
     """An attention implementation of transformers, and what it can do.
 
-    mask: "module:function", whose module is imported before a model is loaded, that builds its mask from (layout, dtype of the model's weights), and for layers with a
-    sliding window from (layout, dtype, tokens of the window).
+    mask: "module:function" that builds its mask from (layout, dtype of the model's weights), and for layers with a
+    sliding window from (layout, dtype, tokens of the window). Importing the module may make the backend known to
+    transformers: it is imported before a model is loaded.
     answers_under: the backend under which a model trained with this one answers; "" means this one. Answers grow token
     by token, and prompts are padded on the left; a backend that can't do that names another one.
     cpu_gradients: whether it trains on a CPU.
