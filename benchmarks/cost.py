@@ -161,9 +161,9 @@ def one_sequence(method, model, example, of):
 
 @contextlib.contextmanager
 def attending(setup, case):
-    """The model's attention as a case wants it: block masks on a GPU, dense masks elsewhere, or no mask at all."""
+    """The model's attention as a case wants it: the fastest that trains here, a dense mask, or no mask at all."""
     as_fast = case.attention == "auto" and not case.one_at_a_time
-    setup.model.set_attn_implementation(fastest_attention(setup.device if as_fast else "cpu"))
+    setup.model.set_attn_implementation(fastest_attention(setup.device) if as_fast else "sdpa")
     if case.attention == "causal":  # whole rows, so the model's own causal attention is the same
         with unittest.mock.patch("mutor.mtp.facts.attention_mask", lambda *of, **windows: None):
             yield

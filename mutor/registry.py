@@ -23,7 +23,8 @@ class AttentionBackend:
     """An attention implementation of transformers, and what it can do.
 
     mask: "module:function" that builds its mask from (layout, dtype of the model's weights), and for layers with a
-    sliding window from (layout, dtype, tokens of the window).
+    sliding window from (layout, dtype, tokens of the window). Importing the module may make the backend known to
+    transformers: it is imported before a model is loaded.
     answers_under: the backend under which a model trained with this one answers; "" means this one. Answers grow token
     by token, and prompts are padded on the left; a backend that can't do that names another one.
     cpu_gradients: whether it trains on a CPU.
@@ -37,6 +38,7 @@ class AttentionBackend:
 METHODS: dict[str, str] = {}
 TASKS: dict[str, str] = {}
 ATTENTION: dict[str, AttentionBackend] = {}  # the fastest in training first
+AUTO = "auto"  # attention as transformers loads a model, and `attach` makes sdpa blockwise where that is exact
 DRAWINGS: dict[str, Drawing] = {}
 
 
@@ -116,6 +118,7 @@ register(
     "flex_attention",
     AttentionBackend("mutor.mtp.attention:block_mask", answers_under="sdpa", cpu_gradients=False),
 )
+register(ATTENTION, "blockwise", AttentionBackend("mutor.mtp.blockwise:bounds_mask"))
 register(ATTENTION, "sdpa", AttentionBackend("mutor.mtp.attention:dense_mask"))
 register(ATTENTION, "eager", AttentionBackend("mutor.mtp.attention:additive_mask"))
 register(DRAWINGS, "table", Drawing())

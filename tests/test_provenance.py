@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 LAYOUT, LOSS, METHOD, MUTOR = (f"mutor/mtp/{name}.py" for name in ("layout", "loss", "method", "mutor"))
 
 
-def record_of(method, task="star_graph", base=None, attention="sdpa"):
+def record_of(method, task="star_graph", base=None, attention="auto"):
     """The part of a record, made by the code as it is, that says whether it is stale."""
     config = {"task": task, "method": method, "model": {"attention": attention}, "base": None}
     config["base"] = base and {**config, "method": base}
@@ -152,7 +152,7 @@ CHANGES = [
     ("argument's default", "mutor", "text", LAYOUT, "row_length: int | None = None", "row_length: int | None = 64",
      ["collate"]),
     ("setting's default", "mutor", "text", "mutor/config/recipe.py", "setting(0.02,", "setting(0.03,", ["Recipe"]),
-    ("setting's default", "next_token", "text", "mutor/config/schema.py", 'setting("sdpa",', 'setting("eager",',
+    ("setting's default", "next_token", "text", "mutor/config/schema.py", "= setting(AUTO,", '= setting("eager",',
      ["ModelConfig"]),
     ("computed from settings", "next_token", "text", "mutor/config/recipe.py", "round(self.epochs * epoch)",
      "int(self.epochs * epoch)", ["Recipe"]),
@@ -178,10 +178,14 @@ CHANGES = [
     ("new helper, called", "next_token", "star_graph", LAYOUT, "\n\ndef _packed(",
      "\n\nIGNORE = max(IGNORE, shrunk())\n\n\ndef shrunk():\n    return -50\n\n\ndef _packed(",
      ["IGNORE", "shrunk"]),
-    ("mask", "mutor", "star_graph", "mutor/mtp/attention.py", "layout.prefix[k] & layout.prefix[q]",
-     "layout.prefix[k]", ["dense_mask"]),
-    ("another backend's mask", "mutor", "star_graph", "mutor/mtp/attention.py", "return seen | (q == k)",
-     "return seen", []),
+    ("mask", "mutor", "star_graph", "mutor/mtp/attention.py", "token & layout.prefix, least=False",
+     "token, least=False", ["bounds"]),
+    ("attention", "mutor", "star_graph", "mutor/mtp/blockwise.py", "torch.logaddexp(lse, score)",
+     "torch.maximum(lse, score)", ["_Blockwise"]),
+    ("kernel", "mutor", "star_graph", "mutor/mtp/kernels.py", "out, lse, 0.0, mask is None,",
+     "out, lse, 0.0, True,", ["_cpu_backward"]),
+    ("another backend's mask", "mutor", "star_graph", "mutor/mtp/attention.py", "<= high[b, q])) | (q == k)",
+     "<= high[b, q]))", []),
     ("other name", "next_token", "star_graph", "mutor/tasks/graphs.py", "_shuffled_columns", "_columns",
      ["_columns", "_shuffled_columns", "generate"]),
 ]  # fmt: skip

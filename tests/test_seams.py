@@ -412,10 +412,12 @@ def test_the_table_says_what_a_backend_can_do(toy, tiny):
         "eager",
         "other",
     ]
-    assert (fastest_attention("cuda"), fastest_attention("cpu")) == ("flex_attention", "sdpa")
+    assert (fastest_attention("cuda"), fastest_attention("cpu")) == ("flex_attention", "blockwise")
     method.compute_loss(model, layout)[0].backward()
     ATTENTION["toy"] = replace(ATTENTION["toy"], cpu_gradients=False)
-    with pytest.raises(ValueError, match=r"attention: 'toy' has no gradients on a CPU; allowed there: sdpa, eager"):
+    with pytest.raises(
+        ValueError, match=r"attention: 'toy' has no gradients on a CPU; allowed there: blockwise, sdpa, eager"
+    ):
         method.compute_loss(model, layout)
     with torch.no_grad():
         method.compute_loss(model, layout)
@@ -427,6 +429,8 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(toy):
     assert settings({**spec, "attention": "toy"}).attention == "toy"
     with pytest.raises(ValueError, match="attention: 'sdpaa' is unknown, did you mean 'sdpa'") as error:
         settings({**spec, "attention": "sdpaa"})
-    assert "models: m" in str(error.value) and "Known: eager, flex_attention, sdpa, toy" in str(error.value)
+    assert "models: m" in str(error.value) and "Known: auto, blockwise, eager, flex_attention, sdpa, toy" in str(
+        error.value
+    )
     with pytest.raises(ValueError, match="'toy' is already registered"):
         register(ATTENTION, "toy", AttentionBackend("x:y"))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from mutor.mtp.attention import attention_mask, dense_mask, mask_mod
 from mutor.mtp.backbone import Backbone
+from mutor.mtp.blockwise import bounds_mask
 from mutor.mtp.decode import Prompts, decode_in_one_pass
 from mutor.mtp.layout import Example, collate, regular
 from mutor.mtp.method import Context
@@ -76,7 +77,7 @@ def test_tokens_beside_registers_are_the_plain_models(windowed, tools, prefix_lm
 
 
 @BOTH
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["blockwise", "eager"])
 def test_a_packed_row_has_the_losses_of_its_sequences(tiny, tools, implementation, prefix_lm):
     """Windows are counted inside a sequence; the suite's path, the register loss included."""
     model, method = tiny("mistral", sliding_window=W, attn_implementation=implementation), MuToR.of(d_max=3)
@@ -201,5 +202,5 @@ def test_a_window_that_no_mask_can_tell_is_refused(tiny, tools):
         )
     short = method.train_layout(collate([Example(sample(W)["input_ids"], 3, 0)], 0), Context())
     assert short.ids.shape[1] > W and torch.isfinite(method.compute_loss(model, short)[0])
-    assert torch.equal(method.trunk.mask(short), dense_mask(short))
+    assert torch.equal(method.trunk.mask(short), bounds_mask(short))
     assert Backbone(tiny("mistral", sliding_window=W)).exact_windows

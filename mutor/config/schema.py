@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from mutor.checks import choose, setting
-from mutor.registry import ATTENTION, DRAWINGS, Drawing
+from mutor.registry import ATTENTION, AUTO, DRAWINGS, Drawing
 
 NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # fields that do not change what is trained
 
@@ -177,10 +177,10 @@ class ModelConfig:
         choices=("float32", "bfloat16", "mixed"),
     )
     recipe_changes: dict = setting({}, doc="changes of every recipe for this model, the same for all methods")
-    attention: str = setting("sdpa", doc="attention implementation, one of mutor/registry.py: ATTENTION")
+    attention: str = setting(AUTO, doc="one of mutor/registry.py: ATTENTION; auto: the fastest exact one, see there")
 
     def __post_init__(self) -> None:
-        choose(self.attention, ATTENTION, "attention")
+        choose(self.attention, (AUTO, *ATTENTION), "attention")
         if (self.architecture is None) == (self.pretrained is None):
             raise ValueError("give either architecture (from scratch) or pretrained (hub name or folder)")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 from mutor.config.schema import ModelConfig
+from mutor.registry import ATTENTION, AUTO, resolve
 
 RESIDUAL = ("o_proj", "down_proj", "c_proj", "out_proj", "dense_4h_to_h", "fc2")
 
@@ -69,7 +70,7 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int, base: Path 
         source, more = (str(base), {}) if base else _source(config)
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=config.attention, **more
+                source, dtype=dtype, attn_implementation=implementation(config.attention), **more
             )
         except OSError as error:
             raise ValueError(
@@ -93,12 +94,25 @@ def build(config: ModelConfig, *, vocabulary: int | None, seed: int, base: Path 
             raise ValueError(f"model config of {config.architecture}: unknown key {key!r}")
     arguments = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | config.config
     settings = AutoConfig.for_model(architecture, vocab_size=vocabulary, **arguments)
-    model = AutoModelForCausalLM.from_config(settings, attn_implementation=config.attention, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(
+        settings, attn_implementation=implementation(config.attention), dtype=dtype
+    )
     initialise = initialiser(config)
     if initialise is not None:
         initialise(model)
         model.tie_weights()
     return model
+
+
+def implementation(attention: str) -> str | None:
+    """The attention that transformers is asked for; None for auto: what it thinks best for a model.
+
+    A backend's module is imported, which may make it known to transformers.
+    """
+    if attention == AUTO:
+        return None
+    resolve(ATTENTION[attention].mask)
+    return attention
 
 
 def _revision(config: ModelConfig) -> str | None:
@@ -139,7 +153,7 @@ def _unquantised(model: Any, config: ModelConfig) -> Any:
     del model.config.quantization_config
     model.config.pad_token_id = None  # the file's is its end token; `tokenizer` has another one
     plain = AutoModelForCausalLM.from_config(
-        model.config, attn_implementation=config.attention, dtype=torch_dtype(config)
+        model.config, attn_implementation=implementation(config.attention), dtype=torch_dtype(config)
     )
     plain.load_state_dict(model.state_dict())
     return plain.eval()

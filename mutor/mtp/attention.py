@@ -1,11 +1,12 @@
-"""Who sees whom, said once: as a dense mask (CPU, small cases) or as a FlexAttention block mask (GPU).
+"""Who sees whom, said once as bounds, of which each backend makes what it takes.
 
 The rule, for query q and key k of one row:
 
-    same segment, k not a register, and (k's causal index at most q's, or both in the prefix of a prefix-LM)
-    or q is k
+    low(q) <= key(k) <= high(q)   or   q is k
 
-so regular tokens never see a register, and a register sees the regular tokens up to its anchor and itself.
+key(k) is a regular token's causal index, -1 for a register, so no other token sees one. low and high are the first and
+the last regular token that q sees: a regular token up to itself, in the prefix of a prefix-LM up to the prefix's end, a
+register up to its anchor. Padding sees itself alone.
 
 Layers with a sliding window of W tokens see less: keys at positions above the query's minus W, and of two prefix tokens
 of a prefix-LM those at most W apart, as transformers has it. A register's window ends at its own position id, that of
@@ -52,21 +53,37 @@ def sliding_window(config: Any) -> int | None:
     return int(window) if window and slides else None
 
 
+def bounds(layout: Layout, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """key, low and high of the rule above, each int32 [B, L], on the layout's device."""
+    index, position, there = layout.causal_index, layout.position, layout.segment >= 0
+    token, inside = there & ~layout.register, layout.segment.clamp(min=0)
+
+    def of_sequence(values: Tensor, which: Tensor, least: bool) -> Tensor:
+        """[B, L]: the least or greatest value in each token's sequence, of those tokens."""
+        end = 2**31 - 1 if least else -1
+        kept = torch.where(which, values, end)
+        out = torch.full_like(kept, end).scatter_reduce(1, inside, kept, "amin" if least else "amax")
+        return out.gather(1, inside)
+
+    high = torch.where(layout.prefix, of_sequence(index, token & layout.prefix, least=False), index)
+    low = of_sequence(index, token, least=True)
+    if window is not None:  # positions count tokens of a sequence, as causal indices do, from another start
+        start = of_sequence(index - position, token, least=True)
+        low = torch.maximum(low, start + position - window + torch.where(layout.prefix, 0, 1))
+        high = torch.where(layout.prefix, torch.minimum(high, start + position + window), high)
+    key, high = torch.where(token, index, -1), torch.where(there, high, -1)
+    return key.int(), low.int(), high.int()
+
+
 def dense_mask(layout: Layout, dtype: torch.dtype | None = None, window: int | None = None) -> Tensor:
     """bool [B, 1, L, L], True where the query (third axis) sees the key (fourth axis). Padding sees itself only."""
-    q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
-    both = layout.prefix[k] & layout.prefix[q]
-    sees = (layout.causal_index[k] <= layout.causal_index[q]) | both
-    sees &= (layout.segment[k] == layout.segment[q]) & ~layout.register[k] & (layout.segment[k] >= 0)
-    if window is not None:
-        sees &= _near(layout.position[q] - layout.position[k], both, window)
-    sees |= torch.eye(layout.ids.shape[1], dtype=torch.bool, device=layout.ids.device)
-    return sees[:, None]
+    return dense(*bounds(layout, window))
 
 
-def _near(distance: Tensor, both: Tensor, window: int) -> Tensor:
-    """Whether a key so many positions before the query is inside its window; both: of two prefix tokens."""
-    return torch.where(both, distance.abs() <= window, distance < window)
+def dense(key: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The dense mask of bounds."""
+    sees = (low[:, :, None] <= key[:, None]) & (key[:, None] <= high[:, :, None])
+    return (sees | torch.eye(key.shape[1], dtype=torch.bool, device=key.device))[:, None]
 
 
 def additive_mask(layout: Layout, dtype: torch.dtype, window: int | None = None) -> Tensor:
@@ -75,17 +92,11 @@ def additive_mask(layout: Layout, dtype: torch.dtype, window: int | None = None)
 
 
 def mask_mod(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The same rule as a FlexAttention `mask_mod(batch, head, query, key)`."""
-    segment, causal_index, prefix, register = layout.segment, layout.causal_index, layout.prefix, layout.register
+    """The same rule as a FlexAttention `mask_mod(batch, head, query, key)`: a kernel reads three numbers a pair."""
+    key, low, high = bounds(layout, window)
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        both = prefix[b, k] & prefix[b, q]
-        earlier = (causal_index[b, k] <= causal_index[b, q]) | both
-        same = (segment[b, k] == segment[b, q]) & (segment[b, k] >= 0)
-        seen = same & ~register[b, k] & earlier
-        if window is not None:
-            seen = seen & _near(layout.position[b, q] - layout.position[b, k], both, window)
-        return seen | (q == k)
+        return ((low[b, q] <= key[b, k]) & (key[b, k] <= high[b, q])) | (q == k)
 
     return rule
 
@@ -99,6 +110,10 @@ def block_mask(layout: Layout, dtype: torch.dtype | None = None, window: int | N
 
 
 def visible_pairs(layout: Layout) -> int:
-    """How many pairs of a token and one that it sees a layout has, padding left out; in the memory of one row."""
-    rows = range(len(layout.ids))
-    return sum(int(dense_mask(layout.row(row)).sum()) for row in rows) - int((layout.segment < 0).sum())
+    """How many pairs of a token and one that it sees a layout has, padding left out."""
+    pairs = 0
+    for key, low, high in zip(*bounds(layout), strict=True):
+        keys = key[key >= 0].sort().values
+        seen = torch.searchsorted(keys, high, right=True) - torch.searchsorted(keys, low)
+        pairs += int(seen.clamp(min=0).sum())
+    return pairs + int(layout.register.sum())  # each register sees itself

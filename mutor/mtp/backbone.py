@@ -13,6 +13,7 @@ trunk.add(module)                   # all of it in one module of the model
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mutor.checks import choose
-from mutor.mtp import adapters
+from mutor.mtp import adapters, blockwise
 from mutor.mtp.attention import sliding_window
 from mutor.mtp.facts import ModelFacts
 from mutor.mtp.layout import Layout
@@ -68,6 +69,7 @@ class Backbone(ModelFacts):
         if not self.meta:
             self._check_logits()
             self.exact_windows = self._windows_hold()
+            self._attend_blockwise()
 
     @property
     def head(self) -> Any:
@@ -299,6 +301,33 @@ class Backbone(ModelFacts):
             self.config.sliding_window = window
         tolerance = 1e-2 if masked.dtype == torch.float32 else 5e-2
         return torch.allclose(masked.float(), normed.float(), atol=tolerance * float(normed.abs().max()))
+
+    def _attend_blockwise(self) -> None:
+        """From sdpa, whose mask is dense, to the backend that needs none, where it gives the same hidden states."""
+        if self.config._attn_implementation != "sdpa":
+            return
+        layout = self._few_rows()
+        wanted = self.probe(layout)
+        try:
+            self.model.set_attn_implementation(blockwise.NAME)
+            found, why = self.probe(layout), "its hidden states differ"
+        except ValueError as error:
+            found, why = torch.full_like(wanted, torch.nan), str(error)
+        tolerance = (1e-3 if wanted.dtype == torch.float32 else 5e-2) * float(wanted.abs().max())
+        there = layout.segment >= 0
+        if not torch.allclose(found[there].float(), wanted[there].float(), rtol=0, atol=tolerance):
+            self.model.set_attn_implementation("sdpa")
+            logging.getLogger(__name__).warning("%s: attention with a dense mask: %s", self.name, why)
+
+    def _few_rows(self) -> Layout:
+        """Two rows with two sequences and with padding, a prefix in both directions and registers, to try it with."""
+        segment = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, -1, -1, -1]])
+        position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 2, 3, 1], [0, 1, 2, 3, 4, 2, 3, 0, 0, 0]])
+        index = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 1, 2, 4], [0, 1, 2, 3, 4, 1, 2, 0, 0, 0]])
+        register = torch.tensor([[False] * 7 + [True] * 3, [False] * 5 + [True] * 2 + [False] * 3])
+        prefix = (index < 2) & (segment == 0) & ~register
+        ids = (torch.arange(20).view(2, 10) * 7 + 3) % self.vocabulary
+        return Layout(ids, position, segment, index, prefix, register, torch.zeros_like(ids))
 
     def _few_tokens(self) -> Layout:
         """Four tokens of the vocabulary, to try the model with."""

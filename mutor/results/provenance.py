@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mutor.checks import choose
-from mutor.registry import ATTENTION, METHODS, TASKS, answers_under
+from mutor.registry import ATTENTION, AUTO, METHODS, TASKS, answers_under
 from mutor.results.definitions import module, statement
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
@@ -58,7 +58,8 @@ def run_code(root: Path, config: Mapping[str, Any]) -> dict[str, str]:
     while now is not None:
         attention = now["model"]["attention"]
         starts |= {METHODS[choose(now["method"], METHODS, "method")], TASKS[choose(now["task"], TASKS, "task")]}
-        starts |= {ATTENTION[name].mask for name in (attention, answers_under(attention)) if name in ATTENTION}
+        names = ("blockwise", "sdpa") if attention == AUTO else (attention, answers_under(attention))
+        starts |= {ATTENTION[name].mask for name in names if name in ATTENTION}
         now = now["base"]
     return dict(code_hashes(root, *sorted(starts)))
 

@@ -17,7 +17,7 @@ from mutor.config.recipe import Recipe
 from mutor.config.runs import Spec
 from mutor.files import complete_folder, damage, read_json, remove_folder, sweep, write_json
 from mutor.mtp.method import Context, Method
-from mutor.registry import METHODS, answers_under, load
+from mutor.registry import AUTO, METHODS, answers_under, load
 from mutor.results import provenance, records
 from mutor.results.record_schema import pack
 from mutor.tasks.task import Log, Source, Task, answer_lengths
@@ -117,6 +117,8 @@ class SeedRun:
         model = build(spec.model_config, vocabulary=self.task.vocabulary, seed=self.seed, base=base)
         self.task.prepare(model, self.print_line)
         self.method.attach(model, initialiser(spec.model_config))
+        if spec.model_config.attention != AUTO:
+            model.set_attn_implementation(spec.model_config.attention)
         resumed = False
         if recipe.steps:
             self.trainer = self._new_trainer(model, recipe, source)
@@ -242,13 +244,13 @@ class SeedRun:
         """Test metrics and scores of a saved model: of the plain one, unless the method keeps what it added."""
         from transformers import AutoModelForCausalLM
 
-        from mutor.models.build import torch_dtype
+        from mutor.models.build import implementation, torch_dtype
 
         spec, method = self.spec, self.method
         model: Any = AutoModelForCausalLM.from_pretrained(
             self.folder / name,
             dtype=torch_dtype(spec.model_config),
-            attn_implementation=answers_under(spec.model_config.attention),
+            attn_implementation=implementation(answers_under(spec.model_config.attention)),
         )
         model.to(self.device)
         model.eval()
