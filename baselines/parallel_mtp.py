@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mutor.checks import setting
-from mutor.mtp.method import AuxiliarySettings, Method
+from mutor.mtp.method import Method
+from mutor.mtp.settings import AuxiliarySettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mutor.checks import from_mapping, setting
-from mutor.mtp.method import AuxiliarySettings, Context, Method
+from mutor.mtp.method import Context, Method
+from mutor.mtp.settings import AuxiliarySettings
 from mutor.streams import stream
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class MuToRConfig(AuxiliarySettings):
     def __post_init__(self) -> None:
         if self.d_max < self.d_min:
             raise ValueError(f"d_max: {self.d_max} is below d_min {self.d_min}; allowed: d_max >= d_min")
+        super().__post_init__()
         if self.placement == "all" and self.registers != 1:
             raise ValueError(f"registers: {self.registers} means nothing with placement 'all'; leave it out")
 
