@@ -67,5 +67,5 @@ class ParallelMTP(Method):
         shared = [*self.trunk.norm.parameters(), *self.trunk.head.parameters()]
         extra, values = one_at_a_time(losses, out.hidden, [*self.heads.parameters(), *shared])
         parts = {f"head_{k}": value for k, value in enumerate(values, start=2)}
-        a = self.config.a
+        a = self.config.weight(self.progress)
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), **parts}

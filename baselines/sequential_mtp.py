@@ -79,6 +79,6 @@ class SequentialMTP(Method):
             joined = torch.cat([depth["hidden_norm"](hidden), depth["token_norm"](token)], dim=-1)
             hidden = out.apply_layer(depth["layer"], depth["projection"](joined))
             losses.append(self.cross_entropy(self.trunk.norm(hidden), loss_targets[f"depth_{k}"]))
-        a = self.config.a
+        a = self.config.weight(self.progress)
         parts = {f"depth_{k}": loss.detach() for k, loss in enumerate(losses, start=1)}
         return (1 - a) * plain + a * torch.stack(losses).mean(), {"next_token": plain.detach(), **parts}

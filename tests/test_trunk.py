@@ -1,5 +1,6 @@
-"""The model under heads and registers: frozen, adapted, slower, or waiting at first."""
+"""The model under heads and registers: frozen, adapted, slower, or waiting at first; and what its loss counts for."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from mutor.config.recipe import Recipe
 from mutor.config.runs import make_spec
 from mutor.models.build import build
 from mutor.mtp.method import Context
-from mutor.mtp.settings import TrunkSettings
+from mutor.mtp.settings import AuxiliarySettings, Progress, TrunkSettings
 from mutor.registry import METHODS, load
 from mutor.results import records
 from mutor.training.optim import optimizer
@@ -76,7 +77,7 @@ def test_a_frozen_trunk_does_not_change_by_a_bit(name, tmp_path):
 def test_the_trunk_waits_and_a_killed_run_goes_on_alike(name, tmp_path, monkeypatch):
     """Killed in the warm-up and behind it, with a batch in two parts: bit for bit as one that was not."""
     recipe = {"steps": 12, "log_every": 3, "save_every": 3, "eval_every": 3, "keep_steps": (3, 6), "accumulate": 2}
-    settings = {"d_max": 3, "warm_up": 5}
+    settings = {"d_max": 3, "warm_up": 5, "a_schedule": "linear"}
     whole, _, spec = finished(name, tmp_path / "whole", recipe=recipe, **settings)
     kept = {step: weights(whole / f"step{step}") for step in (3, 6)}
     before = at_the_start(spec, len(kept[3]["transformer.wte.weight"]))
@@ -161,6 +162,29 @@ def test_adapters_twice_are_refused(tiny):
         made("mutor", trunk="lora").attach(model)
 
 
+def test_schedules_of_the_weight():
+    """Literal values of four steps; quarter_sine is CAFT's s(t) = sin((T - t) / T x pi / 2)."""
+    steps = [Progress(step, 4) for step in range(4)]
+    found = {kind: [AuxiliarySettings(a=0.5, a_schedule=kind).weight(p) for p in steps] for kind in
+             ("constant", "linear", "quarter_sine")}  # fmt: skip
+    assert found["constant"] == [0.5] * 4 and found["linear"] == [0.5, 0.375, 0.25, 0.125]
+    assert found["quarter_sine"] == pytest.approx([0.5, 0.4619397663, 0.3535533906, 0.1913417162])
+    assert AuxiliarySettings(a_schedule="quarter_sine", a=0.3).weight(Progress()) == 0.3
+
+
+@THREE
+def test_the_loss_follows_the_schedule(tiny, tools, batch, name):
+    """(1 - a s) L_1 + a s L_aux, from the losses that are logged."""
+    model, method = tiny("llama"), made(name, d_max=3, a=0.4, a_schedule="quarter_sine")
+    tools.attach(method, model)
+    layout = method.train_layout(batch.rows, Context())
+    for step in (0, 3, 9):
+        method.progress = Progress(step, 10)
+        total, parts = method.compute_loss(model, layout)
+        a, plain = 0.4 * math.cos(step / 10 * math.pi / 2), float(parts.pop("next_token"))
+        assert float(total.detach()) == pytest.approx((1 - a) * plain + a * float(sum(parts.values())) / len(parts))
+
+
 def test_flops_of_a_frozen_trunk_by_hand(tiny, tools):
     """Forward alone where no gradient passes; with registers, back through what they pass; adapters spare weights."""
     import numpy as np
@@ -198,11 +222,13 @@ def test_flops_of_a_frozen_trunk_by_hand(tiny, tools):
     [
         ("mutor", {"trunk": "frozen", "warm_up": 3}, r"warm_up: 3\.0 means nothing with trunk 'frozen'; leave it out"),
         ("mutor", {"trunk": "frozen", "trunk_rate": 0.1}, r"trunk_rate: 0\.1 means nothing with trunk 'frozen'"),
+        ("parallel_mtp", {"trunk": "frozen", "a_schedule": "linear"}, "a_schedule: linear means nothing with trunk 'f"),
         ("sequential_mtp", {"rank": 4}, "rank: 4 means nothing with trunk 'trained'"),
         ("mutor", {"trunk": "frozen", "lora_alpha": 4}, "lora_alpha: 4 means nothing with trunk 'frozen'"),
         ("mutor", {"trunk": "thawed"}, "trunk: 'thawed' is not allowed; allowed: trained, frozen, lora"),
         ("mutor", {"trunk_rate": 0}, r"trunk_rate: 0\.0 is out of range, allowed: \(0, inf\)"),
         ("mutor", {"warm_up": -1}, "warm_up: -1.0 is out of range"),
+        ("parallel_mtp", {"a_schedule": "sine"}, "a_schedule: 'sine' is not allowed; allowed: constant, linear, qu"),
         ("lora_mutor", {"trunk": "trained"}, "trunk: 'trained' is not allowed; allowed: lora"),
     ],
 )

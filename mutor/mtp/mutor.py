@@ -146,7 +146,7 @@ class MuToR(Method):
             self.cross_entropy(normed, loss_targets["next_token"]),
             self.cross_entropy(normed, loss_targets["register"]),
         )
-        a = self.config.a
+        a = self.config.weight(self.progress)
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), "register": extra.detach()}
 
     def collator(self, pad_id: int, *, seed: int = 0, prefix_lm: bool = False) -> Collator:
@@ -172,7 +172,7 @@ class MuToR(Method):
         import torch.nn.functional as F
 
         self.trunk.check_attached()
-        logits, vocabulary, a = outputs.logits, self.trunk.vocabulary, self.config.a
+        logits, vocabulary, a = outputs.logits, self.trunk.vocabulary, self.config.weight(self.progress)
         register = labels >= vocabulary
         token = (labels >= 0) & ~register
         loss = F.cross_entropy(logits[token].float(), labels[token])

@@ -2,6 +2,9 @@
 
     trunk, trunk_rate, warm_up    how the model under the heads or registers is trained (Mehra et al., arXiv 2502.09419;
                                   Medusa, arXiv 2401.10774; CAFT, arXiv 2506.07833)
+    a, a_schedule                 what the auxiliary loss counts for (CAFT)
+    d_max, d_max_schedule, leap   which tokens are predicted (Aynetdinov and Akbik, arXiv 2505.22757; L-MTP, arXiv
+                                  2505.17505)
 
 Not found in these sources: values of Mehra's rates and warm-up, and whether anything but the trunk waits in theirs.
 Here all of the model waits, its embedding and output layer included, and the learning rate's schedule does not.
@@ -9,6 +12,7 @@ Here all of the model waits, its embedding and output layer included, and the le
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,3 +74,17 @@ class AuxiliarySettings(TrunkSettings):
 
     d_max: int = setting(2, doc="furthest token predicted: x_(t + d_max)", low=1)
     a: float = setting(0.1, doc="weight of the auxiliary loss, 1 - a that of next-token", low=0, high=1, open_ends=True)
+    a_schedule: str = setting(
+        "constant", doc="how a falls to zero over training, if it does", choices=("constant", "linear", "quarter_sine")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trunk == "frozen":
+            self._leave_out("with trunk 'frozen', which no next-token loss trains", a_schedule="constant")
+
+    def weight(self, progress: Progress) -> float:
+        """The weight of the auxiliary loss in the step that comes next: a s(t), with CAFT's s for quarter_sine."""
+        left = 1 - progress.step / progress.steps
+        factors = {"constant": 1.0, "linear": left, "quarter_sine": math.sin(left * math.pi / 2)}
+        return self.a * factors[self.a_schedule]
