@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from mutor.config.load import load_scale
 from mutor.config.recipe import Recipe
 from mutor.config.runs import make_spec
 from mutor.models.build import build
+from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.mtp.settings import AuxiliarySettings, Progress, TrunkSettings
 from mutor.registry import METHODS, load
@@ -73,11 +75,10 @@ def test_a_frozen_trunk_does_not_change_by_a_bit(name, tmp_path):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["parallel_mtp", "mutor"])
-def test_the_trunk_waits_and_a_killed_run_goes_on_alike(name, tmp_path, monkeypatch):
+def test_the_trunk_waits_and_a_killed_run_goes_on_alike(tmp_path, monkeypatch):
     """Killed in the warm-up and behind it, with a batch in two parts: bit for bit as one that was not."""
     recipe = {"steps": 12, "log_every": 3, "save_every": 3, "eval_every": 3, "keep_steps": (3, 6), "accumulate": 2}
-    settings = {"d_max": 3, "warm_up": 5, "a_schedule": "linear"}
+    name, settings = "mutor", {"d_max": 3, "warm_up": 5, "a_schedule": "linear", "d_max_schedule": "reverse"}
     whole, _, spec = finished(name, tmp_path / "whole", recipe=recipe, **settings)
     kept = {step: weights(whole / f"step{step}") for step in (3, 6)}
     before = at_the_start(spec, len(kept[3]["transformer.wte.weight"]))
@@ -187,10 +188,6 @@ def test_the_loss_follows_the_schedule(tiny, tools, batch, name):
 
 def test_flops_of_a_frozen_trunk_by_hand(tiny, tools):
     """Forward alone where no gradient passes; with registers, back through what they pass; adapters spare weights."""
-    import numpy as np
-
-    from mutor.mtp.layout import Example, collate
-
     rows = collate([Example(np.arange(3, 8), 2)], 0)  # five tokens; four pairs of next tokens is not all: three targets
     layer, head, causal = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48, 61 * 32, 5 * 6 // 2
 

@@ -40,11 +40,15 @@ WEIGHTS, SETTINGS = "weights.safetensors", "method.json"  # files of `save_own`
 
 @dataclass(frozen=True)
 class Context:
-    """What a layout may depend on besides the rows: the run's seed, the dummy token and the kind of prefix."""
+    """What a layout may depend on besides the rows.
+
+    The run's seed, the dummy token, the kind of prefix, and how far training is when the rows are trained on.
+    """
 
     seed: int = 0
     pad_id: int = 0
     prefix_lm: bool = False
+    progress: Progress = Progress()
 
 
 class TrainingRecipe(Protocol):

@@ -90,15 +90,16 @@ class MuToR(Method):
     @property
     def different_offsets(self) -> int:
         """How many different offsets are drawn."""
-        return self.config.d_max - self.config.d_min + 1
+        return (self.config.d_max - self.config.d_min) // self.config.leap + 1
 
-    def offsets(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def offsets(self, samples: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Each token's offset and that offset's number from 0, int64 [B, T]. samples: [B, T] their numbers."""
         from mutor.mtp.registers import offsets
 
-        config = self.config
-        found = offsets(samples, seed=seed, d_min=config.d_min, d_max=config.d_max, mixed=config.offsets == "mixed")
-        return found, found - config.d_min
+        config, mixed = self.config, self.config.offsets == "mixed"
+        reach = config.reach(context.progress)
+        found = offsets(samples, seed=context.seed, d_min=config.d_min, d_max=reach, mixed=mixed, leap=config.leap)
+        return found, (found - config.d_min) // config.leap
 
     def train_layout(self, rows: TokenBatch, context: Context) -> Layout:
         """Regular tokens first, registers behind; offsets from the samples' numbers and `context.seed`."""
@@ -106,7 +107,7 @@ class MuToR(Method):
         from mutor.mtp.layout import with_registers
 
         config, seed = self.config, context.seed
-        offset, number = self.offsets(rows.sample, seed)
+        offset, number = self.offsets(rows.sample, context)
         has_register = r.placed(
             r.anchors(rows.segment, rows.is_target),
             rows.segment,
@@ -153,10 +154,18 @@ class MuToR(Method):
         """A data collator for a plain transformers Trainer, and a callback that tells it the epoch.
 
         Trainer(..., data_collator=collator, callbacks=[collator]), with `remove_unused_columns=False`. Another loop
-        calls `collator.set_epoch(epoch)` before each epoch. What it takes and gives: mutor/mtp/collator.py.
+        calls `collator.set_epoch(epoch)` before each epoch. What it takes and gives: mutor/mtp/collator.py. Raises
+        ValueError for settings that it can't follow.
         """
         from mutor.mtp.collator import Collator
 
+        for key, usual in {
+            "warm_up": 0.0,
+            "trunk_rate": 1.0,
+            "d_max_schedule": "constant",
+        }.items():
+            if (given := getattr(self.config, key)) != usual:
+                raise ValueError(f"{key}: {given} is for `python -m mutor run`; a Trainer of transformers can't follow")
         return Collator(self, Context(seed, pad_id, prefix_lm))
 
     def loss_from_outputs(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

@@ -6,6 +6,9 @@
     d_max, d_max_schedule, leap   which tokens are predicted (Aynetdinov and Akbik, arXiv 2505.22757; L-MTP, arXiv
                                   2505.17505)
 
+For heads and modules the next token is the nearest one, so that a forward schedule begins with it alone. A leap for
+sequential modules is not in the source: each joins the token that the one before it predicts.
+
 Not found in these sources: values of Mehra's rates and warm-up, and whether anything but the trunk waits in theirs.
 Here all of the model waits, its embedding and output layer included, and the learning rate's schedule does not.
 """
@@ -77,14 +80,62 @@ class AuxiliarySettings(TrunkSettings):
     a_schedule: str = setting(
         "constant", doc="how a falls to zero over training, if it does", choices=("constant", "linear", "quarter_sine")
     )
+    d_max_schedule: str = setting(
+        "constant",
+        doc="'forward': only the nearest token is predicted at first, one more after each equal part of training; "
+        "'reverse': all at first, only the nearest at last",
+        choices=("constant", "forward", "reverse"),
+    )
+    leap: int = setting(1, doc="distance between the tokens predicted: 2 with d_max 5 means 1, 3, 5", low=1)
+
+    @property
+    def nearest(self) -> int:
+        """The first of the tokens predicted: the next, or a register's smallest offset."""
+        return int(getattr(self, "d_min", 1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.d_max == self.nearest:
+            self._leave_out(f"with d_max {self.d_max}", leap=1, d_max_schedule="constant")
+        if (self.d_max - self.nearest) % self.leap:
+            raise ValueError(f"d_max: {self.d_max} is no number of leaps of {self.leap} beyond {self.nearest}")
         if self.trunk == "frozen":
             self._leave_out("with trunk 'frozen', which no next-token loss trains", a_schedule="constant")
+
+    def reach(self, progress: Progress) -> int:
+        """The furthest token predicted in the step that comes next: d_max, or one nearer by the schedule.
+
+        The source's formula with the share of steps for that of epochs, over the tokens `nearest`, `nearest` + leap ..
+        d_max: of n, forward min(n, floor(n step / steps) + 1) are predicted, reverse max(1, n - floor(n step / steps)).
+        """
+        count = (self.d_max - self.nearest) // self.leap + 1
+        done = count * progress.step // progress.steps
+        active = {"constant": count, "forward": min(count, done + 1), "reverse": max(1, count - done)}
+        return self.nearest + self.leap * (active[self.d_max_schedule] - 1)
 
     def weight(self, progress: Progress) -> float:
         """The weight of the auxiliary loss in the step that comes next: a s(t), with CAFT's s for quarter_sine."""
         left = 1 - progress.step / progress.steps
         factors = {"constant": 1.0, "linear": left, "quarter_sine": math.sin(left * math.pi / 2)}
         return self.a * factors[self.a_schedule]
+
+
+@dataclass(frozen=True)
+class HeadSettings(AuxiliarySettings):
+    """What methods share that have a head or a module for each further token."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trunk == "frozen":
+            self._leave_out("with trunk 'frozen': for a part of training nothing is trained", d_max_schedule="constant")
+        if self.d_max_schedule == "forward":
+            self._leave_out("with d_max_schedule 'forward': at first no head is trained", warm_up=0.0)
+
+    @property
+    def further(self) -> range:
+        """What is predicted beyond the next token: 1 + leap, 1 + 2 leap .. d_max."""
+        return range(1 + self.leap, self.d_max + 1, self.leap)
+
+    def active(self, progress: Progress) -> int:
+        """How many heads or modules, from the first on, the step that comes next trains."""
+        return sum(ahead <= self.reach(progress) for ahead in self.further)

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,9 @@ class MethodTrainer(Trainer):
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
         """What the model is fed for a part of a batch, and what it is to predict."""
-        layout, loss_targets = self.method.prepare_batch(examples, self.context, self.recipe.row_tokens)
+        step = examples[0].sample // self.recipe.batch_size  # this process may be ahead of training
+        context = replace(self.context, progress=Progress(step, self.steps))
+        layout, loss_targets = self.method.prepare_batch(examples, context, self.recipe.row_tokens)
         self.method.trunk.check_lengths(layout)
         return {
             "layout": _flat(layout),
