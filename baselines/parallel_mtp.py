@@ -126,10 +126,19 @@ class ParallelMTP(Method):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Each head's loss, latent losses included, is a mean over its own tokens; active heads are averaged."""
         from mutor.mtp.loss import no_loss, one_at_a_time
+        from mutor.mtp.segments import within_segments
 
         loss_targets = loss_targets or self.loss_targets(layout)
         out = self.trunk(model, layout, all_states=self.config.hidden != "last")
         plain = self.cross_entropy(out.normed, loss_targets["next_token"])
+        loss_targets = within_segments(
+            self.trunk,
+            out.normed,
+            layout,
+            loss_targets,
+            {f"head_{k}": k for k in self.config.further},
+            self.config.entropy_limit,
+        )
         parts, extra = {f"head_{k}": plain.new_zeros(()) for k in self.config.further}, no_loss(self._idle())
 
         def head_loss(number: int, ahead: int) -> Any:

@@ -74,11 +74,15 @@ class SequentialMTP(Method):
         import torch
 
         from mutor.mtp.loss import no_loss
+        from mutor.mtp.segments import within_segments
 
         config = self.config
         loss_targets = loss_targets or self.loss_targets(layout)
         out = self.trunk(model, layout)
         plain = self.cross_entropy(out.normed, loss_targets["next_token"])
+        ahead = {f"depth_{k}": far for k, far in enumerate(config.further, start=1)}
+        limit = config.entropy_limit
+        loss_targets = within_segments(self.trunk, out.normed, layout, loss_targets, ahead, limit)
         hidden, losses, extra = out.hidden, [], no_loss(self._idle())
         for k, depth in enumerate(self._active(), start=1):
             known = 1 + (k - 1) * config.leap  # the token that the module before predicts

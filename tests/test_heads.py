@@ -143,7 +143,7 @@ def test_weights_of_layers_have_their_own_rate(tiny):
 def test_a_run_of_all_together(tmp_path):
     """Trains, waits, fades, is scored; its own weights beside the plain model have moved."""
     settings = {"head": "linear", "hidden": "weighted", "injection": 0.1, "latent_hidden": 0.1, "latent_token": 0.1}
-    settings |= {"d_max": 3, "warm_up": 0.25, "a_schedule": "quarter_sine", "trunk": "lora"}
+    settings |= {"d_max": 3, "warm_up": 0.25, "a_schedule": "quarter_sine", "entropy_limit": 2.6, "trunk": "lora"}
     folder, record, _ = finished("parallel_mtp", tmp_path, **settings)
     own = load_file(folder / "last/method/weights.safetensors")
     assert record["steps"] == 20 and {"head_2", "head_3"} <= record["curve"][0].keys()

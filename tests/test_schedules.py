@@ -1,9 +1,10 @@
-"""Which tokens are predicted when: schedules of d_max, leaps."""
+"""Which tokens are predicted when: schedules of d_max, leaps; and which targets count."""
 
 import math
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from test_baselines import combine, cross_entropy, root_mean_square
 from test_faults import Killed, kill
 from test_trunk import finished, made
 
+from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR
+from mutor.mtp.segments import entropies, within_segments
 from mutor.mtp.settings import AuxiliarySettings, HeadSettings, Progress
 from mutor.results import records
 from mutor.training.trainer import MethodTrainer
@@ -151,6 +154,79 @@ def test_modules_with_leaps_are_plain_loops(tiny, tools, family, batch):
     combine(tools, model, total, parts, ["depth_1", "depth_2"], losses, 0.3)
 
 
+# targets beyond tokens that could not be foreseen
+
+
+@pytest.mark.parametrize("name", ["parallel_mtp", "sequential_mtp", "mutor"])
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_targets_beyond_high_entropy_count_nothing(tiny, tools, batch, name, per_sequence):
+    """By loops over tokens, with entropies of the stock model; the loss is divided by all targets."""
+    model = tiny("llama")
+    entropy = []
+    for span in batch.spans:
+        logs = tools.plain_logits(model, span.ids, span.prefix, False).log_softmax(-1)
+        entropy.append((-(logs.exp() * logs).sum(-1)).tolist())
+    limit = float(
+        np.median([h for line, span in zip(entropy, batch.spans, strict=True) for h in line[span.prefix - 1 :]])
+    )
+    settings = {"d_max": 4, "leap": 3} if name != "mutor" else {"d_max": 4, "offsets": "mixed"}
+    method, free = (made(name, **settings, entropy_limit=value) for value in (limit, None))
+    method.per_sequence = per_sequence
+    tools.attach(method, model)
+    layout = method.train_layout(batch.rows, Context(seed=3))
+    out, targets = method.trunk(model, layout), method.loss_targets(layout)
+    part = {"parallel_mtp": "head_4", "sequential_mtp": "depth_1", "mutor": "register"}[name]
+    distance = None if name == "mutor" else 4
+    kept = within_segments(method.trunk, out.normed, layout, targets, {part: distance}, limit)
+    assert kept["next_token"] is targets["next_token"] and kept[part].count == targets[part].count
+    shares = []
+    for flat, before in zip(targets[part].index.tolist(), targets[part].share.tolist(), strict=True):
+        row, column = divmod(flat, layout.ids.shape[1])
+        at = int(layout.causal_index[row, column])
+        number = next(n for n, s in enumerate(batch.spans) if s.row == row and s.start <= at < s.start + len(s.ids))
+        here = at - batch.spans[number].start
+        far = distance or int(layout.position[row, column]) - here + 1
+        sure = all(entropy[number][t] <= limit for t in range(here, here + far - 1))
+        shares.append(before * sure)
+    assert kept[part].share.tolist() == pytest.approx(shares) and 0 < sum(map(bool, shares)) < len(shares)
+    _, parts = method.compute_loss(model, layout)
+    assert 0 < float(parts[part]) < float(free_loss(free, method, model, layout)[part])
+
+
+def free_loss(free, method, model, layout):
+    """The parts of the loss without a limit, of the same weights."""
+    free.trunk, free.per_sequence = method.trunk, method.per_sequence
+    for name in ("heads", "depths"):
+        if hasattr(method, name):
+            setattr(free, name, getattr(method, name))
+    return free.compute_loss(model, layout)[1]
+
+
+def test_an_offset_of_one_has_nothing_between(tiny, batch):
+    model, method = tiny("llama"), made("mutor", d_max=2, entropy_limit=1e-9)
+    method.attach(model)
+    rows = collate([Example(span.example().ids, span.prefix, n) for n, span in enumerate(batch.spans)], 0)
+    layout = method.train_layout(rows, Context(seed=1))
+    kept = within_segments(
+        method.trunk, method.trunk(model, layout).normed, layout, method.loss_targets(layout), {"register": None}, 1e-9
+    )["register"]
+    offset = (layout.position - layout.causal_index + 1).flatten()[kept.index]
+    assert {*offset.tolist()} == {1, 2} and torch.equal(kept.share == 1, offset == 1)
+
+
+def test_entropies_are_of_the_models_own_distribution(tiny):
+    """In parts as at once; uniform logits have log V."""
+    model = tiny("gemma2")
+    method = made("mutor")
+    method.attach(model)
+    normed = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    logits = method.trunk.logits(normed)[0]
+    wanted = torch.distributions.Categorical(logits=logits[[1, 3]]).entropy()
+    assert torch.allclose(entropies(method.trunk, normed, torch.tensor([1, 3])), wanted.detach(), atol=1e-5)
+    zero = entropies(method.trunk, normed * 0, torch.tensor([0]))
+    assert float(zero) == pytest.approx(math.log(61), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "says"),
     [
@@ -158,11 +234,16 @@ def test_modules_with_leaps_are_plain_loops(tiny, tools, family, batch):
         ("mutor", {"d_min": 2, "d_max": 5, "leap": 2}, "d_max: 5 is no number of leaps of 2 beyond 2"),
         ("mutor", {"d_max": 1, "leap": 2}, "leap: 2 means nothing with d_max 1"),
         ("mutor", {"d_min": 3, "d_max": 3, "d_max_schedule": "forward"}, "d_max_schedule: forward means nothing"),
+        ("mutor", {"d_max": 1, "entropy_limit": 2.0}, "entropy_limit: 2.0 means nothing with d_max 1"),
+        ("mutor", {"entropy_limit": 0}, r"entropy_limit: 0\.0 is out of range"),
         ("mutor_2d", {"leap": 3}, "leap: 3 means nothing in two dimensions"),
         ("mutor_2d", {"d_min": 2}, "d_min: 2 means nothing in two dimensions"),
         ("mutor_2d", {"d_max": 2, "d_max_schedule": "reverse"}, "d_max_schedule: reverse means nothing with d_max 2"),
         ("parallel_mtp", {"trunk": "frozen", "d_max_schedule": "forward"}, "d_max_schedule: forward means nothing"),
         ("sequential_mtp", {"warm_up": 3, "d_max_schedule": "forward"}, r"warm_up: 3\.0 means nothing with d_max_sch"),
+        ("parallel_mtp", {"hidden_rate": 3}, r"hidden_rate: 3\.0 means nothing with hidden 'last'"),
+        ("parallel_mtp", {"head": "attention"}, "head: 'attention' is not allowed; allowed: layer, linear, mlp"),
+        ("parallel_mtp", {"latent_token": -0.1}, r"latent_token: -0\.1 is out of range"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_is_refused(name, settings, says):
@@ -170,7 +251,9 @@ def test_what_means_nothing_is_refused(name, settings, says):
         made(name, **settings)
 
 
-@pytest.mark.parametrize("settings", [{"warm_up": 2}, {"trunk_rate": 0.1}, {"d_max_schedule": "forward"}])
+@pytest.mark.parametrize(
+    "settings", [{"warm_up": 2}, {"trunk_rate": 0.1}, {"d_max_schedule": "forward"}, {"entropy_limit": 1.0}]
+)
 def test_a_plain_trainer_is_refused_what_it_cannot_follow(tiny, settings):
     method = made("mutor", **settings)
     method.attach(tiny())

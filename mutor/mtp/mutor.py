@@ -141,8 +141,12 @@ class MuToR(Method):
         self, model: Any, layout: Layout, loss_targets: dict[str, LossTargets] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(1 - a) L_next_token + a L_register (paper, eq. 5), each a mean over its own tokens."""
+        from mutor.mtp.segments import within_segments
+
         loss_targets = loss_targets or self.loss_targets(layout)
         normed = self.trunk(model, layout).normed
+        limit = self.config.entropy_limit
+        loss_targets = within_segments(self.trunk, normed, layout, loss_targets, {"register": None}, limit)
         plain, extra = (
             self.cross_entropy(normed, loss_targets["next_token"]),
             self.cross_entropy(normed, loss_targets["register"]),
@@ -163,6 +167,7 @@ class MuToR(Method):
             "warm_up": 0.0,
             "trunk_rate": 1.0,
             "d_max_schedule": "constant",
+            "entropy_limit": None,
         }.items():
             if (given := getattr(self.config, key)) != usual:
                 raise ValueError(f"{key}: {given} is for `python -m mutor run`; a Trainer of transformers can't follow")

@@ -3,6 +3,7 @@
     trunk, trunk_rate, warm_up    how the model under the heads or registers is trained (Mehra et al., arXiv 2502.09419;
                                   Medusa, arXiv 2401.10774; CAFT, arXiv 2506.07833)
     a, a_schedule                 what the auxiliary loss counts for (CAFT)
+    entropy_limit                 which targets count (AdaMTP, see mutor/mtp/segments.py)
     d_max, d_max_schedule, leap   which tokens are predicted (Aynetdinov and Akbik, arXiv 2505.22757; L-MTP, arXiv
                                   2505.17505)
 
@@ -88,6 +89,13 @@ class AuxiliarySettings(TrunkSettings):
     )
     leap: int = setting(1, doc="distance between the tokens predicted: 2 with d_max 5 means 1, 3, 5", low=1)
 
+    entropy_limit: float | None = setting(
+        None,
+        doc="targets beyond a token whose next-token entropy was above this, in nats, are left out; none: none are",
+        low=0,
+        open_ends=True,
+    )
+
     @property
     def nearest(self) -> int:
         """The first of the tokens predicted: the next, or a register's smallest offset."""
@@ -97,6 +105,8 @@ class AuxiliarySettings(TrunkSettings):
         super().__post_init__()
         if self.d_max == self.nearest:
             self._leave_out(f"with d_max {self.d_max}", leap=1, d_max_schedule="constant")
+        if self.d_max == 1:
+            self._leave_out("with d_max 1", entropy_limit=None)
         if (self.d_max - self.nearest) % self.leap:
             raise ValueError(f"d_max: {self.d_max} is no number of leaps of {self.leap} beyond {self.nearest}")
         if self.trunk == "frozen":
