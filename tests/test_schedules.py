@@ -244,6 +244,8 @@ def test_entropies_are_of_the_models_own_distribution(tiny):
         ("parallel_mtp", {"hidden_rate": 3}, r"hidden_rate: 3\.0 means nothing with hidden 'last'"),
         ("parallel_mtp", {"head": "attention"}, "head: 'attention' is not allowed; allowed: layer, linear, mlp"),
         ("parallel_mtp", {"latent_token": -0.1}, r"latent_token: -0\.1 is out of range"),
+        ("mutor", {"register_lora": 4}, "register_lora: 4 means nothing with trunk 'trained'"),
+        ("lora_mutor", {"register_lora": 4}, "register_lora: 4 means nothing with trunk 'lora'"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_is_refused(name, settings, says):

@@ -47,6 +47,9 @@ class MuToRConfig(AuxiliarySettings):
         "mean", doc="mean input embedding, or as the model's own rows", choices=("mean", "model")
     )
     register_scaled: bool = setting(True, doc="scaled as the model scales its tokens (Gemma: sqrt(d))")
+    register_lora: int = setting(
+        0, doc="rank of adapters that act at registers alone, on a frozen trunk; 0: none", low=0
+    )
     register_targets: str = setting(
         "true", doc="'shuffled' over the batch: a control that must not help", choices=("true", "shuffled")
     )
@@ -55,6 +58,8 @@ class MuToRConfig(AuxiliarySettings):
         if self.d_max < self.d_min:
             raise ValueError(f"d_max: {self.d_max} is below d_min {self.d_min}; allowed: d_max >= d_min")
         super().__post_init__()
+        if self.trunk != "frozen":
+            self._leave_out(f"with trunk {self.trunk!r}", register_lora=0)
         if self.placement == "all" and self.registers != 1:
             raise ValueError(f"registers: {self.registers} means nothing with placement 'all'; leave it out")
 
@@ -83,7 +88,12 @@ class MuToR(Method):
         config, trunk = self.config, self.trunk
         count = 1 if config.register_embedding == "shared" else self.different_offsets
         rows = trunk.extra_rows(count, config.register_init, scaled=config.register_scaled)
-        trunk.add(nn.ModuleDict({"registers": rows}))
+        added: dict[str, nn.Module] = {"registers": rows}
+        if config.register_lora:
+            from mutor.mtp.gated import gated_lora
+
+            added["adapters"] = gated_lora(trunk, config.register_lora)
+        trunk.add(nn.ModuleDict(added))
         if not trunk.meta:
             self._check_invariant()
 
