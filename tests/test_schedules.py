@@ -16,7 +16,7 @@ from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR
 from mutor.mtp.segments import entropies, within_segments
-from mutor.mtp.settings import AuxiliarySettings, HeadSettings, Progress
+from mutor.mtp.settings import AheadSettings, HeadSettings, Progress
 from mutor.results import records
 from mutor.training.trainer import MethodTrainer
 
@@ -39,7 +39,7 @@ def test_reach_is_the_published_formula():
     assert reaches(HeadSettings(d_max=5, leap=2, d_max_schedule="forward"), 6) == [1, 1, 3, 3, 5, 5]
     assert reaches(made("mutor", d_min=2, d_max=4, d_max_schedule="reverse").config, 6) == [4, 4, 3, 3, 2, 2]
     assert reaches(made("mutor_2d", d_max=4, d_max_schedule="forward").config, 6) == [2, 2, 3, 3, 4, 4]
-    assert reaches(AuxiliarySettings(d_max=4), 3) == [4, 4, 4]
+    assert reaches(AheadSettings(d_max=4), 3) == [4, 4, 4]
 
 
 def drawn(name, step=0, steps=4, trunk=None, **settings):

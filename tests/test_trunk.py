@@ -19,7 +19,7 @@ from mutor.config.runs import make_spec
 from mutor.models.build import build
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
-from mutor.mtp.settings import AuxiliarySettings, Progress, TrunkSettings
+from mutor.mtp.settings import AheadSettings, Progress, TrunkSettings
 from mutor.registry import METHODS, load
 from mutor.results import records
 from mutor.training.optim import optimizer
@@ -166,11 +166,11 @@ def test_adapters_twice_are_refused(tiny):
 def test_schedules_of_the_weight():
     """Literal values of four steps; quarter_sine is CAFT's s(t) = sin((T - t) / T x pi / 2)."""
     steps = [Progress(step, 4) for step in range(4)]
-    found = {kind: [AuxiliarySettings(a=0.5, a_schedule=kind).weight(p) for p in steps] for kind in
+    found = {kind: [AheadSettings(a=0.5, a_schedule=kind).weight(p) for p in steps] for kind in
              ("constant", "linear", "quarter_sine")}  # fmt: skip
     assert found["constant"] == [0.5] * 4 and found["linear"] == [0.5, 0.375, 0.25, 0.125]
     assert found["quarter_sine"] == pytest.approx([0.5, 0.4619397663, 0.3535533906, 0.1913417162])
-    assert AuxiliarySettings(a_schedule="quarter_sine", a=0.3).weight(Progress()) == 0.3
+    assert AheadSettings(a_schedule="quarter_sine", a=0.3).weight(Progress()) == 0.3
 
 
 @THREE

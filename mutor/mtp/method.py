@@ -5,6 +5,7 @@ The training loop, the evaluation and the workflow know this interface and no me
     method = load(METHODS, "mutor")(from_mapping(Config, {"d_max": 4}, "mutor"))
     method.attach(model)                          # adds parameters under model.mtp
     method.parameter_groups(recipe)               # what the optimiser trains, and how
+    method.progress = Progress(step, steps)       # before each step, whose gradients of `resting()` are thrown away
     layout, loss_targets = method.prepare_batch(examples, context)     # on the CPU, in the data loader
     total, parts = method.compute_loss(model, layout, loss_targets)    # on the device
     method.metrics(model, examples, context, 500) # what it measures beside the task's scores

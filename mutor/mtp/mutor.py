@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mutor.checks import from_mapping, setting
 from mutor.mtp.method import Context, Method
-from mutor.mtp.settings import AuxiliarySettings
+from mutor.mtp.settings import AheadSettings
 from mutor.streams import stream
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PATIENCE = 1000  # answers without any register, from the first on, before train
 
 
 @dataclass(frozen=True)
-class MuToRConfig(AuxiliarySettings):
+class MuToRConfig(AheadSettings):
     """Settings of MuToR; defaults are the paper's for GSM8K (d_max 4, a 0.3)."""
 
     d_max: int = setting(4, doc="largest offset: the furthest register target is x_(t + d_max)", low=1)

@@ -1,4 +1,4 @@
-"""Settings that methods with an auxiliary loss share, and how they change while a model is trained. No torch.
+"""Settings that methods share, and how they change while a model is trained. No torch.
 
     trunk, trunk_rate, warm_up    how the model under the heads or registers is trained (Mehra et al., arXiv 2502.09419;
                                   Medusa, arXiv 2401.10774; CAFT, arXiv 2506.07833)
@@ -73,11 +73,17 @@ class TrunkSettings(AdapterSettings):
 
 
 @dataclass(frozen=True)
-class AuxiliarySettings(TrunkSettings):
-    """What every method with an auxiliary loss shares."""
+class AuxiliarySettings:
+    """The two settings that every method with an auxiliary loss shares."""
 
     d_max: int = setting(2, doc="furthest token predicted: x_(t + d_max)", low=1)
     a: float = setting(0.1, doc="weight of the auxiliary loss, 1 - a that of next-token", low=0, high=1, open_ends=True)
+
+
+@dataclass(frozen=True)
+class AheadSettings(AuxiliarySettings, TrunkSettings):
+    """What methods share that predict single tokens further on, by heads, modules or registers."""
+
     a_schedule: str = setting(
         "constant", doc="how a falls to zero over training, if it does", choices=("constant", "linear", "quarter_sine")
     )
@@ -88,7 +94,6 @@ class AuxiliarySettings(TrunkSettings):
         choices=("constant", "forward", "reverse"),
     )
     leap: int = setting(1, doc="distance between the tokens predicted: 2 with d_max 5 means 1, 3, 5", low=1)
-
     entropy_limit: float | None = setting(
         None,
         doc="targets beyond a token whose next-token entropy was above this, in nats, are left out; none: none are",
@@ -131,7 +136,7 @@ class AuxiliarySettings(TrunkSettings):
 
 
 @dataclass(frozen=True)
-class HeadSettings(AuxiliarySettings):
+class HeadSettings(AheadSettings):
     """What methods share that have a head or a module for each further token."""
 
     def __post_init__(self) -> None:
