@@ -252,12 +252,10 @@ class Method:
         """FLOPs that a training step on `layout` needs, however it is computed; see mutor/mtp/flops.py.
 
         Here all tokens pass the model's layers and all that the method added, and each target an output layer of the
-        model's size. Gradients pass frozen layers where something below them is trained: adapters at all tokens, else
-        registers at their own. A method that computes something else counts it itself. Steps of a warm-up, or of a
+        model's size. Gradients pass frozen layers where something below them is trained: adapters, or registers, whose
+        rows are computed as one. A method that computes something else counts it itself. Steps of a warm-up, or of a
         schedule that leaves out heads, count as the others.
         """
-        from dataclasses import replace
-
         from mutor.mtp.attention import visible_pairs
         from mutor.mtp.flops import spared_flops, step_flops
 
@@ -278,18 +276,18 @@ class Method:
             pairs=pairs,
         )
         below = [*trunk.layers.parameters(), *trunk.embedding.parameters()]
-        everywhere = any(p.requires_grad for p in below)
-        plain = replace(layout, segment=layout.segment.masked_fill(layout.register, -1))
+        trained = any(p.requires_grad for p in below)
+        passed = trained or bool(layout.register.any())
         return needed - spared_flops(
             frozen=sum(p.numel() for p in matrices if not p.requires_grad),
             tokens=tokens,
-            still=0 if everywhere else int((plain.segment >= 0).sum()),
+            still=0 if passed else tokens,
             head=0 if trunk.head.weight.requires_grad else trunk.head.weight.numel(),
             targets=targets,
-            idle=0 if everywhere or "next_token" not in loss_targets else len(loss_targets["next_token"].index),
+            idle=0 if trained or "next_token" not in loss_targets else len(loss_targets["next_token"].index),
             query=query,
-            layers=0 if everywhere else len(trunk.layers),
-            pairs=visible_pairs(plain),
+            layers=0 if passed else len(trunk.layers),
+            pairs=pairs,
         )
 
     def added_parameters(self, model: nn.Module) -> int:

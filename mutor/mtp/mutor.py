@@ -157,8 +157,9 @@ class MuToR(Method):
         normed = self.trunk(model, layout).normed
         limit = self.config.entropy_limit
         loss_targets = within_segments(self.trunk, normed, layout, loss_targets, {"register": None}, limit)
+        tokens = normed.detach() if self.config.trunk == "frozen" else normed  # nothing trained reaches them
         plain, extra = (
-            self.cross_entropy(normed, loss_targets["next_token"]),
+            self.cross_entropy(tokens, loss_targets["next_token"]),
             self.cross_entropy(normed, loss_targets["register"]),
         )
         a = self.config.weight(self.progress)
