@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mutor.checks import setting
-from mutor.mtp.method import AuxiliarySettings, Method
+from mutor.mtp.method import Method
+from mutor.mtp.settings import HeadSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
 
 
 @dataclass(frozen=True)
-class SequentialMTPConfig(AuxiliarySettings):
+class SequentialMTPConfig(HeadSettings):
     """Settings of sequential_mtp; defaults are the paper's (d_max 2, a 0.1)."""
 
-    d_max: int = setting(2, doc="furthest token predicted; d_max - 1 modules", low=2)
+    d_max: int = setting(2, doc="furthest token predicted; a module for each further token", low=2)
 
 
 class SequentialMTP(Method):
@@ -38,16 +39,20 @@ class SequentialMTP(Method):
 
     Config = SequentialMTPConfig
     config: SequentialMTPConfig
-    shortest_answer = 2
+
+    @property
+    def shortest_answer(self) -> int:  # type: ignore[override]
+        """The first module looks a leap beyond the next token."""
+        return 1 + self.config.leap
 
     def add_parameters(self) -> None:
-        """d_max - 1 modules: two norms, a projection of 2d to d, one layer of the model's kind."""
+        """Modules: two norms, a projection of 2d to d, one layer of the model's kind."""
         import torch
         from torch import nn
 
         trunk, width = self.trunk, self.trunk.width
         modules: list[Any] = []
-        for _ in range(self.config.d_max - 1):
+        for _ in self.config.further:
             with torch.device(trunk.embedding.weight.device):
                 parts = {"hidden_norm": nn.RMSNorm(width, eps=1e-6), "token_norm": nn.RMSNorm(width, eps=1e-6)}
             projection = trunk.new_linear(2 * width, width)
@@ -56,28 +61,48 @@ class SequentialMTP(Method):
         trunk.add(nn.ModuleDict({"depths": nn.ModuleList(modules)}))
 
     def targets(self, layout: Layout) -> dict[str, Tensor]:
-        """Module k predicts the token k + 1 further on."""
+        """Module k predicts the token 1 + k leaps further on."""
         from mutor.mtp.layout import targets_ahead
 
-        return super().targets(layout) | {
-            f"depth_{k}": targets_ahead(layout, k + 1) for k in range(1, self.config.d_max)
-        }
+        further = enumerate(self.config.further, start=1)
+        return super().targets(layout) | {f"depth_{k}": targets_ahead(layout, ahead) for k, ahead in further}
 
     def compute_loss(
         self, model: Any, layout: Layout, loss_targets: dict[str, LossTargets] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Each depth's loss is a mean over its own tokens; depths are averaged."""
+        """Each depth's loss is a mean over its own tokens; those that a schedule has reached are averaged."""
         import torch
 
+        from mutor.mtp.loss import no_loss
+        from mutor.mtp.segments import within_segments
+
+        config = self.config
         loss_targets = loss_targets or self.loss_targets(layout)
         out = self.trunk(model, layout)
         plain = self.cross_entropy(out.normed, loss_targets["next_token"])
-        hidden, losses = out.hidden, []
-        for k, depth in enumerate(self.depths, start=1):
-            token = self.trunk.embedding(layout.ids.roll(-k, dims=1))  # what wraps around stands where no loss is
+        ahead = {f"depth_{k}": far for k, far in enumerate(config.further, start=1)}
+        limit = config.entropy_limit
+        loss_targets = within_segments(self.trunk, out.normed, layout, loss_targets, ahead, limit)
+        hidden, losses, extra = out.hidden, [], no_loss(self._idle())
+        for k, depth in enumerate(self._active(), start=1):
+            known = 1 + (k - 1) * config.leap  # the token that the module before predicts
+            token = self.trunk.embedding(layout.ids.roll(-known, dims=1))  # what wraps around stands where no loss is
             joined = torch.cat([depth["hidden_norm"](hidden), depth["token_norm"](token)], dim=-1)
             hidden = out.apply_layer(depth["layer"], depth["projection"](joined))
             losses.append(self.cross_entropy(self.trunk.norm(hidden), loss_targets[f"depth_{k}"]))
-        a = self.config.a
-        parts = {f"depth_{k}": loss.detach() for k, loss in enumerate(losses, start=1)}
-        return (1 - a) * plain + a * torch.stack(losses).mean(), {"next_token": plain.detach(), **parts}
+        a = self.config.weight(self.progress)
+        parts = {f"depth_{k}": plain.new_zeros(()) for k in range(1, len(self.depths) + 1)}
+        parts |= {f"depth_{k}": loss.detach() for k, loss in enumerate(losses, start=1)}
+        if losses:
+            extra = extra + torch.stack(losses).mean()
+        return (1 - a) * plain + a * extra, {"next_token": plain.detach(), **parts}
+
+    def resting(self) -> list[nn.Parameter]:
+        """Modules that a schedule leaves out, too."""
+        return [*super().resting(), *self._idle()]
+
+    def _active(self) -> list[Any]:
+        return self.depths[: self.config.active(self.progress)]
+
+    def _idle(self) -> list[nn.Parameter]:
+        return [p for depth in self.depths[len(self._active()) :] for p in depth.parameters()]

@@ -29,27 +29,28 @@ TWO = [
     "--gpu_ids", "all", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+HEADS = {"hidden": "weighted", "injection": 0.1, "warm_up": 2, "a_schedule": "linear", "entropy_limit": 3.0}
 RUNS = {
-    "next_token": ("next_token", {}, {}),
-    "mutor": ("mutor", {}, {}),
-    "by_sequence": ("mutor", {"loss_mean": "sequence"}, {}),
-    "parallel_mtp": ("parallel_mtp", {"accumulate": 2}, {}),
-    "sequential_mtp": ("sequential_mtp", {}, {}),
-    "tied": ("sequential_mtp", {"gradient_checkpointing": True}, {"tie_word_embeddings": True}),
-    "images": ("mutor_2d", {"keep_steps": (3,)}, {"dropout": 0.0, "class_dropout": 0.0}),
+    "next_token": ("next_token", {}, {}, {}),
+    "mutor": ("mutor", {}, {}, {"warm_up": 2, "d_max_schedule": "reverse"}),
+    "by_sequence": ("mutor", {"loss_mean": "sequence"}, {}, {"trunk": "frozen", "register_lora": 4}),
+    "parallel_mtp": ("parallel_mtp", {"accumulate": 2}, {}, HEADS),
+    "sequential_mtp": ("sequential_mtp", {}, {}, {"d_max": 3, "d_max_schedule": "forward"}),
+    "tied": ("sequential_mtp", {"gradient_checkpointing": True}, {"tie_word_embeddings": True}, {}),
+    "images": ("mutor_2d", {"keep_steps": (3,)}, {"dropout": 0.0, "class_dropout": 0.0}, {"d_max": 4, "a": 0.5}),
 }
 
 
 def train(folder, name, sharded=False):
     """One of the runs, scored and saved in its middle: word problems of different lengths, or images."""
-    method, recipe, changes = RUNS[name]
+    method, recipe, changes, settings = RUNS[name]
     recipe = {"accumulate": 4, "steps": 6, "log_every": 1, "eval_every": 3, "save_every": 3, **recipe}
     if name == "images":
         scale = load_scale(ROOT, "smoke")
-        spec = make_spec(scale, "digits", "llamagen-1x32", method, {"d_max": 4, "a": 0.5}, (7,))
+        spec = make_spec(scale, "digits", "llamagen-1x32", method, settings, (7,))
         spec = replace(spec, recipe=replace(spec.recipe, **recipe))
     else:
-        spec = test_run.text_spec(method, **recipe)
+        spec = test_run.text_spec(method, settings, **recipe)
     model = replace(spec.model_config, config=spec.model_config.config | changes)
     spec = replace(spec, model_config=model, sharded=sharded)
     run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=folder / name))
@@ -243,7 +244,7 @@ def test_published_processes():
         assert (spec.processes, spec.sharded, recipe.batch_size // recipe.accumulate) == (processes, sharded, size)
         alone = make_spec(replace(scale, processes={}, sharded=()), data, model, method, {})
         assert alone == spec and alone.config_hash == spec.config_hash  # the same run, computed otherwise
-    with pytest.raises(ValueError, match=r"sharded: llama-3-8b: method: 'lora_mutor' can't be; allowed: .*mutor"):
+    with pytest.raises(ValueError, match="sharded: llama-3-8b: trunk: 'lora' can't be; allowed: trained, frozen"):
         make_spec(scale, "1m-gsm", "llama-3-8b", "lora_mutor", {})
 
 

@@ -97,7 +97,9 @@ def test_first_row_alone_is_one_dimension(monkeypatch):
     monkeypatch.setattr(
         registers,
         "offsets",
-        lambda samples, *, seed, d_min, d_max, mixed=False: plain(samples, seed=seed, d_min=1, d_max=3, mixed=mixed),
+        lambda samples, *, seed, d_min, d_max, mixed=False, leap=1: plain(
+            samples, seed=seed, d_min=1, d_max=3, mixed=mixed
+        ),
     )
     rows = collate([image(c) for c in (4, 9)], 0)
     one, two = (m.train_layout(rows, Context(seed=2)) for m in (flat, grid))

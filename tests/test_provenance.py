@@ -161,7 +161,7 @@ CHANGES = [
     ("module's table", "mutor", "text", "mutor/tasks/scoring.py", '"number": same_number', '"number": same_text',
      ["COMMAND", "COMPARE", "DIGITS", "OPERATOR", "number", "same_number"]),  # the others serve own data, too
     ("helper of a helper", "mutor", "star_graph", "mutor/tasks/graphs.py", "np.uint64(31)", "np.uint64(30)", ["_mix"]),
-    ("base class", "lora_next_token", "text", "baselines/lora.py", 'bias="none"', 'bias="all"', ["_Adapters"]),
+    ("adapters", "lora_next_token", "text", "mutor/mtp/adapters.py", 'bias="none"', 'bias="all"', ["inject"]),
     ("condition of an error", "mutor", "star_graph", LAYOUT, "if not 0 < example", "if not 1 < example", ["collate"]),
     ("kind of an error", "next_token", "star_graph", "mutor/mtp/backbone.py", "(RuntimeError, ValueError,",
      "(RuntimeError,", ["Backbone"]),

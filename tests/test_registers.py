@@ -171,7 +171,7 @@ def test_pairs_on_a_grid_are_drawn_for_each_sequence_or_each_register():
     for offsets, different in (("sequence", 1), ("mixed", 8)):
         method = MuToR2D(from_mapping(MuToR2D.Config, {"d_max": 3, "offsets": offsets}, "mutor_2d"))
         method.trunk = SimpleNamespace(config=SimpleNamespace(columns=10))
-        drawn, number = method.offsets(samples, 5)
+        drawn, number = method.offsets(samples, Context(seed=5))
         assert [len(set(line)) for line in drawn.tolist()] == [different] * 3
         assert all(pairs[d] == n for d, n in zip(drawn.flatten().tolist(), number.flatten().tolist(), strict=True))
         plain = r.grid_offsets(samples, seed=5, d_max=3, columns=10, mixed=offsets == "mixed")

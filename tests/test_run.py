@@ -187,10 +187,10 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not records.finished(tmp_path, spec, 7)
 
 
-def text_spec(method="mutor", **recipe):
-    """Word problems of different lengths."""
+def text_spec(method="mutor", changed=(), **recipe):
+    """Word problems of different lengths. changed: settings of the method."""
     scale = load_scale(ROOT, "smoke")
-    settings = scale.datasets["gsm8k"].settings.get(method, {})
+    settings = scale.datasets["gsm8k"].settings.get(method, {}) | dict(changed)
     spec = make_spec(scale, "gsm8k", "llama-2x32", method, settings, (7,))
     changes = {"epochs": None, "steps": 6, "eval_every": 6, "save_every": 6, "log_every": 1, "batch_size": 12}
     return replace(spec, base=None, recipe=replace(spec.recipe, **changes | recipe))

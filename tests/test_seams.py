@@ -27,7 +27,8 @@ from mutor.mtp.attention import dense_mask
 from mutor.mtp.backbone import Backbone, evaluating
 from mutor.mtp.layout import IGNORE, Example, collate, regular, targets_ahead
 from mutor.mtp.loss import LossTargets, head_loss
-from mutor.mtp.method import AuxiliarySettings, Method, ParameterGroup
+from mutor.mtp.method import Method, ParameterGroup
+from mutor.mtp.settings import AuxiliarySettings
 from mutor.registry import ATTENTION, METHODS, AttentionBackend, answers_under, fastest_attention, load, register
 from mutor.results import records
 from mutor.training.optim import optimizer, schedule

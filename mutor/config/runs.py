@@ -180,7 +180,7 @@ def make_spec(
     recipe = _recipe(where, scale, data, model, budget_factor)
     if recipe.stop_at is not None and not load(TASKS, dataset.task, where).chosen_on(task_config):
         raise ValueError(f"{where}: {data}: stop_at: {recipe.stop_at} is never reached: nothing is validated")
-    _check_processes(where, scale, model, recipe, method)
+    _check_processes(where, scale, model, recipe, load(METHODS, method, where)(config).trunk_settings.trunk)
     base, base_seed = _base(where, scale, data, model, chosen)
     return Spec(
         scale=scale.name,
@@ -225,7 +225,7 @@ def _base(where: str, scale: Scale, data: str, model: str, seeds: tuple[int, ...
     return spec, base.seed
 
 
-def _check_processes(where: str, scale: Scale, model: str, recipe: Recipe, method: str) -> None:
+def _check_processes(where: str, scale: Scale, model: str, recipe: Recipe, trunk: str) -> None:
     """Raise ValueError for a setting that the model's processes can't train together."""
     count = scale.processes.get(model, 1)
     if recipe.accumulate % count:
@@ -237,7 +237,7 @@ def _check_processes(where: str, scale: Scale, model: str, recipe: Recipe, metho
         allowed = (
             ("optimizer", recipe.optimizer, ("adamw",)),
             ("dtype", scale.models[model].dtype, ("float32", "bfloat16")),
-            ("method", method, tuple(name for name in METHODS if load(METHODS, name, where).shardable)),
+            ("trunk", trunk, ("trained", "frozen")),  # adapters are merged into whole weights
         )
         for key, value, fine in allowed:
             if value not in fine:

@@ -8,10 +8,12 @@ What the method added is trained and saved with the adapter, and loads with it. 
 from __future__ import annotations
 
 import copy
+import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 PEFT = find_spec("peft") is not None
 
@@ -75,6 +77,50 @@ def base_model(model: Any) -> Any:
             "allowed: adapters inside the layers, as LoRA"
         )
     return model.get_base_model()
+
+
+def inject(model: Any, rank: int, alpha: int) -> None:
+    """Put LoRA adapters on all linear layers but the output layer, and freeze everything else.
+
+    Raises ValueError without peft, and for a model that has adapters.
+    """
+    if not PEFT:
+        raise ValueError("trunk: 'lora' needs the package peft; allowed without it: trained, frozen")
+    if reached(base_model(model)):
+        raise ValueError("trunk: 'lora' puts adapters into a model, and this one has some; allowed with them: trained")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", bias="none", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # GPT-2's transposed layers are recognised, with a warning each
+        inject_adapter_in_model(config, model)
+
+
+def folded(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the plain model, from that of a model with adapters by `inject`, whose own stay as they are."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    plain = {}
+    for name, value in state.items():
+        if ".lora_" in name:
+            continue
+        owner = name.rpartition(".base_layer.")[0]
+        if owner in layers and name.endswith(".weight"):
+            value = value + layers[owner].get_delta_weight("default").to(value.dtype)
+        plain[name.replace(".base_layer.", ".")] = value
+    return plain
+
+
+def save(model: Any, folder: Path, leave_out: str) -> None:
+    """Save adapters by `inject` as peft does; leave_out: what names of weights that are none begin with."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    model.peft_config["default"].save_pretrained(folder)
+    tensors = get_peft_model_state_dict(model, adapter_name="default")
+    tensors = {f"base_model.model.{k}": v.contiguous() for k, v in tensors.items() if not k.startswith(leave_out)}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def reached(module: nn.Module) -> bool:

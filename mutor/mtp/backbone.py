@@ -35,11 +35,15 @@ EXTRA = "mtp"  # the one submodule that holds whatever a method adds to a model
 
 @dataclass
 class BackboneOutput:
-    """hidden: [B, L, d] before the final norm; normed: [B, L, d] after it; apply_layer: one more layer on [B, L, d]."""
+    """hidden: [B, L, d] before the final norm; normed: [B, L, d] after it; apply_layer: one more layer on [B, L, d].
+
+    states: where they are asked for, [B, L, d] what the first layer reads and what each layer gives, `hidden` last.
+    """
 
     hidden: Tensor
     normed: Tensor
     apply_layer: Callable[[nn.Module, Tensor], Tensor]
+    states: tuple[Tensor, ...] = ()
 
 
 class Backbone(ModelFacts):
@@ -208,7 +212,7 @@ class Backbone(ModelFacts):
             if isinstance(module, nn.Embedding) or module in (self.head, *self._outputs) or as_wide:
                 yield from module.parameters()
 
-    def __call__(self, model: Any, layout: Layout) -> BackboneOutput:
+    def __call__(self, model: Any, layout: Layout, *, all_states: bool = False) -> BackboneOutput:
         """One forward of `model` (the model itself, or what a distributed wrapper made of it)."""
         self.check_attached()
         attention = self.config._attn_implementation
@@ -224,7 +228,13 @@ class Backbone(ModelFacts):
             seen.update(args=args[1:], kwargs={k: v for k, v in kwargs.items() if k != "hidden_states"})
             seen["hidden"] = _first(output)
 
-        hooks = [
+        states: list[Tensor] = []
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(args[0] if args else kwargs["hidden_states"])
+
+        hooks = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in self.layers if all_states]
+        hooks += [
             self.layers[-1].register_forward_hook(last_layer, with_kwargs=True),
             self.norm.register_forward_hook(lambda module, args, output: seen.update(normed=output)),
         ]
@@ -245,6 +255,7 @@ class Backbone(ModelFacts):
             hidden=seen["hidden"],
             normed=seen["normed"].view(seen["hidden"].shape),
             apply_layer=lambda layer, x: _first(layer(x, *seen["args"], **seen["kwargs"])),
+            states=(*states, seen["hidden"]) if all_states else (),
         )
 
     @torch.no_grad()

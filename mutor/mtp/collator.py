@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from mutor.mtp.layout import IGNORE, Example, collate
 from mutor.mtp.method import Context, Method
+from mutor.mtp.settings import Progress
 
 SAMPLES = 2**40  # numbers of samples in an epoch
 
@@ -90,6 +91,10 @@ class Collator(TrainerCallback):
         dataset = getattr(train_dataloader, "dataset", None)
         if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset):
             self.method.check_answers(_answers(dataset))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What the loss of this step counts for may follow a schedule."""
+        self.method.progress = Progress(state.global_step, max(1, state.max_steps))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The next epoch; the Trainer's own count is a fraction where it does not know how long an epoch is."""

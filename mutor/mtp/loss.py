@@ -1,6 +1,6 @@
 """Losses over the rows that have a target, and a way to train many heads in the memory of one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,14 @@ def head_loss(
     pieces = list(zip(*(values.split(rows) for values in (hidden, targets.target, targets.share)), strict=True))
     losses = [part(*p) if len(pieces) == 1 else checkpoint(part, *p, use_reentrant=False) for p in pieces]
     return torch.stack(losses).sum() / targets.count.clamp(min=1)
+
+
+def no_loss(parameters: Iterable[Tensor]) -> Tensor | int:
+    """Zero, with gradients of zeros: DDP waits for each parameter's, also where a schedule leaves a head out.
+
+    FSDP does not wait, and its sharded parameters may not be read here.
+    """
+    return sum((p.flatten()[:1] * 0).sum() for p in parameters if p.requires_grad and not hasattr(p, "device_mesh"))
 
 
 class _OneAtATime(torch.autograd.Function):

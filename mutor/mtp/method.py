@@ -5,6 +5,7 @@ The training loop, the evaluation and the workflow know this interface and no me
     method = load(METHODS, "mutor")(from_mapping(Config, {"d_max": 4}, "mutor"))
     method.attach(model)                          # adds parameters under model.mtp
     method.parameter_groups(recipe)               # what the optimiser trains, and how
+    method.progress = Progress(step, steps)       # before each step, whose gradients of `resting()` are thrown away
     layout, loss_targets = method.prepare_batch(examples, context)     # on the CPU, in the data loader
     total, parts = method.compute_loss(model, layout, loss_targets)    # on the device
     method.metrics(model, examples, context, 500) # what it measures beside the task's scores
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from mutor.checks import setting
+from mutor.checks import not_default
+from mutor.mtp.settings import Progress, TrunkSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,23 +41,23 @@ WEIGHTS, SETTINGS = "weights.safetensors", "method.json"  # files of `save_own`
 
 @dataclass(frozen=True)
 class Context:
-    """What a layout may depend on besides the rows: the run's seed, the dummy token and the kind of prefix."""
+    """What a layout may depend on besides the rows.
+
+    The run's seed, the dummy token, the kind of prefix, and how far training is when the rows are trained on.
+    """
 
     seed: int = 0
     pad_id: int = 0
     prefix_lm: bool = False
-
-
-@dataclass(frozen=True)
-class AuxiliarySettings:
-    """The two settings that every method with an auxiliary loss shares."""
-
-    d_max: int = setting(2, doc="furthest token predicted: x_(t + d_max)", low=1)
-    a: float = setting(0.1, doc="weight of the auxiliary loss, 1 - a that of next-token", low=0, high=1, open_ends=True)
+    progress: Progress = Progress()
 
 
 class TrainingRecipe(Protocol):
     """What a method may read of how it is trained; the suite's own is mutor/config/recipe.py."""
+
+    @property
+    def steps(self) -> int | None:
+        """Optimiser steps."""
 
     @property
     def optimizer(self) -> str:
@@ -96,9 +98,9 @@ class Method:
     """Base of all methods: plain next-token prediction without added parameters."""
 
     Config: ClassVar[type]
-    shardable: ClassVar[bool] = True  # whether it trains and exports a model whose weights are spread over processes
     keeps_at_inference: ClassVar[bool] = False  # whether `answer` needs what the method added; else the plain model
     trunk: Backbone
+    progress = Progress()  # set by who trains, before the loss of each step
     shortest_answer: int = 1  # tokens of an answer below which only next tokens are predicted
 
     def __init__(self, config: Any, *, per_sequence: bool = False):
@@ -106,10 +108,19 @@ class Method:
         self.config, self.per_sequence = config, per_sequence
 
     def attach(self, model: Any, initialise: Callable[[nn.Module], None] | None = None) -> Any:
-        """Add the method's parameters to `model` and return it; a PeftModel gets them inside.
+        """Freeze the model, or put adapters into it, where `trunk` says so; then add the method's parameters.
 
-        Raises ValueError for a model it can't train.
+        Returns `model`; a PeftModel gets them inside. Raises ValueError for a model it can't train.
         """
+        from mutor.mtp import adapters
+
+        if self.trunk_settings.trunk == "frozen":
+            adapters.base_model(model).requires_grad_(False)
+        elif self.trunk_settings.trunk == "lora":
+            adapters.inject(model, self.trunk_settings.rank, self.trunk_settings.lora_alpha)
+        return self._attach(model, initialise)
+
+    def _attach(self, model: Any, initialise: Callable[[nn.Module], None] | None = None) -> Any:
         from mutor.mtp.adapters import base_model
         from mutor.mtp.backbone import Backbone
 
@@ -117,12 +128,39 @@ class Method:
         self.add_parameters()
         return model
 
+    @property
+    def trunk_settings(self) -> TrunkSettings:
+        """How the model itself is trained: as the settings say, as a whole where they say nothing."""
+        return self.config if isinstance(self.config, TrunkSettings) else TrunkSettings()
+
     def add_parameters(self) -> None:
         """Build what the method adds, through `self.trunk.add`."""
 
     def parameter_groups(self, recipe: TrainingRecipe) -> list[ParameterGroup]:
-        """All parameters that are trained, each in one group; frozen ones (`requires_grad` False) are in none."""
-        return self.usual_groups(self.trunk.model.parameters())
+        """All parameters that are trained, each in one group; frozen ones (`requires_grad` False) are in none.
+
+        Raises ValueError where the recipe ends before the warm-up does.
+        """
+        settings, added = self.trunk_settings, self._added()
+        if recipe.steps is not None and 0 < recipe.steps <= settings.warm_up_steps(recipe.steps):
+            raise ValueError(f"warm_up: {settings.warm_up:g} leaves none of {recipe.steps} steps to train the trunk")
+        ids = {id(p) for p in added}
+        trunk = [p for p in self.trunk.model.parameters() if id(p) not in ids]
+        return [*self.usual_groups(trunk, settings.trunk_rate), *self.usual_groups(added)]
+
+    def resting(self) -> list[nn.Parameter]:
+        """Parameters that the step under way must not move: who trains throws their gradients away.
+
+        Without a gradient neither the rate nor momentum nor weight decay moves a parameter, and an optimiser's memory
+        of it begins with the first one. Here the trunk during `warm_up`.
+        """
+        if self.progress.step >= self.trunk_settings.warm_up_steps(self.progress.steps):
+            return []
+        ids = {id(p) for p in self._added()}
+        return [p for p in self.trunk.model.parameters() if id(p) not in ids]
+
+    def _added(self) -> list[nn.Parameter]:
+        return [] if self.trunk.added is None else list(self.trunk.added.parameters())
 
     def usual_groups(self, parameters: Iterable[nn.Parameter], rate: float = 1.0) -> list[ParameterGroup]:
         """The groups that parameters are in where nothing else is said, frozen ones left out.
@@ -214,31 +252,52 @@ class Method:
         """FLOPs that a training step on `layout` needs, however it is computed; see mutor/mtp/flops.py.
 
         Here all tokens pass the model's layers and all that the method added, and each target an output layer of the
-        model's size. A method that computes something else counts it itself.
+        model's size. Gradients pass frozen layers where something below them is trained: adapters, or registers, whose
+        rows are computed as one. A method that computes something else counts it itself. Steps of a warm-up, or of a
+        schedule that leaves out heads, count as the others.
         """
         from mutor.mtp.attention import visible_pairs
-        from mutor.mtp.flops import step_flops
+        from mutor.mtp.flops import spared_flops, step_flops
 
         trunk = self.trunk
         parts = [trunk.layers] if trunk.added is None else [trunk.layers, trunk.added]
         tables = {id(p) for p in trunk.tables()}
-        heads = trunk.config.num_attention_heads
-        return step_flops(
-            matrices=sum(p.numel() for m in parts for p in m.parameters() if p.ndim == 2 and id(p) not in tables),
-            tokens=int((layout.segment >= 0).sum()),
+        matrices = [p for m in parts for p in m.parameters() if p.ndim == 2 and id(p) not in tables]
+        heads, tokens = trunk.config.num_attention_heads, int((layout.segment >= 0).sum())
+        targets, pairs = sum(len(each.index) for each in loss_targets.values()), visible_pairs(layout)
+        query = heads * (getattr(trunk.config, "head_dim", None) or trunk.width // heads)
+        needed = step_flops(
+            matrices=sum(p.numel() for p in matrices),
+            tokens=tokens,
             head=trunk.head.weight.numel(),
-            targets=sum(len(each.index) for each in loss_targets.values()),
-            query=heads * (getattr(trunk.config, "head_dim", None) or trunk.width // heads),
+            targets=targets,
+            query=query,
             layers=sum(trunk.is_layer(m) for part in parts for m in part.modules()),
-            pairs=visible_pairs(layout),
+            pairs=pairs,
+        )
+        below = [*trunk.layers.parameters(), *trunk.embedding.parameters()]
+        trained = any(p.requires_grad for p in below)
+        passed = trained or bool(layout.register.any())
+        return needed - spared_flops(
+            frozen=sum(p.numel() for p in matrices if not p.requires_grad),
+            tokens=tokens,
+            still=0 if passed else tokens,
+            head=0 if trunk.head.weight.requires_grad else trunk.head.weight.numel(),
+            targets=targets,
+            idle=0 if trained or "next_token" not in loss_targets else len(loss_targets["next_token"].index),
+            query=query,
+            layers=0 if passed else len(trunk.layers),
+            pairs=pairs,
         )
 
     def added_parameters(self, model: nn.Module) -> int:
-        """Number of parameters that the method added."""
+        """Number of parameters that the method added, adapters of `trunk: lora` included."""
         from mutor.mtp.adapters import base_model
         from mutor.mtp.backbone import EXTRA
 
         model = base_model(model)
+        if self.trunk_settings.trunk == "lora":
+            return sum(p.numel() for p in model.parameters() if p.requires_grad)
         return sum(p.numel() for p in getattr(model, EXTRA).parameters()) if hasattr(model, EXTRA) else 0
 
     def metrics(
@@ -264,13 +323,18 @@ class Method:
     def export(self, model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Save the plain base architecture, which `AutoModelForCausalLM.from_pretrained(folder)` loads.
 
-        peft's adapters are merged into its weights, in a second copy of the model, which itself keeps them. state: the
-        model's state dict, where its own does not hold it whole.
+        peft's adapters are merged into its weights, in a second copy of the model, which itself keeps them; those of
+        `trunk: lora` stand in `folder`/adapter, too: `PeftModel.from_pretrained(base, folder / "adapter")` gives the
+        same model from the same base. state: the model's state dict, where its own does not hold it whole.
         """
-        from mutor.mtp.adapters import merged
+        from mutor.mtp import adapters
         from mutor.mtp.backbone import EXTRA
 
-        model = merged(model)
+        if self.trunk_settings.trunk == "lora":
+            state = adapters.folded(model, model.state_dict() if state is None else state)
+            adapters.save(model, folder / "adapter", leave_out=f"{EXTRA}.")
+        else:
+            model = adapters.merged(model)
         whole = model.state_dict() if state is None else state
         state = {name: value for name, value in whole.items() if not name.startswith(f"{EXTRA}.")}
         model.save_pretrained(folder, state_dict=state)
@@ -281,7 +345,6 @@ class Method:
         state: as in `export`.
         """
         import json
-        from dataclasses import asdict
 
         from safetensors.torch import save_file
 
@@ -293,7 +356,7 @@ class Method:
         if own:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(own, folder / WEIGHTS)
-            made = {"class": f"{type(self).__module__}:{type(self).__qualname__}", "settings": asdict(self.config)}
+            made = {"class": f"{type(self).__module__}:{type(self).__qualname__}", "settings": not_default(self.config)}
             (folder / SETTINGS).write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
 
     def load_own(self, model: Any, folder: Path) -> Any:
@@ -302,19 +365,18 @@ class Method:
         Raises ValueError where the method adds parameters and the folder has none, or those of other settings.
         """
         import json
-        from dataclasses import asdict
 
         from safetensors.torch import load_file
 
         from mutor.mtp.adapters import base_model
         from mutor.mtp.backbone import EXTRA
 
-        Method.attach(self, model)  # not a subclass's: adapters, say, are in the plain weights already
+        self._attach(model)  # adapters are in the plain weights already
         if hasattr(base_model(model), EXTRA):
             if not (folder / WEIGHTS).exists():
                 raise ValueError(f"{folder}: has no {WEIGHTS}, the weights that {type(self).__name__} adds to a model")
             saved = json.loads((folder / SETTINGS).read_text())["settings"]
-            if saved != json.loads(json.dumps(asdict(self.config))):
-                raise ValueError(f"{folder}: was saved with settings {saved}, not with {asdict(self.config)}")
+            if saved != json.loads(json.dumps(not_default(self.config))):
+                raise ValueError(f"{folder}: was saved with settings {saved}, not with {not_default(self.config)}")
             getattr(base_model(model), EXTRA).load_state_dict(load_file(folder / WEIGHTS))
         return model

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mutor.checks import from_mapping, setting
-from mutor.mtp.method import AuxiliarySettings, Context, Method
+from mutor.mtp.method import Context, Method
+from mutor.mtp.settings import AheadSettings
 from mutor.streams import stream
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ PATIENCE = 1000  # answers without any register, from the first on, before train
 
 
 @dataclass(frozen=True)
-class MuToRConfig(AuxiliarySettings):
+class MuToRConfig(AheadSettings):
     """Settings of MuToR; defaults are the paper's for GSM8K (d_max 4, a 0.3)."""
 
     d_max: int = setting(4, doc="largest offset: the furthest register target is x_(t + d_max)", low=1)
@@ -46,6 +47,9 @@ class MuToRConfig(AuxiliarySettings):
         "mean", doc="mean input embedding, or as the model's own rows", choices=("mean", "model")
     )
     register_scaled: bool = setting(True, doc="scaled as the model scales its tokens (Gemma: sqrt(d))")
+    register_lora: int = setting(
+        0, doc="rank of adapters that act at registers alone, on a frozen trunk; 0: none", low=0
+    )
     register_targets: str = setting(
         "true", doc="'shuffled' over the batch: a control that must not help", choices=("true", "shuffled")
     )
@@ -53,6 +57,9 @@ class MuToRConfig(AuxiliarySettings):
     def __post_init__(self) -> None:
         if self.d_max < self.d_min:
             raise ValueError(f"d_max: {self.d_max} is below d_min {self.d_min}; allowed: d_max >= d_min")
+        super().__post_init__()
+        if self.trunk != "frozen":
+            self._leave_out(f"with trunk {self.trunk!r}", register_lora=0)
         if self.placement == "all" and self.registers != 1:
             raise ValueError(f"registers: {self.registers} means nothing with placement 'all'; leave it out")
 
@@ -81,22 +88,28 @@ class MuToR(Method):
         config, trunk = self.config, self.trunk
         count = 1 if config.register_embedding == "shared" else self.different_offsets
         rows = trunk.extra_rows(count, config.register_init, scaled=config.register_scaled)
-        trunk.add(nn.ModuleDict({"registers": rows}))
+        added: dict[str, nn.Module] = {"registers": rows}
+        if config.register_lora:
+            from mutor.mtp.gated import gated_lora
+
+            added["adapters"] = gated_lora(trunk, config.register_lora)
+        trunk.add(nn.ModuleDict(added))
         if not trunk.meta:
             self._check_invariant()
 
     @property
     def different_offsets(self) -> int:
         """How many different offsets are drawn."""
-        return self.config.d_max - self.config.d_min + 1
+        return (self.config.d_max - self.config.d_min) // self.config.leap + 1
 
-    def offsets(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def offsets(self, samples: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Each token's offset and that offset's number from 0, int64 [B, T]. samples: [B, T] their numbers."""
         from mutor.mtp.registers import offsets
 
-        config = self.config
-        found = offsets(samples, seed=seed, d_min=config.d_min, d_max=config.d_max, mixed=config.offsets == "mixed")
-        return found, found - config.d_min
+        config, mixed = self.config, self.config.offsets == "mixed"
+        reach = config.reach(context.progress)
+        found = offsets(samples, seed=context.seed, d_min=config.d_min, d_max=reach, mixed=mixed, leap=config.leap)
+        return found, (found - config.d_min) // config.leap
 
     def train_layout(self, rows: TokenBatch, context: Context) -> Layout:
         """Regular tokens first, registers behind; offsets from the samples' numbers and `context.seed`."""
@@ -104,7 +117,7 @@ class MuToR(Method):
         from mutor.mtp.layout import with_registers
 
         config, seed = self.config, context.seed
-        offset, number = self.offsets(rows.sample, seed)
+        offset, number = self.offsets(rows.sample, context)
         has_register = r.placed(
             r.anchors(rows.segment, rows.is_target),
             rows.segment,
@@ -138,23 +151,37 @@ class MuToR(Method):
         self, model: Any, layout: Layout, loss_targets: dict[str, LossTargets] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(1 - a) L_next_token + a L_register (paper, eq. 5), each a mean over its own tokens."""
+        from mutor.mtp.segments import within_segments
+
         loss_targets = loss_targets or self.loss_targets(layout)
         normed = self.trunk(model, layout).normed
+        limit = self.config.entropy_limit
+        loss_targets = within_segments(self.trunk, normed, layout, loss_targets, {"register": None}, limit)
+        tokens = normed.detach() if self.config.trunk == "frozen" else normed  # nothing trained reaches them
         plain, extra = (
-            self.cross_entropy(normed, loss_targets["next_token"]),
+            self.cross_entropy(tokens, loss_targets["next_token"]),
             self.cross_entropy(normed, loss_targets["register"]),
         )
-        a = self.config.a
+        a = self.config.weight(self.progress)
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), "register": extra.detach()}
 
     def collator(self, pad_id: int, *, seed: int = 0, prefix_lm: bool = False) -> Collator:
         """A data collator for a plain transformers Trainer, and a callback that tells it the epoch.
 
         Trainer(..., data_collator=collator, callbacks=[collator]), with `remove_unused_columns=False`. Another loop
-        calls `collator.set_epoch(epoch)` before each epoch. What it takes and gives: mutor/mtp/collator.py.
+        calls `collator.set_epoch(epoch)` before each epoch. What it takes and gives: mutor/mtp/collator.py. Raises
+        ValueError for settings that it can't follow.
         """
         from mutor.mtp.collator import Collator
 
+        for key, usual in {
+            "warm_up": 0.0,
+            "trunk_rate": 1.0,
+            "d_max_schedule": "constant",
+            "entropy_limit": None,
+        }.items():
+            if (given := getattr(self.config, key)) != usual:
+                raise ValueError(f"{key}: {given} is for `python -m mutor run`; a Trainer of transformers can't follow")
         return Collator(self, Context(seed, pad_id, prefix_lm))
 
     def loss_from_outputs(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -170,7 +197,7 @@ class MuToR(Method):
         import torch.nn.functional as F
 
         self.trunk.check_attached()
-        logits, vocabulary, a = outputs.logits, self.trunk.vocabulary, self.config.a
+        logits, vocabulary, a = outputs.logits, self.trunk.vocabulary, self.config.weight(self.progress)
         register = labels >= vocabulary
         token = (labels >= 0) & ~register
         loss = F.cross_entropy(logits[token].float(), labels[token])

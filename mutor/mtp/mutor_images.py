@@ -21,6 +21,8 @@ from mutor.mtp.mutor import MuToR, MuToRConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mutor.mtp.method import Context
+
 
 @dataclass(frozen=True)
 class MuToR1DConfig(MuToRConfig):
@@ -45,9 +47,13 @@ class MuToR2DConfig(MuToR1DConfig):
     )
 
     def __post_init__(self) -> None:
+        self._leave_out("in two dimensions", d_min=1, leap=1)
         super().__post_init__()
-        if self.d_min != 1:
-            raise ValueError(f"d_min: {self.d_min} means nothing in two dimensions; leave it out")
+
+    @property
+    def nearest(self) -> int:
+        """The smallest grid of pairs, of which (1, 1) is none."""
+        return 2
 
 
 class MuToR2D(MuToR):
@@ -66,9 +72,10 @@ class MuToR2D(MuToR):
         """d_max^2 - 1 pairs."""
         return self.config.d_max**2 - 1
 
-    def offsets(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def offsets(self, samples: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Each token's offset d = (d_h - 1) columns + d_w - 1, and the number of its pair."""
         from mutor.mtp.registers import grid_offsets
 
-        config, columns = self.config, int(self.trunk.config.columns)
-        return grid_offsets(samples, seed=seed, d_max=config.d_max, columns=columns, mixed=config.offsets == "mixed")
+        config, columns, mixed = self.config, int(self.trunk.config.columns), self.config.offsets == "mixed"
+        seed, reach = context.seed, config.reach(context.progress)
+        return grid_offsets(samples, seed=seed, d_max=reach, columns=columns, mixed=mixed, largest=config.d_max)

@@ -42,8 +42,8 @@ def uniform(name: Stream, seed: int, samples: Tensor) -> Tensor:
     return torch.from_numpy(out).view(samples.shape)
 
 
-def offsets(samples: Tensor, *, seed: int, d_min: int, d_max: int, mixed: bool = False) -> Tensor:
-    """Offsets drawn uniformly from {d_min .. d_max}.
+def offsets(samples: Tensor, *, seed: int, d_min: int, d_max: int, mixed: bool = False, leap: int = 1) -> Tensor:
+    """Offsets drawn uniformly from {d_min, d_min + leap .. d_max}.
 
     samples: [B, T] the number of the sample that each token belongs to. Returns int64 [B, T]: one draw per
     sample, or one per token of a sample with `mixed` (paper, section 3: allowed, not used there).
@@ -52,17 +52,21 @@ def offsets(samples: Tensor, *, seed: int, d_min: int, d_max: int, mixed: bool =
         u = _per_token("offset_of_token", seed, samples)
     else:
         u = uniform("offset", seed, samples)
-    return d_min + (u * (d_max - d_min + 1)).long()
+    return d_min + leap * (u * ((d_max - d_min) // leap + 1)).long()
 
 
-def grid_offsets(samples: Tensor, *, seed: int, d_max: int, columns: int, mixed: bool = False) -> tuple[Tensor, Tensor]:
+def grid_offsets(
+    samples: Tensor, *, seed: int, d_max: int, columns: int, mixed: bool = False, largest: int = 0
+) -> tuple[Tensor, Tensor]:
     """Two-dimensional offsets: a pair (d_h, d_w) drawn uniformly from {1 .. d_max}^2 without (1, 1).
 
     On a grid of `columns` columns, read row by row, a pair is the plain offset d = (d_h - 1) columns + d_w - 1: near
     the right border it runs on into the next row, as published. Returns (d, number of the pair from 0), int64 [B, T].
+    largest: the d_max whose pairs are numbered, where a schedule draws from fewer.
     """
     number = offsets(samples, seed=seed, d_min=1, d_max=d_max**2 - 1, mixed=mixed)
-    return number // d_max * columns + number % d_max, number - 1
+    down, right = number // d_max, number % d_max
+    return down * columns + right, down * max(d_max, largest) + right - 1
 
 
 def _per_token(name: Stream, seed: int, samples: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mutor.files import damage, read_json, remove_folder, seal, write_json
 from mutor.mtp.layout import Example, Layout
 from mutor.mtp.loss import LossTargets
 from mutor.mtp.method import Context, Method
+from mutor.mtp.settings import Progress
 from mutor.results.provenance import other_data, taken_over
 from mutor.training.data import Samples
 from mutor.training.devices import agreed, is_main, processes
@@ -104,7 +105,9 @@ class MethodTrainer(Trainer):
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
         """What the model is fed for a part of a batch, and what it is to predict."""
-        layout, loss_targets = self.method.prepare_batch(examples, self.context, self.recipe.row_tokens)
+        step = examples[0].sample // self.recipe.batch_size  # this process may be ahead of training
+        context = replace(self.context, progress=Progress(step, self.steps))
+        layout, loss_targets = self.method.prepare_batch(examples, context, self.recipe.row_tokens)
         self.method.trunk.check_lengths(layout)
         return {
             "layout": _flat(layout),
@@ -132,6 +135,7 @@ class MethodTrainer(Trainer):
 
         Gradients are averaged over processes, each of which has a share of the sum.
         """
+        self.method.progress = Progress(self.state.global_step, self.steps)
         layout = Layout(**inputs["layout"])
         loss_targets = {name: LossTargets(**targets) for name, targets in inputs["loss_targets"].items()}
         loss, parts = self.method.compute_loss(model, layout, loss_targets)
@@ -140,6 +144,13 @@ class MethodTrainer(Trainer):
         self._tokens = self._tokens + (layout.segment >= 0).sum()
         loss = loss * processes()
         return (loss, {}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a part of a batch; what the method lets rest has no gradient afterwards."""
+        loss = super().training_step(*args, **kwargs)
+        for parameter in self.method.resting():
+            parameter.grad = None
+        return loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted here."""
