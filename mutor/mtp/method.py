@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from mutor.checks import setting
+from mutor.mtp.settings import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,6 +100,7 @@ class Method:
     shardable: ClassVar[bool] = True  # whether it trains and exports a model whose weights are spread over processes
     keeps_at_inference: ClassVar[bool] = False  # whether `answer` needs what the method added; else the plain model
     trunk: Backbone
+    progress = Progress()  # set by who trains, before the loss of each step
     shortest_answer: int = 1  # tokens of an answer below which only next tokens are predicted
 
     def __init__(self, config: Any, *, per_sequence: bool = False):

@@ -25,6 +25,7 @@ from mutor.files import damage, read_json, remove_folder, seal, write_json
 from mutor.mtp.layout import Example, Layout
 from mutor.mtp.loss import LossTargets
 from mutor.mtp.method import Context, Method
+from mutor.mtp.settings import Progress
 from mutor.results.provenance import other_data, taken_over
 from mutor.training.data import Samples
 from mutor.training.devices import agreed, is_main, processes
@@ -132,6 +133,7 @@ class MethodTrainer(Trainer):
 
         Gradients are averaged over processes, each of which has a share of the sum.
         """
+        self.method.progress = Progress(self.state.global_step, self.steps)
         layout = Layout(**inputs["layout"])
         loss_targets = {name: LossTargets(**targets) for name, targets in inputs["loss_targets"].items()}
         loss, parts = self.method.compute_loss(model, layout, loss_targets)
