@@ -37,6 +37,9 @@ class _Adapters(Method):
     """Freezes the model, adds adapters, and exports it with the adapters merged, and the adapters beside it."""
 
     shardable = False  # adapters are merged into whole weights
+    source = "Hu et al., arXiv 2106.09685"
+    adds = "adapters"
+    at_inference = "the plain model, adapters merged"
 
     def attach(self, model: Any, initialise: Callable[[nn.Module], None] | None = None) -> Any:
         """Put adapters on all linear layers but the output layer, then add what the method adds."""
@@ -101,3 +104,5 @@ class LoRAMuToR(_Adapters, MuToR):
     """MuToR with adapters: they and the register are trained, nothing else."""
 
     Config = LoRAMuToRConfig
+    source = f"{_Adapters.source}; {MuToR.source}"
+    adds = f"{_Adapters.adds}; {MuToR.adds}"

@@ -32,6 +32,8 @@ class ParallelMTP(Method):
 
     Config = ParallelMTPConfig
     config: ParallelMTPConfig
+    source = "Gloeckle et al., arXiv 2404.19737"
+    adds = "d_max - 1 layers"
     shortest_answer = 2
 
     def add_parameters(self) -> None:

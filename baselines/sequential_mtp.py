@@ -38,6 +38,8 @@ class SequentialMTP(Method):
 
     Config = SequentialMTPConfig
     config: SequentialMTPConfig
+    source = "DeepSeek-V3, arXiv 2412.19437"
+    adds = "d_max - 1 modules of two norms, a projection and a layer"
     shortest_answer = 2
 
     def add_parameters(self) -> None:

@@ -97,6 +97,10 @@ class Method:
     """Base of all methods: plain next-token prediction without added parameters."""
 
     Config: ClassVar[type]
+    # what `python -m mutor methods` says of it
+    source: ClassVar[str] = ""
+    adds: ClassVar[str] = "nothing"  # to the model that is trained
+    at_inference: ClassVar[str] = "the plain model"  # what answers
     shardable: ClassVar[bool] = True  # whether it trains and exports a model whose weights are spread over processes
     keeps_at_inference: ClassVar[bool] = False  # whether `answer` needs what the method added; else the plain model
     trunk: Backbone
