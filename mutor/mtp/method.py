@@ -106,6 +106,7 @@ class Method:
     trunk: Backbone
     progress = Progress()  # set by who trains, before the loss of each step
     shortest_answer: int = 1  # tokens of an answer below which only next tokens are predicted
+    behind_prompt: int = 0  # tokens that it puts between each prompt and its answer, also when it answers
 
     def __init__(self, config: Any, *, per_sequence: bool = False):
         """config: an instance of `Config`; per_sequence: losses are means inside each sequence first."""

@@ -106,10 +106,10 @@ class Task:
         """Pairs (ids, prefix length) of the split "valid" or "test", for losses and a method's own metrics."""
         raise NotImplementedError
 
-    def prepare(self, model: Any, log: Log | None = None) -> None:
+    def prepare(self, model: Any, log: Log | None = None, behind_prompt: int = 0) -> None:
         """Tell a new model what it has to know of the task. Raises ValueError for a model that does not fit.
 
-        log: told what does not fit and is not refused.
+        log: told what does not fit and is not refused; behind_prompt: tokens that the method puts behind each prompt.
         """
 
     def evaluate(

@@ -115,7 +115,7 @@ class SeedRun:
         if spec.base:
             base = records.seed_folder(self.env.runs, spec.base, spec.base_seed_of(self.seed)) / "last"
         model = build(spec.model_config, vocabulary=self.task.vocabulary, seed=self.seed, base=base)
-        self.task.prepare(model, self.print_line)
+        self.task.prepare(model, self.print_line, self.method.behind_prompt)
         self.method.attach(model, initialiser(spec.model_config))
         resumed = False
         if recipe.steps:
