@@ -169,6 +169,12 @@ class Method:
                 f"nothing is predicted but next tokens; allowed: longer answers{lower}"
             )
 
+    def read_examples(self, examples: Iterable[tuple[np.ndarray, int]]) -> None:
+        """Look at the training examples, pairs (ids, prefix length), before training; here at none.
+
+        They come in their order; where there is no end, the first thousand.
+        """
+
     def tokens(self, example: Example) -> int:
         """How many tokens of a row a sequence takes in training, at most."""
         return len(example.ids)
