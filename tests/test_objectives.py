@@ -20,6 +20,7 @@ from mutor.checks import from_mapping
 from mutor.cli import main
 from mutor.config.load import load_scale
 from mutor.config.runs import make_spec
+from mutor.models.llamagen import LlamaGenConfig, LlamaGenForCausalLM
 from mutor.mtp import loss as loss_module
 from mutor.mtp.layout import IGNORE, Example, collate
 from mutor.mtp.method import Context
@@ -243,6 +244,21 @@ def test_parts_of_a_batch_add_up(tiny, tools, batch, cls, per_sequence):
     examples = [span.example() for span in batch.spans]
     whole, _ = method.compute_loss(model, *method.prepare_batch(examples, Context()))
     tools.close(parts_of_a_batch(method, model, examples), whole)
+
+
+@pytest.mark.parametrize("cls", [TokenMasking, SameLogits, BagOfWords])
+def test_images_have_an_output_layer_of_codes_alone(cls):
+    """A layer that a method adds is one, too, though the vocabulary is larger; all that is trained gets a gradient."""
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    model = LlamaGenForCausalLM(LlamaGenConfig(codes=8, classes=3, rows=2, columns=2, **small))
+    method = cls(cls.Config(**({"d_max": 3} if cls is BagOfWords else {})))
+    method.attach(model)
+    layout = method.train_layout(collate([Example(np.array([9, 1, 7, 3, 0]), 1)], 0), Context())
+    method.compute_loss(model, layout)[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    if cls is BagOfWords:
+        assert model.mtp["bag"].weight.shape == (8, 16)
+        assert any(p is model.mtp["bag"].weight for p in method.trunk.tables())
 
 
 RUNS = {

@@ -58,6 +58,9 @@ def test_the_picture_packed_and_padded(tiny, tools):
     assert got.target.tolist() == [[n, n, n, n, 12, 13, 14, n, n, n, n, 21, 22, n]]
     assert got.segment.tolist() == [[0] * 8 + [1] * 6] and got.causal_index.tolist() == [[*range(14)]]
     assert got.prefix.tolist() == [[i < 5 or 7 < i < 12 for i in range(14)]]
+    rows = with_pauses(collate([*examples, Example(np.array([30, 31, 32, 33, 34, 35, 36, 37]), 7, 1)], 9, 8), 1, 61, 9)
+    assert rows.ids.tolist() == [[10, 11, 61, 12, 13, 14, 20, 61, 21, 22], [*range(30, 37), 61, 37, 9]]
+    assert rows.segment.tolist() == [[0] * 6 + [1] * 4, [0] * 9 + [-1]]
     rows = with_pauses(collate(examples, 9), 2, 61, 9)
     assert rows.ids.tolist() == [[10, 11, 61, 61, 12, 13, 14], [20, 61, 61, 21, 22, 9, 9]]
     assert rows.position.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 0, 0]]
@@ -126,7 +129,7 @@ def test_a_checkpoint_is_a_plain_model_with_one_token_more(tiny, tools, family, 
     assert type(plain) is type(model) and plain.dtype == model.dtype and plain.config.pauses == 3
     assert plain.get_input_embeddings().weight.shape[0] == plain.config.vocab_size == model.config.vocab_size + 1 == 62
     tied_weights = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
-    assert tied_weights == tied
+    assert tied_weights == tied and (tied or not plain.get_output_embeddings().weight[61].any())
     with torch.no_grad():
         assert torch.equal(plain(ids).logits[..., :61], model(ids).logits)
     mine = method.answer(model, prompts := Prompts(ids[:, :3], torch.ones_like(ids[:, :3]), 4))
@@ -136,6 +139,14 @@ def test_a_checkpoint_is_a_plain_model_with_one_token_more(tiny, tools, family, 
         fed, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(fed), eos_token_id=None
     )
     assert torch.equal(stock[:, 6:], mine)
+
+
+def test_a_checkpoint_keeps_the_dtype_of_its_model(tiny, tools, tmp_path):
+    model = tiny("gemma").to(torch.bfloat16)
+    plain, _ = exported(paused(model, tools), model, tmp_path)
+    assert plain.dtype == plain.config.dtype == torch.bfloat16
+    rows = torch.cat([model.get_input_embeddings().weight, model.mtp["pause"].weight])
+    assert torch.equal(plain.get_input_embeddings().weight, rows)
 
 
 def test_a_loud_pause_is_never_written_and_takes_no_probability(tiny, tools, tmp_path):
@@ -311,3 +322,10 @@ def test_prompts_need_room_for_the_pauses(tiny):
 
     task.evaluate(model, Asked(NextTokenConfig()), Context(pad_id=task.pad_id), "test", 20)
     assert max(asked) == np.sort(lengths)[10] < lengths.max()
+
+
+def test_pauses_that_do_not_fit_are_refused_before_training(tmp_path):
+    spec = make_spec(load_scale(ROOT, "smoke"), "gsm8k", "llama-2x32", "pause", {"pauses": 250}, (7,))
+    with pytest.raises(ValueError, match=r"max_tokens: .* right answers have up to \d+ tokens; allowed: 256"):
+        run(replace(spec, base=None), (7,), RunEnvironment(root=ROOT, runs=tmp_path))
+    assert not list(tmp_path.rglob("checkpoints"))
