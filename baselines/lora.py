@@ -19,6 +19,9 @@ class LoRANextToken(NextToken):
 
     Config = AdapterSettings
     config: AdapterSettings
+    source = "Hu et al., arXiv 2106.09685"
+    adds = "adapters"
+    at_inference = "the plain model, adapters merged"
 
     @property
     def trunk_settings(self) -> TrunkSettings:
@@ -37,3 +40,6 @@ class LoRAMuToR(MuToR):
     """MuToR with adapters: they and the register are trained, nothing else."""
 
     Config = LoRAMuToRConfig
+    source = f"{LoRANextToken.source}; {MuToR.source}"
+    adds = f"adapters, {MuToR.adds}"
+    at_inference = LoRANextToken.at_inference

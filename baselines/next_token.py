@@ -12,6 +12,7 @@ class NextTokenConfig:
 
 
 class NextToken(Method):
-    """The base class as it is."""
+    """Next tokens alone: the base class as it is."""
 
     Config: ClassVar[type] = NextTokenConfig
+    source = "teacher forcing (Williams, Zipser, Neural Computation 1, 1989)"

@@ -72,6 +72,8 @@ class ParallelMTP(Method):
 
     Config = ParallelMTPConfig
     config: ParallelMTPConfig
+    source = "Gloeckle et al., arXiv 2404.19737"
+    adds = "a head for each further token: a layer, or a matrix"
 
     @property
     def shortest_answer(self) -> int:  # type: ignore[override]

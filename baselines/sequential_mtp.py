@@ -39,6 +39,8 @@ class SequentialMTP(Method):
 
     Config = SequentialMTPConfig
     config: SequentialMTPConfig
+    source = "DeepSeek-V3, arXiv 2412.19437"
+    adds = "a module for each further token: two norms, a projection and a layer"
 
     @property
     def shortest_answer(self) -> int:  # type: ignore[override]

@@ -29,6 +29,8 @@ class Teacherless(Method):
     """Scored as trained: one pass over prefix and dummies gives the whole answer."""
 
     Config = TeacherlessConfig
+    source = "Bachmann, Nagarajan, arXiv 2403.06963"
+    at_inference = "the plain model, on a dummy token for each of the answer"
 
     def eval_layout(self, rows: TokenBatch, context: Context) -> Layout:
         """The plain rows with every answer token replaced by the dummy."""

@@ -82,6 +82,18 @@ def from_mapping(cls: type, values: Mapping[str, Any] | None, where: str) -> Any
 
 
 _hints = functools.cache(typing.get_type_hints)  # a scale has hundreds of mappings of a dozen kinds
+def described(field: dataclasses.Field[Any]) -> str:
+    """What a setting means and what is allowed: "rank of the adapters; [1, inf)"."""
+    meta = field.metadata
+    low, high, choices = meta["low"], meta["high"], meta["choices"]
+    if choices is not None:
+        return f"{meta['doc']}; one of {', '.join(map(str, choices))}"
+    return meta["doc"] + (f"; {_span(low, high, meta['open'])}" if (low, high) != (None, None) else "")
+
+
+def _span(low: float | None, high: float | None, open_ends: bool) -> str:
+    left, right = "()" if open_ends else "[]"
+    return f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
 
 
 def _check(where: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
@@ -112,8 +124,7 @@ def _check(where: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
             under = low is not None and (number <= low if meta["open"] else number < low)
             over = high is not None and (number >= high if meta["open"] else number > high)
             if under or over or number != number:
-                left, right = "()" if meta["open"] else "[]"
-                span = f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
+                span = _span(low, high, meta["open"])
                 raise ValueError(f"{where}: {number!r} is out of range, allowed: {span}")
     return value
 

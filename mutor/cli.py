@@ -1,19 +1,22 @@
-"""Commands of `python -m mutor`: run, collect, plan, compare, readme, stale, cleanup."""
+"""Commands of `python -m mutor`: run, collect, plan, compare, methods, readme, stale, cleanup."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mutor.checks import described
 from mutor.config.load import find_root, load_project, load_scale, load_table
 from mutor.config.runs import make_spec
 from mutor.config.schema import Project
 from mutor.files import locked, remove_folder, sweep, write_text
+from mutor.mtp.method import Method
+from mutor.registry import METHODS, load
 from mutor.results import provenance, records
 
 
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--data", required=True, help="a dataset of the scale")
     one.add_argument("--model", required=True, help="a model of the scale")
     one.add_argument(
-        "--method", required=True, help="next_token, mutor, parallel_mtp, sequential_mtp, teacherless, ..."
+        "--method", required=True, help="next_token, mutor, parallel_mtp, ...: `python -m mutor methods` lists them"
     )
     one.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the method")
     one.add_argument("--budget-factor", type=float, default=1.0, help="times the recipe's steps or epochs")
@@ -85,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     two = command("compare", compare, "what differs between two runs: settings, makers, results")
     two.add_argument("one", type=Path, help="a metrics.json, its folder, or the folder of a setting with its seeds")
     two.add_argument("other", type=Path, help="the same")
+
+    what = command("methods", methods, "every method with its settings, what it adds, what answers, its source")
+    what.add_argument("name", nargs="*", help="some of them (default: all)")
 
     command("readme", readme, "write README.md's results from results/reference")
     command("stale", stale, "list results older than the code they depend on")
@@ -161,6 +167,16 @@ def plan(args: argparse.Namespace, root: Path, project: Project) -> None:
     scale = load_scale(root, project.scale)
     chosen = [load_table(root, str(name)) for name in (args.target or project.artifacts or scale.artifacts)]
     print("\n".join(lines(chosen, scale, root / project.runs, root / "results/reference", project.seeds)))
+
+
+def methods(args: argparse.Namespace, root: Path, project: Project) -> None:
+    """Print what each method is, and its settings with their defaults and what is allowed."""
+    for name in args.name or METHODS:
+        method: type[Method] = load(METHODS, name, "method")
+        lines = [("source", method.source), ("adds", method.adds), ("answers by", method.at_inference)]
+        lines += [(f"{f.name}={f.default}", described(f)) for f in fields(method.Config)]
+        print(f"{name}: {(method.__doc__ or '').splitlines()[0]}")
+        print("".join(f"    {key:<27} {text}\n" for key, text in lines))
 
 
 def compare(args: argparse.Namespace, root: Path, project: Project) -> None:

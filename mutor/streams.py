@@ -19,6 +19,7 @@ Stream = Literal[
     "offset",  # of registers: block of samples
     "offset_of_token",  # mixed offsets: sample
     "placement",  # of random registers: sample
+    "masked_inputs",  # of an answer: sample
     "shuffled_targets",  # of the control: first sample of the batch
     "epoch_order",  # of training examples: epoch
     "held_out_graphs",  # data seed: 0 for validation, 1 for test

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from baselines.bag_of_words import BagOfWords, BagOfWordsConfig
 from baselines.next_token import NextToken, NextTokenConfig
 from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
+from baselines.pause import Pause, PauseConfig
+from baselines.same_logits import SameLogits, SameLogitsConfig
 from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
 from baselines.teacherless import Teacherless, TeacherlessConfig
+from baselines.token_masking import TokenMasking, TokenMaskingConfig
 from mutor.mtp.decode import Prompts, decode, decode_in_one_pass
 from mutor.mtp.layout import IGNORE, Example, collate, regular, targets_ahead
 from mutor.mtp.loss import one_at_a_time
@@ -25,6 +29,10 @@ ALL = [
     (ParallelMTP, ParallelMTPConfig(d_max=3, a=0.2)),
     (SequentialMTP, SequentialMTPConfig(d_max=3, a=0.2)),
     (MuToR, MuToRConfig(d_max=1, a=0.2)),
+    (Pause, PauseConfig(pauses=2)),
+    (TokenMasking, TokenMaskingConfig(rate=0.5)),
+    (SameLogits, SameLogitsConfig(d_max=3, weight=0.7)),
+    (BagOfWords, BagOfWordsConfig(d_max=4)),
 ]
 
 
@@ -307,7 +315,7 @@ def test_only_one_head_is_alive_at_a_time(tiny, tools, batch):
     assert peaks[6] < 1.02 * peaks[2]
 
 
-@pytest.mark.parametrize("cls", [ParallelMTP, SequentialMTP, MuToR])
+@pytest.mark.parametrize("cls", [ParallelMTP, SequentialMTP, MuToR, SameLogits])
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_no_target_that_far_is_no_loss(tiny, tools, cls, per_sequence):
     """Answers shorter than d_max: finite losses and gradients, zero for what predicts nothing."""
@@ -317,7 +325,8 @@ def test_no_target_that_far_is_no_loss(tiny, tools, cls, per_sequence):
     rows = collate([Example(np.array([5, 6, 7]), 1), Example(np.array([8, 9]), 1)], 0)
     total, parts = method.compute_loss(model, method.train_layout(rows, Context(prefix_lm=True)))
     assert torch.isfinite(total) and float(parts["next_token"]) > 0
-    assert float(parts[{ParallelMTP: "head_6", SequentialMTP: "depth_5", MuToR: "register"}[cls]]) == 0
+    names = {ParallelMTP: "head_6", SequentialMTP: "depth_5", MuToR: "register", SameLogits: "ahead_6"}
+    assert float(parts[names[cls]]) == 0
     assert all(torch.isfinite(g).all() for g in tools.gradients(model, total).values())
 
 

@@ -104,7 +104,10 @@ def test_moving_a_definition_or_a_file_does_not_count(project, tmp_path):
     header = "import torch\nimport torch.nn.functional as F\nfrom torch.utils.checkpoint import checkpoint\n"
     header += "from mutor.mtp.loss import cross_entropy\n\n\n"
     (project / "mutor/mtp/heads.py").write_text(header + cut(project, LOSS, "head_loss"))
-    edit(project, METHOD, "from mutor.mtp.loss import head_loss", "from mutor.mtp.heads import head_loss")
+    for file in (METHOD, "baselines/bag_of_words.py"):
+        edit(project, file, "from mutor.mtp.loss import head_loss", "from mutor.mtp.heads import head_loss")
+    both = "from mutor.mtp.heads import head_loss\n        from mutor.mtp.loss import LossTargets"
+    edit(project, "baselines/same_logits.py", "from mutor.mtp.loss import LossTargets, head_loss", both)
     moved = "from mutor.mtp.heads import head_loss\nfrom mutor.mtp.loss import LossTargets, cross_entropy\n"
     forced = "mutor/mtp/teacher_forcing.py"
     edit(project, forced, "from mutor.mtp.loss import LossTargets, cross_entropy, head_loss\n", moved)

@@ -142,7 +142,7 @@ def registered():
     """One line each."""
     before = dict(METHODS), dict(TASKS)
     register(METHODS, "step_back", f"{__name__}:StepBack")
-    register(METHODS, "pause", f"{__name__}:Pause")
+    register(METHODS, "kept_token", f"{__name__}:Pause")
     register(METHODS, "foresight", f"{__name__}:Foresight")
     register(TASKS, "repeat", f"{__name__}:Repeat")
     yield
@@ -223,7 +223,7 @@ def test_a_recipe_of_no_epochs_scores_the_model_as_it_starts(scale, tmp_path):
 
 def test_a_token_that_is_kept_at_inference(scale, tmp_path):
     """Scored with its weights, which are saved beside the plain model and load again to the same answers."""
-    spec = make_spec(scale, "g2x3", "gpt2-2x32", "pause", {}, (7,))
+    spec = make_spec(scale, "g2x3", "gpt2-2x32", "kept_token", {}, (7,))
     record, folder = finished(replace(spec, recipe=replace(spec.recipe, learning_rate=0.03)), tmp_path)
     assert record["added_parameters"] == 32 and not any("mtp" in name for name in weights(folder / "last"))
     plain = AutoModelForCausalLM.from_pretrained(folder / "last").eval()
@@ -315,7 +315,7 @@ def test_a_task_is_one_class(scale, tmp_path):
     recipe = {"epochs": 3, "batch_size": 20, "learning_rate": 0.01, "eval_every": 30, "log_every": 10, "save_every": 30}
     scale.recipes["repeat"] = recipe
     scale.datasets["repeat"] = replace(scale.datasets["g2x3-walks"], task="repeat", options={}, recipe="repeat")
-    for method, settings in (("mutor", {"d_max": 2}), ("teacherless", {}), ("pause", {})):
+    for method, settings in (("mutor", {"d_max": 2}), ("teacherless", {}), ("kept_token", {})):
         record, _ = finished(make_spec(scale, "repeat", "gpt2-2x32", method, settings, (7,)), tmp_path)
         assert (record["train_data_name"], record["steps"], record["examples"]) == ("repeat 3 digits", 60, 400)
         assert len(records.problem_scores(record, "last", "all_right")) == 50

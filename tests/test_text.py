@@ -397,7 +397,7 @@ def test_a_whole_run_from_a_shared_base(tmp_path):
     assert tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True) == lines[0]["output"]
 
 
-def test_a_users_own_model_and_data_through_every_method(tmp_path, tiny, monkeypatch):
+def test_a_users_own_model_and_data_through_the_methods_of_its_table(tmp_path, tiny, monkeypatch):
     """The scale and table made for it, with a local model and 200 lines."""
     from mutor.results.cells import Evidence
     from mutor.results.drawings import collect_artifact
@@ -418,7 +418,8 @@ def test_a_users_own_model_and_data_through_every_method(tmp_path, tiny, monkeyp
     scale.recipes["mine"] |= {"epochs": 1, "save_every": 10}
     table = load_table(ROOT, "own")
     specs = specs_of(cells_of(table, scale))
-    assert {s.method for s in specs} == METHODS.keys() - {"teacherless", "mutor_1d", "mutor_2d"}
+    wanted = {"next_token", "parallel_mtp", "sequential_mtp", "mutor", "lora_next_token", "lora_mutor"}
+    assert {s.method for s in specs} == wanted
     for spec in specs:
         run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path / "runs", device="cpu"))
     csv, *_ = collect_artifact(Evidence(ROOT, scale, Records(tmp_path / "runs")), table, tmp_path)

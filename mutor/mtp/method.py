@@ -98,10 +98,15 @@ class Method:
     """Base of all methods: plain next-token prediction without added parameters."""
 
     Config: ClassVar[type]
+    # what `python -m mutor methods` says of it
+    source: ClassVar[str] = ""
+    adds: ClassVar[str] = "nothing"  # to the model that is trained
+    at_inference: ClassVar[str] = "the plain model"  # what answers
     keeps_at_inference: ClassVar[bool] = False  # whether `answer` needs what the method added; else the plain model
     trunk: Backbone
     progress = Progress()  # set by who trains, before the loss of each step
     shortest_answer: int = 1  # tokens of an answer below which only next tokens are predicted
+    behind_prompt: int = 0  # tokens that it puts between each prompt and its answer, also when it answers
 
     def __init__(self, config: Any, *, per_sequence: bool = False):
         """config: an instance of `Config`; per_sequence: losses are means inside each sequence first."""
@@ -199,6 +204,12 @@ class Method:
                 f"{type(self).__name__}: the longest answer has {longest} tokens, and below {self.shortest_answer} "
                 f"nothing is predicted but next tokens; allowed: longer answers{lower}"
             )
+
+    def read_examples(self, examples: Iterable[tuple[np.ndarray, int]]) -> None:
+        """Look at the training examples, pairs (ids, prefix length), before training; here at none.
+
+        They come in their order; where there is no end, the first thousand.
+        """
 
     def tokens(self, example: Example) -> int:
         """How many tokens of a row a sequence takes in training, at most."""

@@ -69,6 +69,8 @@ class MuToR(Method):
 
     Config = MuToRConfig
     config: MuToRConfig
+    source = "Gerontopoulos et al., arXiv 2505.10518"
+    adds = "an input vector, or one per offset"
     _short: tuple[int, ...] | None = ()  # lengths of answers so far, none of which had a register; None: one had
 
     @property

@@ -72,7 +72,7 @@ class Images(Task):
         named = self.assets.labels[split][index].astype(np.int64)[:, None] + self.config.codes
         return [(ids, 1) for ids in np.concatenate([named, found], 1)]
 
-    def prepare(self, model: Any, log: Log | None = None) -> None:
+    def prepare(self, model: Any, log: Log | None = None, behind_prompt: int = 0) -> None:
         """Raises ValueError where the model's grid, codes or classes are not these images'."""
         side = self.config.side
         here = {"codes": self.config.codes, "classes": self.config.classes, "rows": side, "columns": side}

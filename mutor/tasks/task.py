@@ -39,12 +39,11 @@ class Source:
     dropped: int = 0
 
 
-def answer_lengths(source: Source) -> Iterator[int]:
-    """Tokens of each answer, of the first thousand where there is no end."""
+def in_order(source: Source) -> Iterator[tuple[np.ndarray, int]]:
+    """All training examples, or the first thousand where there is no end."""
     size = 1000 if source.size is None else source.size
     for start in range(0, size, 256):
-        for ids, prefix in source.examples(np.arange(start, min(size, start + 256))):
-            yield len(ids) - prefix
+        yield from source.examples(np.arange(start, min(size, start + 256)))
 
 
 class Task:
@@ -106,10 +105,10 @@ class Task:
         """Pairs (ids, prefix length) of the split "valid" or "test", for losses and a method's own metrics."""
         raise NotImplementedError
 
-    def prepare(self, model: Any, log: Log | None = None) -> None:
+    def prepare(self, model: Any, log: Log | None = None, behind_prompt: int = 0) -> None:
         """Tell a new model what it has to know of the task. Raises ValueError for a model that does not fit.
 
-        log: told what does not fit and is not refused.
+        log: told what does not fit and is not refused; behind_prompt: tokens that the method puts behind each prompt.
         """
 
     def evaluate(

@@ -221,7 +221,7 @@ class Text(Task):
         from mutor.tasks.harness import evaluate
 
         found = self.problems[split]
-        asked = self._asked(split, model.config.max_position_embeddings, log)
+        asked = self._asked(split, model.config.max_position_embeddings, log, method.behind_prompt)
         cache = predictions_file.with_suffix(".answers") if predictions_file else None
         answers, scored = evaluate(
             model,
@@ -252,12 +252,13 @@ class Text(Task):
                 file.unlink()
         return metrics, scores if self.corpus.compare == "rouge" else {k: v.astype(bool) for k, v in scores.items()}
 
-    def _asked(self, split: str, room: int, log: Log | None = None) -> np.ndarray:
+    def _asked(self, split: str, room: int, log: Log | None = None, behind_prompt: int = 0) -> np.ndarray:
         """Numbers of the problems whose prompts leave room for `new_tokens` in a model of `room` positions.
 
-        log: told how many do not. Raises ValueError where none does.
+        log: told how many do not; behind_prompt: tokens that a method adds to each. Raises ValueError where none does.
         """
-        prompts, new = np.array([prefix for _, prefix in self._encoded[split]]), self.corpus.new_tokens
+        new = self.corpus.new_tokens
+        prompts = behind_prompt + np.array([prefix for _, prefix in self._encoded[split]])
         asked = np.flatnonzero(prompts + new <= room)
         if not len(asked):
             raise ValueError(
@@ -282,13 +283,14 @@ class Text(Task):
             lines.append(json.dumps(line, ensure_ascii=False))
         write_text(file, "\n".join(lines) + "\n")
 
-    def prepare(self, model: Any, log: Log | None = None) -> None:
+    def prepare(self, model: Any, log: Log | None = None, behind_prompt: int = 0) -> None:
         """Tell a new model its special tokens, so that its checkpoints answer and stop wherever they are loaded.
 
         Raises ValueError for examples that are longer than the model has positions, or where no prompt leaves room.
         """
         room = model.config.max_position_embeddings
         longest = max(self.longest, *(len(ids) for split in self.problems for ids, _ in self.examples(split)))
+        longest += behind_prompt
         if longest > room:
             raise ValueError(
                 f"max_tokens: prompts with their right answers have up to {longest} tokens; allowed: {room}, as the "
@@ -296,7 +298,7 @@ class Text(Task):
             )
         most = self.corpus.max_tokens
         for split, found in self._encoded.items():
-            self._asked(split, room, log)
+            self._asked(split, room, log, behind_prompt)
             cut = sum(len(ids) > most for ids, _ in found)
             if log and cut:
                 log(f"of {cut} of {len(found)} {split} problems the loss is that of the first {most} tokens")

@@ -20,7 +20,7 @@ from mutor.mtp.method import Context, Method
 from mutor.registry import AUTO, METHODS, answers_under, load
 from mutor.results import provenance, records
 from mutor.results.record_schema import pack
-from mutor.tasks.task import Log, Source, Task, answer_lengths
+from mutor.tasks.task import Log, Source, Task, in_order
 from mutor.training.devices import agreed, device_name, is_main, processes
 
 if TYPE_CHECKING:
@@ -110,17 +110,18 @@ class SeedRun:
         if source.dropped:
             self.print_line(f"{source.size} training examples; {source.dropped} longer ones dropped")
         if recipe.steps:
-            self.method.check_answers(answer_lengths(source))
+            self.method.check_answers(len(ids) - prefix for ids, prefix in in_order(source))
         base = None
         if spec.base:
             base = records.seed_folder(self.env.runs, spec.base, spec.base_seed_of(self.seed)) / "last"
         model = build(spec.model_config, vocabulary=self.task.vocabulary, seed=self.seed, base=base)
-        self.task.prepare(model, self.print_line)
+        self.task.prepare(model, self.print_line, self.method.behind_prompt)
         self.method.attach(model, initialiser(spec.model_config))
         if spec.model_config.attention != AUTO:
             model.set_attn_implementation(spec.model_config.attention)
         resumed = False
         if recipe.steps:
+            self.method.read_examples(in_order(source))
             self.trainer = self._new_trainer(model, recipe, source)
             resumed = self.trainer.resume()
         training = {"started": started, "resumed": resumed, **self._trained(model, source)}
