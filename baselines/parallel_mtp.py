@@ -7,6 +7,7 @@ trunk --> norm --> output layer            x_(t+1)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from mutor.mtp.method import AuxiliarySettings, Method
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mutor.mtp.ahead import Ahead
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
 
@@ -68,3 +70,12 @@ class ParallelMTP(Method):
         parts = {f"head_{k}": value for k, value in enumerate(values, start=2)}
         a = self.config.a
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), **parts}
+
+    def ahead(self, model: Any, layout: Layout) -> Iterator[Ahead]:
+        """Head k at t."""
+        from mutor.mtp.ahead import read_off
+
+        out = self.trunk(model, layout)
+        yield from read_off(self.trunk, layout, 1, out.normed)
+        for k, head in enumerate(self.heads, start=2):
+            yield from read_off(self.trunk, layout, k, self.trunk.norm(out.apply_layer(head, out.hidden)))
