@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mutor.mtp.ahead import Ahead
     from mutor.mtp.layout import Layout
 
-TOGETHER = 1024  # candidates in one forward pass; more would mostly look at one another's columns
+TOGETHER, IN_A_ROW = 4096, 1024  # candidates in one forward pass and behind one row: memory, attention grow with them
 PATHS = 2**17  # that a sum may have
 
 
@@ -65,9 +65,11 @@ class Marginal(Method):
 
         normed = self.trunk(model, layout).normed
         yield from read_off(self.trunk, layout, 1, normed)
-        together = self.config.candidates or self.trunk.vocabulary
-        for part in positions(layout, 2).split(max(1, TOGETHER // together)):
+        index, each = positions(layout, 2), self.config.candidates or self.trunk.vocabulary
+        stretch = index % layout.ids.shape[1] // max(1, IN_A_ROW // each)  # the same one of all rows goes together
+        for part in index[stretch.argsort(stable=True)].split(max(1, TOGETHER // each)):
             if len(part):
+                part = part.sort().values
                 yield from self._sums(model, layout, part, normed.flatten(0, 1)[part])
 
     def _sums(self, model: Any, layout: Layout, index: Tensor, normed: Tensor) -> Iterator[Ahead]:
@@ -78,13 +80,13 @@ class Marginal(Method):
         """
         import torch
 
-        from mutor.mtp.ahead import Ahead, positions
+        from mutor.mtp.ahead import Ahead, positions, rows_at_once
 
         hidden, ids = normed[:, None], index.new_zeros(len(index), 1, 0)
         weight = torch.ones(len(index), 1, device=index.device)
         for k in range(1, self.config.horizon + 1):
             parts = []
-            rows = max(1, self._rows(hidden) // hidden.shape[1])
+            rows = max(1, rows_at_once(self.trunk, hidden) // hidden.shape[1])
             for some in torch.arange(len(index), device=index.device).split(rows):
                 total, further = self._sum(hidden[some], weight[some], k < self.config.horizon)
                 if k > 1:
@@ -98,12 +100,6 @@ class Marginal(Method):
             ids = torch.cat([ids[left].gather(1, path), found[..., None] % self.trunk.vocabulary], dim=2)
             hidden = self._behind(model, layout, index, ids)
 
-    def _rows(self, hidden: Tensor) -> int:
-        """How many rows of logits are computed at once."""
-        from mutor.mtp.loss import logits_at_once
-
-        return max(1, logits_at_once(hidden) // self.trunk.vocabulary)
-
     def _sum(self, hidden: Tensor, weight: Tensor, further: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The sum over paths of weight [n, K] times the next token's probabilities, [n, V].
 
@@ -112,11 +108,14 @@ class Marginal(Method):
         """
         import torch
 
+        from mutor.mtp.ahead import rows_at_once
+
+        rows = rows_at_once(self.trunk, hidden)
         total = hidden.new_zeros(len(hidden), self.trunk.vocabulary, dtype=torch.float32)
         kept, numbers = weight[:, :0], weight[:, :0].long()
         most = self.config.candidates or hidden.shape[1] * self.trunk.vocabulary
-        for start in range(0, hidden.shape[1], self._rows(hidden)):
-            part = slice(start, start + self._rows(hidden))
+        for start in range(0, hidden.shape[1], rows):
+            part = slice(start, start + rows)
             probability = self.trunk.logits(hidden[:, part]).softmax(-1)
             total += (weight[:, None, part] @ probability)[:, 0]
             if further:

@@ -165,7 +165,7 @@ def test_parts_change_nothing(tiny, tools, monkeypatch, cls, config):
     model, method = tiny("llama"), cls(config)
     tools.attach(method, model)
     whole = predicted(method, model, True)
-    monkeypatch.setattr(ahead, "logits_at_once", lambda hidden: 2 * tools.vocabulary)
+    monkeypatch.setattr(ahead, "rows_at_once", lambda trunk, hidden: 2)
     monkeypatch.setattr(ahead, "TOKENS", 20)
     parts = predicted(method, model, True)
     assert parts.keys() == whole.keys()

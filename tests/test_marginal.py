@@ -175,9 +175,10 @@ def test_parts_change_nothing(tiny, monkeypatch, candidates, prefix_lm):
     """Few candidates, few rows of logits and few tokens at a time."""
     method, model = made(tiny, candidates=candidates, horizon=3)
     whole = predicted(method, model, prefix_lm)
-    monkeypatch.setattr(marginal, "TOGETHER", 2)
+    monkeypatch.setattr(marginal, "TOGETHER", 12)
+    monkeypatch.setattr(marginal, "IN_A_ROW", 6)
     monkeypatch.setattr(ahead, "TOKENS", 20)
-    monkeypatch.setattr("mutor.mtp.loss.logits_at_once", lambda hidden: 4 * 6)
+    monkeypatch.setattr(ahead, "rows_at_once", lambda trunk, hidden: 4)
     parts = predicted(method, model, prefix_lm)
     assert parts.keys() == whole.keys()
     for key, (probabilities, mass) in whole.items():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mutor.mtp.layout import IGNORE, Layout, targets_ahead, with_registers
-from mutor.mtp.loss import cross_entropy, logits_at_once
+from mutor.mtp.loss import cross_entropy
 
 if TYPE_CHECKING:
     from mutor.mtp.backbone import Backbone
@@ -47,6 +47,14 @@ def positions(layout: Layout, distance: int) -> Tensor:
     return (targets_ahead(layout, distance) != IGNORE).flatten().nonzero().squeeze(1)
 
 
+def rows_at_once(trunk: Backbone, hidden: Tensor) -> int:
+    """How many rows of logits of hidden states are computed at once.
+
+    A CPU works in its cache; a GPU reads the whole output layer for each part, so that they are larger there.
+    """
+    return max(1, (2**28 if hidden.is_cuda else 2**22) // trunk.vocabulary)
+
+
 def read_off(
     trunk: Backbone, layout: Layout, distance: int, normed: Tensor, index: Tensor | None = None
 ) -> Iterator[Ahead]:
@@ -57,7 +65,7 @@ def read_off(
     if index is None:
         index = positions(layout, distance)
         normed = normed.flatten(0, 1)[index]
-    rows = max(1, logits_at_once(normed) // trunk.vocabulary)
+    rows = rows_at_once(trunk, normed)
     for some, where in zip(normed.split(rows), index.split(rows), strict=True):
         if len(where):
             yield Ahead(distance, where, trunk.logits(some))

@@ -50,14 +50,6 @@ class LossTargets:
         return cls(index, target.flatten()[index], share, count)
 
 
-def logits_at_once(hidden: Tensor) -> int:
-    """How many logits of hidden states are computed at once.
-
-    A GPU reads the whole output layer for each part, so that they are larger there: 1 GB in float32.
-    """
-    return 2**28 if hidden.is_cuda else 2**25
-
-
 def head_loss(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
@@ -73,7 +65,9 @@ def head_loss(
     again in the backward pass: the same values in the memory of one part. Without targets the loss is zero, and still
     part of the graph.
     """
-    max_logits = logits_at_once(hidden) if max_logits is None else max_logits
+    if max_logits is None:
+        # a GPU reads the whole output layer for each part, so that they are larger there: 1 GB in float32
+        max_logits = 2**28 if hidden.is_cuda else 2**25
     hidden = hidden.flatten(0, 1).index_select(0, targets.index)
     rows = max(1, max_logits // vocabulary)
 
