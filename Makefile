@@ -45,6 +45,7 @@ format: env  ## write files as check wants them, where a tool can
 benchmark: env  ## what a training step, the training loop and decoding cost, at SCALE (default: laptop)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_loop.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decoding.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ahead.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py --scale $(SCALE)
 	$(BIN)/python -m mutor collect rebuttal_latency cost_curves --scale $(SCALE)
 

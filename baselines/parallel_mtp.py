@@ -23,6 +23,7 @@ latent_token      head feeds the output layer from the trunk's own n_(t+k-1), an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mutor.mtp.backbone import BackboneOutput
+    from mutor.mtp.ahead import Ahead
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
 
@@ -150,21 +152,38 @@ class ParallelMTP(Method):
         losses = [head_loss(n, ahead) for n, ahead in enumerate(self.config.further) if n < self._active]
         if losses:
             shared = [*self.trunk.norm.parameters(), *self.trunk.head.parameters()]
-            mean, values = one_at_a_time(losses, self._read(layout, out), [*self._added(), *shared])
+            read = self._read(out, layout.ids.roll(-1, dims=1))  # what wraps around stands where no loss is
+            mean, values = one_at_a_time(losses, read, [*self._added(), *shared])
             parts |= {f"head_{k}": value for k, value in zip(self.config.further, values, strict=False)}
             extra = extra + mean
         a = self.config.weight(self.progress)
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), **parts}
 
-    def _read(self, layout: Layout, out: BackboneOutput) -> Tensor:
-        """What heads read: [B, L, d] the last hidden state, or [S, B, L, d] all states, the next token's embedding."""
+    def ahead(self, model: Any, layout: Layout) -> Iterator[Ahead]:
+        """Heads at t; with `injection` they read the model's own next token, not the true one."""
+        from mutor.mtp.ahead import read_off
+
+        out = self.trunk(model, layout, all_states=self.config.hidden != "last")
+        following = layout.ids.flatten().clone()
+        for found in read_off(self.trunk, layout, 1, out.normed):
+            following[found.index] = found.logits.argmax(-1)
+            yield found
+        read = self._read(out, following.view_as(layout.ids))
+        for number, k in enumerate(self.config.further):
+            yield from read_off(self.trunk, layout, k, self._state(out, number, read))
+
+    def _read(self, out: BackboneOutput, following: Tensor) -> Tensor:
+        """What heads read: [B, L, d] the last hidden state, or [S, B, L, d] all states, the next token's embedding.
+
+        following: int64 [B, L] the tokens x_(t+1).
+        """
         import torch
 
         if self.config.hidden == "last" and self.config.injection is None:
             return out.hidden
         read = list(out.states or (out.hidden,))
         if self.config.injection is not None:
-            read.append(self.trunk.embedding(layout.ids.roll(-1, dims=1)))  # what wraps around stands where no loss is
+            read.append(self.trunk.embedding(following))
         return torch.stack(read)
 
     def _state(self, out: BackboneOutput, number: int, read: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Module k (k = 1 .. d_max - 1) keeps the causal chain, with the model's own embed
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from mutor.mtp.settings import HeadSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mutor.mtp.ahead import Ahead
+    from mutor.mtp.backbone import BackboneOutput
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
 
@@ -88,9 +91,8 @@ class SequentialMTP(Method):
         hidden, losses, extra = out.hidden, [], no_loss(self._idle())
         for k, depth in enumerate(self._active(), start=1):
             known = 1 + (k - 1) * config.leap  # the token that the module before predicts
-            token = self.trunk.embedding(layout.ids.roll(-known, dims=1))  # what wraps around stands where no loss is
-            joined = torch.cat([depth["hidden_norm"](hidden), depth["token_norm"](token)], dim=-1)
-            hidden = out.apply_layer(depth["layer"], depth["projection"](joined))
+            ids = layout.ids.roll(-known, dims=1)  # what wraps around stands where no loss is
+            hidden = self._deeper(out, depth, hidden, ids)
             losses.append(self.cross_entropy(self.trunk.norm(hidden), loss_targets[f"depth_{k}"]))
         a = self.config.weight(self.progress)
         parts = {f"depth_{k}": plain.new_zeros(()) for k in range(1, len(self.depths) + 1)}
@@ -108,3 +110,73 @@ class SequentialMTP(Method):
 
     def _idle(self) -> list[nn.Parameter]:
         return [p for depth in self.depths[len(self._active()) :] for p in depth.parameters()]
+
+    def _deeper(self, out: BackboneOutput, depth: Any, hidden: Tensor, ids: Tensor) -> Tensor:
+        """h^k of a module, [B, L, d], from h^(k-1) and the tokens k further on, ids int64 [B, L]."""
+        import torch
+
+        joined = [depth["hidden_norm"](hidden), depth["token_norm"](self.trunk.embedding(ids))]
+        return out.apply_layer(depth["layer"], depth["projection"](torch.cat(joined, dim=-1)))
+
+    def ahead(self, model: Any, layout: Layout) -> Iterator[Ahead]:
+        """Module k at t, on the drafts of those before it: between t and x_(t+k+1) no true token is read.
+
+        So it is what drafting reaches, and below what the loss says, which is of true tokens. Also h of earlier tokens
+        is that of the tokens up to t. With a leap nothing is predicted ahead: a module would want the tokens between.
+        """
+        from mutor.mtp.ahead import TOKENS, positions
+
+        if self.config.leap > 1:
+            yield from super().ahead(model, layout)
+            return
+        yield from self._first_module(model, layout)
+        index = positions(layout, 3)
+        if self.config.d_max > 2 and len(index):
+            index = index[(index % layout.ids.shape[1]).argsort(stable=True)]  # rows of a part are about equally long
+            for part in index.split(max(1, TOKENS // layout.ids.shape[1])):
+                yield from self._further_modules(model, layout, part)
+
+    def _first_module(self, model: Any, layout: Layout) -> Iterator[Ahead]:
+        """Next tokens, and the first module in the same pass: t once more behind the tokens, with a draft.
+
+        There it sees the tokens before t, whose next tokens are known, and itself.
+        """
+        from dataclasses import replace
+
+        import torch
+
+        from mutor.mtp.ahead import at_registers, positions, read_off, registers_behind
+
+        drafts = layout.ids.flatten().clone()
+        for found in super().ahead(model, layout):
+            drafts[found.index] = found.logits.argmax(-1)
+            yield found
+        index = positions(layout, 2)
+        if not len(index):
+            return
+        fed = registers_behind(layout, index, drafts[index, None], 1)
+        anchor = fed.causal_index
+        out = self.trunk(model, replace(fed, causal_index=anchor - fed.register.long()))
+        hidden = out.hidden.gather(1, anchor[..., None].expand_as(out.hidden))
+        ids = torch.where(fed.register, fed.ids, fed.ids.roll(-1, dims=1))
+        normed = self.trunk.norm(self._deeper(out, self.depths[0], hidden, ids))
+        yield from read_off(self.trunk, layout, 2, at_registers(normed, fed, 1)[:, 0], index)
+
+    def _further_modules(self, model: Any, layout: Layout, index: Tensor) -> Iterator[Ahead]:
+        """The modules from the second on, for the tokens of `index`, each in a row of its own that ends with it."""
+        import torch
+        import torch.nn.functional as F
+
+        from mutor.mtp.ahead import positions, read_off, rows_up_to
+
+        rows, at = rows_up_to(layout, index, index.new_zeros(len(index), 0))
+        out, line, length = self.trunk(model, rows), torch.arange(len(index), device=index.device), rows.ids.shape[1]
+        ids, hidden, normed = F.pad(rows.ids, (0, self.config.d_max - 1)), out.hidden, out.normed
+        for k, depth in enumerate(self.depths, start=1):
+            drafts = [found.logits.argmax(-1) for found in read_off(self.trunk, layout, k, normed[line, at], index)]
+            ids[line, at + k] = torch.cat(drafts)
+            hidden = self._deeper(out, depth, hidden, ids[:, k : k + length])
+            normed = self.trunk.norm(hidden)
+            if k > 1:
+                there = torch.isin(index, positions(layout, k + 1))
+                yield from read_off(self.trunk, layout, k + 1, normed[line, at][there], index[there])

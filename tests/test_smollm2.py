@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,3 +76,27 @@ def test_batched_answers_to_published_problems_equal_a_plain_loop(smollm2):
     plain = [one_by_one(model, own(p.prompt)["input_ids"], NEW_TOKENS, own.eos_token_id) for p in found]
     assert outputs == [own.decode(ids, skip_special_tokens=True) for ids in plain]
     assert len(scores["accuracy"]) == PROBLEMS
+
+
+@torch.no_grad()
+def test_marginalisation_is_a_sum_of_its_own_passes(smollm2):
+    """Of the eight likeliest next tokens, behind source code that every machine has."""
+    from baselines.marginal import Marginal, MarginalConfig
+    from mutor.mtp.layout import Example, collate
+    from mutor.mtp.method import Context
+    from mutor.tasks.python_sources import rows
+
+    model, own = smollm2
+    ids = own(next(rows("test"))[1]["text"])["input_ids"][:14]
+    method = Marginal(MarginalConfig(candidates=8))
+    method.attach(model)
+    layout = method.eval_layout(collate([Example(np.array(ids), 9)], 0), Context())
+    found = {f.distance: f for f in method.ahead(model, layout)}
+    assert found[2].index.tolist() == [8, 9, 10, 11]
+    for t, logits, mass in zip(found[2].index.tolist(), found[2].logits, found[2].mass, strict=True):
+        first = model(torch.tensor([ids[: t + 1]])).logits[0, -1].softmax(-1).topk(8)
+        total = 0
+        for weight, v in zip(*first, strict=True):
+            total += weight * model(torch.tensor([[*ids[: t + 1], int(v)]])).logits[0, -1].softmax(-1)
+        torch.testing.assert_close(logits.softmax(-1), total / total.sum(), rtol=1e-3, atol=1e-5)
+        assert float(mass) == pytest.approx(float(first.values.sum()), rel=1e-4)

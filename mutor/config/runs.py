@@ -120,8 +120,8 @@ class Cell:
 
     @property
     def unit(self) -> str:
-        """Rates are in percent, as published."""
-        return UNITS.get(self.metric, "percent")
+        """Rates are in percent, as published; what is measured k tokens ahead has the unit of what it measures."""
+        return UNITS.get(self.metric.partition("_ahead_")[0], "percent")
 
 
 def settings_name(settings: Mapping[str, Any]) -> str:

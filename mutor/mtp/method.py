@@ -8,6 +8,7 @@ The training loop, the evaluation and the workflow know this interface and no me
     method.progress = Progress(step, steps)       # before each step, whose gradients of `resting()` are thrown away
     layout, loss_targets = method.prepare_batch(examples, context)     # on the CPU, in the data loader
     total, parts = method.compute_loss(model, layout, loss_targets)    # on the device
+    method.ahead(model, layout)                   # what it predicts for x_(t+k) from the tokens up to t
     method.metrics(model, examples, context, 500) # what it measures beside the task's scores
     method.export(model, folder)                  # a plain checkpoint of the base architecture
     method.save_own(model, folder / "method")     # what export leaves out; load_own puts it on the plain model again
@@ -18,7 +19,7 @@ This module and the methods' files import torch inside functions only, so that p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from mutor.mtp.ahead import Ahead
     from mutor.mtp.backbone import Backbone
     from mutor.mtp.decode import Prompts
     from mutor.mtp.layout import Example, Layout, TokenBatch
@@ -311,16 +313,37 @@ class Method:
             return sum(p.numel() for p in model.parameters() if p.requires_grad)
         return sum(p.numel() for p in getattr(model, EXTRA).parameters()) if hasattr(model, EXTRA) else 0
 
+    def ahead(self, model: Any, layout: Layout) -> Iterator[Ahead]:
+        """What the method, with all that it added in place, predicts for x_(t+k) from the tokens up to t alone.
+
+        layout: of `eval_layout`. Yields parts of the predictions, k = 1 first, for each t that an answer token follows
+        and from which x_(t+k) is in the answer. Here k = 1 alone, which is the next token. A method that knows more
+        adds it, from its own drafts where it needs the tokens between. Without gradients, in evaluation mode.
+        """
+        from mutor.mtp.ahead import read_off
+
+        yield from read_off(self.trunk, layout, 1, self.trunk(model, layout).normed)
+
     def metrics(
         self, model: Any, examples: Sequence[tuple[np.ndarray, int]], context: Context, batch_size: int
     ) -> dict[str, float]:
-        """What this method measures, by name, beside the task's scores; here nothing. Rates are in percent.
+        """What this method measures, by name, beside the task's scores. Rates are in percent.
 
-        Asked on the validation set during training and on the test set at the end, with all that the method added in
-        place, in evaluation mode, without gradients. examples: pairs (ids, prefix length); batch_size: sequences at
-        once. Names must be no task's.
+        Here how good its predictions ahead are, on the first examples: mutor/mtp/ahead.py: Tally. Asked on the
+        validation set during training and on the test set at the end, with all that the method added in place, in
+        evaluation mode, without gradients. examples: pairs (ids, prefix length); batch_size: sequences at once. Names
+        must be no task's.
         """
-        return {}
+        from mutor.mtp.ahead import EXAMPLES, Tally
+        from mutor.mtp.layout import Example, collate
+
+        tally = Tally()
+        for start in range(0, min(len(examples), EXAMPLES), batch_size):
+            part = [Example(ids, prefix) for ids, prefix in examples[start : min(start + batch_size, EXAMPLES)]]
+            layout = self.eval_layout(collate(part, context.pad_id), context).to(model.device)
+            for found in self.ahead(model, layout):
+                tally.add(found, layout)
+        return tally.metrics()
 
     def answer(self, model: Any, prompts: Prompts) -> Tensor:
         """int64 [B, length]: the answers to prompts [B, P] as this method's models give them; all tasks ask for it.

@@ -10,6 +10,7 @@ method.export(model, "out")                           # the plain model, registe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from mutor.streams import stream
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mutor.mtp.ahead import Ahead
     from mutor.mtp.collator import Collator
     from mutor.mtp.layout import Example, Layout, TokenBatch
     from mutor.mtp.loss import LossTargets
@@ -166,6 +168,30 @@ class MuToR(Method):
         )
         a = self.config.weight(self.progress)
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), "register": extra.detach()}
+
+    @property
+    def reach(self) -> range:
+        """The distances k, each of which is an offset that a register is trained with."""
+        return range(self.config.d_min, self.config.d_max + 1, self.config.leap)
+
+    def ahead(self, model: Any, layout: Layout) -> Iterator[Ahead]:
+        """Next tokens by the tokens; x_(t+k) by a register behind t, for each k from 2 that is a trained offset.
+
+        It stands behind every t, whatever the placement in training.
+        """
+        import torch
+
+        from mutor.mtp.ahead import at_registers, positions, read_off, registers_behind
+
+        yield from super().ahead(model, layout)
+        for k in self.reach:
+            index = positions(layout, k)
+            if k > 1 and len(index):
+                number = self.reach.index(k) if self.config.register_embedding == "per_offset" else 0
+                ids = torch.full_like(index[:, None], self.trunk.vocabulary + number)
+                fed = registers_behind(layout, index, ids, k)
+                normed = at_registers(self.trunk(model, fed).normed, fed, 1)[:, 0]
+                yield from read_off(self.trunk, layout, k, normed, index)
 
     def collator(self, pad_id: int, *, seed: int = 0, prefix_lm: bool = False) -> Collator:
         """A data collator for a plain transformers Trainer, and a callback that tells it the epoch.

@@ -72,6 +72,11 @@ class MuToR2D(MuToR):
         """d_max^2 - 1 pairs."""
         return self.config.d_max**2 - 1
 
+    @property
+    def reach(self) -> range:
+        """In its own row."""
+        return range(1, self.config.d_max)
+
     def offsets(self, samples: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Each token's offset d = (d_h - 1) columns + d_w - 1, and the number of its pair."""
         from mutor.mtp.registers import grid_offsets

@@ -74,13 +74,19 @@ CORPORA = {
         max_tokens=768,
     ),
     "mix": Corpus(("mix", "train"), _GSM_TEST, "hashes", "number", benchmark="gsm8k", learns_prompts=True),
+    "python": Corpus(
+        ("python", "train"), ("python", "test"), "whole", "rouge", ("python", "valid"), "python", new_tokens=16
+    ),
     "own": Corpus(("own", "train"), ("own", "test"), "whole", "text", ("own", "valid")),
 }
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where rows come from: "hub", "generated", "folder" (`path`: it holds one folder a dataset), "file" (`path`)."""
+    """Where rows come from: "hub", "generated", "folder" (`path`: it holds one folder a dataset), "file" (`path`).
+
+    Or "installed": what is part of Python.
+    """
 
     kind: str
     path: str = ""
@@ -139,6 +145,10 @@ def _rows(name: str, split: str, origin: Origin) -> Iterable[tuple[str, Row]]:
 
         for number, row in enumerate(rows(name, split)):
             yield f"generated {name} {split} row {number}", row
+    elif origin.kind == "installed":
+        from mutor.tasks.python_sources import rows as installed
+
+        yield from installed(split)
     elif origin.kind == "file":
         yield from read_rows(Path(origin.path))
     elif origin.kind == "folder":

@@ -77,6 +77,13 @@ def pair(row: Row) -> list[Problem]:
     return [Problem(row["prompt"], space + row["answer"].strip(), row.get("gold", ""))]
 
 
+def source(row: Row) -> list[Problem]:
+    """A piece of a source file: its first two lines, what follows, and of that the first line that is not empty."""
+    lines = row["text"].split("\n")
+    first, rest = "\n".join(lines[:2]), "\n" + "\n".join(lines[2:])
+    return [Problem(first, rest, rest.strip().split("\n")[0].strip())]
+
+
 def mix(row: Row) -> list[Problem]:
     """A generated row of any of these, named by its field `dataset`."""
     return PUBLISHED[row["dataset"]].read(row)
@@ -145,5 +152,6 @@ PUBLISHED = {
         {"train": "train", "valid": "validation", "test": "test"},
     ),
     "mix": Published(mix),
+    "python": Published(source),
     "own": Published(pair),
 }

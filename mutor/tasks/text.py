@@ -32,8 +32,15 @@ if TYPE_CHECKING:
 class TextConfig:
     """The corpus, where it comes from, how much of it, and how answers are scored."""
 
-    corpus: str = setting(doc="a published corpus, `mix` to train base models on, or `own`", choices=tuple(CORPORA))
-    source: str = setting("hub", doc="where its rows come from", choices=("hub", "folder", "generated"))
+    corpus: str = setting(
+        doc="a published corpus, `mix` to train base models on, `python` (source files), or `own`",
+        choices=tuple(CORPORA),
+    )
+    source: str = setting(
+        "hub",
+        doc="where its rows come from; installed, with corpus python: the standard library's own files",
+        choices=("hub", "folder", "generated", "installed"),
+    )
     folder: str | None = setting(None, doc="with source folder: the folder that holds one folder a dataset")
     train_file: str | None = setting(None, doc="with corpus own: JSONL of prompt and answer")
     valid_file: str | None = setting(None, doc="with corpus own: to choose checkpoints; none: the last is the best")
@@ -65,6 +72,8 @@ class TextConfig:
             raise ValueError(f"train_file: goes with corpus 'own', not with {self.corpus!r}")
         if self.corpus == "own" and self.valid_size and not self.valid_file:
             raise ValueError(f"valid_size: {self.valid_size} goes with a valid_file; without one nothing is validated")
+        if (self.source == "installed") != (self.corpus == "python"):
+            raise ValueError(f"source: {self.source!r} does not go with corpus {self.corpus!r}")
         if (self.source == "folder") != bool(self.folder):
             raise ValueError(f"folder: {self.folder!r} does not go with source {self.source!r}")
 

@@ -261,11 +261,9 @@ class SeedRun:
         metrics, scores = self.task.evaluate(
             model, method, self.context, "test", spec.recipe.eval_batch_size, file, self.print_line
         )
-        if type(method).metrics is not Method.metrics:
-            if not method.keeps_at_inference:
-                method.load_own(model, self.folder / name / "method").eval()
-            metrics |= self._own_metrics(model, "test", metrics)
-        return metrics, scores
+        if not method.keeps_at_inference:
+            method.load_own(model, self.folder / name / "method").eval()
+        return metrics | self._own_metrics(model, "test", metrics), scores
 
     def _circumstances(self) -> dict[str, Any]:
         """What the run was made on, and of which data."""

@@ -1,0 +1,156 @@
+"""Predictions of x_(t+k) from the tokens up to t alone, and how good they are.
+
+A prompt Q Q and its answer A B C D; with k = 2, wherever an answer token is predicted next and x_(t+2) is there:
+
+    t             0  1  2  3  4  5
+    tokens        Q  Q  A  B  C  D
+    x_(t+2)       .  B  C  D  .  .
+
+`Method.ahead` makes them, `Method.metrics` measures them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mutor.mtp.layout import IGNORE, Layout, targets_ahead, with_registers
+from mutor.mtp.loss import cross_entropy
+
+if TYPE_CHECKING:
+    from mutor.mtp.backbone import Backbone
+
+EXAMPLES = 200  # the first so many of a split are measured on
+TOKENS = 2**14  # that pass a model at once where a position takes a row of its own
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Predictions of some tokens x_(t+distance).
+
+    index: int64 [n] each t, in the flattened [B x T] of the layout; logits: float32 [n, V], up to a constant; mass:
+    float32 [n] the probability of what was summed over, where that is not everything.
+    """
+
+    distance: int
+    index: Tensor
+    logits: Tensor
+    mass: Tensor | None = None
+
+
+def positions(layout: Layout, distance: int) -> Tensor:
+    """int64 [n]: each t from which x_(t+distance) is to be predicted, ascending, in the flattened [B x T]."""
+    return (targets_ahead(layout, distance) != IGNORE).flatten().nonzero().squeeze(1)
+
+
+def rows_at_once(trunk: Backbone, hidden: Tensor) -> int:
+    """How many rows of logits of hidden states are computed at once.
+
+    A CPU works in its cache; a GPU reads the whole output layer for each part, so that they are larger there.
+    """
+    return max(1, (2**28 if hidden.is_cuda else 2**22) // trunk.vocabulary)
+
+
+def read_off(
+    trunk: Backbone, layout: Layout, distance: int, normed: Tensor, index: Tensor | None = None
+) -> Iterator[Ahead]:
+    """The output layer on normed hidden states, in parts that bound the memory of logits.
+
+    normed: [B, T, d] at every token, or [n, d] at those of `index`, int64 [n]; none: all that are to be predicted.
+    """
+    if index is None:
+        index = positions(layout, distance)
+        normed = normed.flatten(0, 1)[index]
+    rows = rows_at_once(trunk, normed)
+    for some, where in zip(normed.split(rows), index.split(rows), strict=True):
+        if len(where):
+            yield Ahead(distance, where, trunk.logits(some))
+
+
+def registers_behind(layout: Layout, index: Tensor, ids: Tensor, distance: int) -> Layout:
+    """The rows of a layout that have a token of `index`, with C registers behind each, for one forward pass.
+
+    index: int64 [n], ascending, in the flattened [B x T]; ids: int64 [n, C], a register's, or a token's that stands
+    there as a register does: it sees the tokens up to t and itself. Each stands where x_(t+distance) is normally
+    predicted. Columns behind the last token of `index` are left out.
+    """
+    rows, column = index // layout.ids.shape[1], index % layout.ids.shape[1]
+    width, used = int(column.max()) + 1, rows.unique()
+    base = Layout(*(getattr(layout, f.name)[used, :width] for f in fields(Layout)))
+    here, number = torch.zeros_like(base.register), torch.zeros_like(base.ids)
+    row = torch.searchsorted(used, rows)
+    here[row, column], number[row, column] = True, torch.arange(len(index), device=index.device)
+    one = with_registers(base, here, torch.full_like(number, distance), torch.full_like(number, IGNORE), number)
+    columns = torch.arange(one.ids.shape[1], device=index.device)
+    fed = one.take(torch.cat([columns[:width], columns[width:].repeat_interleave(ids.shape[1])]))
+    behind = ids[one.ids[:, width:]].flatten(1)
+    return replace(fed, ids=torch.cat([fed.ids[:, :width], behind], dim=1))
+
+
+def at_registers(values: Tensor, layout: Layout, count: int) -> Tensor:
+    """[n, count, d]: values [B, L, d] at the registers of `registers_behind`, `count` behind each token."""
+    width = int(layout.register.any(0).int().argmax())
+    present = layout.register[:, width:].unflatten(1, (-1, count))[..., 0]
+    return values[:, width:].unflatten(1, (-1, count))[present]
+
+
+def rows_up_to(layout: Layout, index: Tensor, ids: Tensor) -> tuple[Layout, Tensor]:
+    """A row for each token of `index`: the tokens up to it, and others behind it, so that nothing later can be read.
+
+    index: int64 [n] in the flattened [B x T]; ids: int64 [n, m] what stands behind each. Returns the layout, padded on
+    the right, and int64 [n] the column of each row's token of `index`.
+    """
+    row, column = index // layout.ids.shape[1], index % layout.ids.shape[1]
+    at, more = column[:, None], ids.shape[1]
+    here = torch.arange(int(column.max()) + 1 + more, device=index.device).expand(len(index), -1)
+
+    def pick(values: Tensor) -> Tensor:
+        return values[row].gather(1, here.minimum(at))
+
+    put = (here - at - 1).clamp(0, max(0, more - 1))
+    behind = ids.gather(1, put) if more else torch.zeros_like(here)
+    rows = Layout(
+        ids=torch.where(here <= at, pick(layout.ids), behind),
+        position=pick(layout.position) + (here - at).clamp(0, more),
+        segment=pick(layout.segment).masked_fill(here > at + more, -1),
+        causal_index=here,
+        prefix=pick(layout.prefix) & (here <= at),
+        register=torch.zeros_like(here, dtype=torch.bool),
+        target=torch.full_like(here, IGNORE),
+    )
+    return rows, column
+
+
+class Tally:
+    """Counts what is right among predictions ahead."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, found: Ahead, layout: Layout) -> None:
+        """Count predictions of the layout's own tokens."""
+        k, logits = found.distance, found.logits
+        target = targets_ahead(layout, k).flatten()[found.index]
+        likeliest = logits.topk(min(5, logits.shape[-1])).indices
+        measured = {
+            f"accuracy_ahead_{k}": 100 * (logits.argmax(-1) == target),
+            f"top5_accuracy_ahead_{k}": 100 * (likeliest == target[:, None]).any(1),
+            f"loss_ahead_{k}": cross_entropy(logits, target),
+        }
+        if found.mass is not None:
+            measured[f"coverage_ahead_{k}"] = 100 * found.mass
+        for name, values in measured.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
+        self._counts[k] = self._counts.get(k, 0) + len(target)
+
+    def metrics(self) -> dict[str, float]:
+        """By name and k: accuracy of x_(t+k), top-5 accuracy, both in percent; loss in nats a token.
+
+        coverage: the mean probability, in percent, of what was summed over. No k is named that nothing is known of.
+        """
+        return {name: value / self._counts[int(name.rpartition("_")[2])] for name, value in self._sums.items()}
