@@ -107,6 +107,7 @@ register(METHODS, "mutor_2d", "mutor.mtp.mutor_images:MuToR2D")
 register(METHODS, "lora_next_token", "baselines.lora:LoRANextToken")
 register(METHODS, "lora_mutor", "baselines.lora:LoRAMuToR")
 register(METHODS, "token_order", "baselines.token_order:TokenOrder")
+register(METHODS, "ranking", "baselines.ranking:Ranking")
 
 register(TASKS, "star_graph", "mutor.tasks.star_graph:StarGraph")
 register(TASKS, "text", "mutor.tasks.text:Text")
