@@ -109,6 +109,7 @@ register(METHODS, "lora_mutor", "baselines.lora:LoRAMuToR")
 register(METHODS, "token_order", "baselines.token_order:TokenOrder")
 register(METHODS, "ranking", "baselines.ranking:Ranking")
 register(METHODS, "next_latent", "baselines.next_latent:NextLatent")
+register(METHODS, "joint_mtp", "baselines.joint_mtp:JointMTP")
 
 register(TASKS, "star_graph", "mutor.tasks.star_graph:StarGraph")
 register(TASKS, "text", "mutor.tasks.text:Text")
