@@ -53,10 +53,11 @@ def test_planning_imports_no_torch():
 @pytest.mark.parametrize(
     ("scale", "expected"),
     [
-        # graphs x (next_token, parallel_mtp, sequential_mtp, mutor), the controls, and the base models
-        ("smoke", 1 * 4 + 1 * 4 + 1),
-        ("laptop", 2 * 4 + 2 * 4 + 2),
-        ("gpu", 5 * (1 + 2 + 2 + 1)),
+        # graphs x (next_token, parallel_mtp, sequential_mtp, mutor, and the rivals token_order, ranking, next_latent),
+        # the controls, and the base models; an empty list of settings runs none
+        ("smoke", 1 * 7 + 1 * 4 + 1),
+        ("laptop", 2 * 7 + 2 * 4 + 2),
+        ("gpu", 5 * (1 + 2 + 2 + 1 + 2) + 3 * (1 + 1 + 1 + 1)),
         ("paper", 4 * 4),
     ],
 )
@@ -215,7 +216,7 @@ def test_every_setting_of_every_method_is_documented(name):
 def test_plan_lists_runs_and_bounds(capsys, tmp_path):
     assert main(["plan", "figure4", "--scale", "smoke", "--runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "9 settings, 18 seeded runs to do" in printed and "smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=1" in printed
+    assert "12 settings, 24 seeded runs to do" in printed and "smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=1" in printed
 
 
 def test_plan_bounds_what_has_never_run(capsys, tmp_path):
@@ -261,7 +262,8 @@ def test_plan_knows_how_large_models_are(name):
     assert scale.plan
     for model, parameters in scale.plan.items():
         own = scale.models[model]
-        family, shape = published.get(model, (own.architecture, {**own.config, "vocab_size": 34}))
+        tokens = 104 if model == "llama-12x384" else 34  # labels and four signs
+        family, shape = published.get(model, (own.architecture, {**own.config, "vocab_size": tokens}))
         if family == "llamagen":
             import mutor.models.llamagen  # noqa: F401  # transformers learns its name
 

@@ -134,7 +134,10 @@ def test_gradient_accumulation_is_a_mean(tiny, tmp_path):
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["next_token", "teacherless", "parallel_mtp", "sequential_mtp", "mutor"])
+@pytest.mark.parametrize(
+    "name",
+    ["next_token", "teacherless", "parallel_mtp", "sequential_mtp", "mutor", "token_order", "next_latent", "joint_mtp"],
+)
 def test_every_method_exports_the_plain_model(tiny, tools, tmp_path, name):
     """No method's parameters leave with the model."""
     from transformers import AutoModelForCausalLM

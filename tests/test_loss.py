@@ -16,7 +16,8 @@ from mutor.registry import METHODS, load
 
 SETTINGS = {
     "next_token": {}, "teacherless": {}, "mutor": {"d_max": 3, "a": 0.4}, "parallel_mtp": {"d_max": 3, "a": 0.4},
-    "sequential_mtp": {"d_max": 3, "a": 0.4},
+    "sequential_mtp": {"d_max": 3, "a": 0.4}, "token_order": {}, "ranking": {}, "next_latent": {"horizon": 2},
+    "joint_mtp": {"horizon": 2},
 }  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def test_flops_of_two_families_by_hand(tiny, family, own, matrices, query):
     assert flops == 6 * 2 * matrices * 7 + 6 * 61 * 32 * targets + 12 * query * 2 * pairs and isinstance(flops, int)
 
 
-@pytest.mark.parametrize("name", ["next_token", "mutor", "parallel_mtp", "sequential_mtp"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "teacherless"])
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_methods_lose_nothing(name, per_sequence, tiny, batch, tools, monkeypatch):
     """Losses and gradients of whole methods with ten logits' worth of memory."""

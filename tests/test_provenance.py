@@ -113,7 +113,10 @@ def test_moving_a_definition_or_a_file_does_not_count(project, tmp_path):
     edit(project, forced, "from mutor.mtp.loss import LossTargets, cross_entropy, head_loss\n", moved)
     (project / LAYOUT).rename(project / "mutor/rows.py")
     for file in (*project.glob("mutor/**/*.py"), *project.glob("baselines/*.py")):
-        file.write_text(file.read_text().replace("mutor.mtp.layout", "mutor.rows"))
+        text = file.read_text().replace("mutor.mtp.layout", "mutor.rows")
+        for names in ("head_loss", "cross_entropy, head_loss"):
+            text = text.replace(f"mutor.mtp.loss import {names}\n", f"mutor.mtp.heads import {names}\n")
+        file.write_text(text)
     for method in METHODS:
         assert changed_code(record_of(method), project) == []
     other = copied(project, tmp_path / "other")

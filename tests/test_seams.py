@@ -115,9 +115,9 @@ class Probe(Method):
 @pytest.fixture
 def ranking():
     """The registry's one line."""
-    register(METHODS, "ranking", f"{__name__}:Ranking")
-    yield "ranking"
-    del METHODS["ranking"]
+    register(METHODS, "my_ranking", f"{__name__}:Ranking")
+    yield "my_ranking"
+    del METHODS["my_ranking"]
 
 
 @pytest.fixture

@@ -208,6 +208,11 @@ def test_published_values_stand_beside_their_cells(tmp_path):
     assert cells["star_graph n=3 l=5 labels=30", "parallel_mtp", 4] == 100
     assert cells["star_graph n=3 l=5 labels=30", "parallel_mtp", 2] == 59
     assert cells["star_graph n=5 l=3 labels=30", "sequential_mtp", 2] == 100
+    assert cells["star_graph n=2 l=10 labels=100", "parallel_mtp", 9] == 66.2
+    rest = frame.groupby(["train_data", "method"])["reported"].first()
+    assert rest["star_graph n=5 l=5 labels=30", "token_order"] == 100
+    assert rest["star_graph n=7 l=7 labels=100", "next_latent (horizon=5)"] == 94.3
+    assert rest["star_graph n=5 l=5 labels=100", "next_token"] == 18.6
     assert (
         frame[(frame["method"] == "next_token") & frame["train_data"].str.contains("n=5 l=5")]["reported"].iloc[0]
         == 0.1

@@ -80,7 +80,7 @@ IMAGES = 3 + 3 + 1
 # at gpu scale, GSM8K by next_token, parallel_mtp, sequential_mtp and mutor (table 16; table 1 has three of them)
 LANGUAGE = PAPER - 16
 JOBS = {
-    "smoke": 9 + 4 + 3, "laptop": 2 * 9 + IMAGES + LANGUAGE + 2, "gpu": 30 + IMAGES + 4, "paper": PAPER + IMAGES,
+    "smoke": 12 + 4 + 3, "laptop": 2 * 12 + IMAGES + LANGUAGE + 2, "gpu": 52 + IMAGES + 4, "paper": PAPER + IMAGES,
     "own": 6,
 }  # fmt: skip
 
@@ -176,12 +176,12 @@ def test_smoke_scale_runs_from_data_to_figure(smoke):
         assert (smoke / f"results/figure4{ending}").stat().st_size > 500
     runs = pd.read_csv(smoke / "results/runs.csv")
     graphs = runs[runs["train_data_role"].str.startswith("star_graph")]
-    assert len(graphs) == 18 and graphs["seed"].isin([42, 43]).all() and graphs["last.solve_rate"].notna().all()
+    assert len(graphs) == 24 and graphs["seed"].isin([42, 43]).all() and graphs["last.solve_rate"].notna().all()
     by_hand = runs[(runs["method"] == "next_token") & (runs["train_data"] == "g2x3")]["last.solve_rate"].mean()
     cell = frame[(frame["method"] == "next_token") & (frame["metric"] == "solve_rate")].iloc[0]
     assert cell["mean"] == pytest.approx(by_hand)
     log = next(smoke.glob("runs/smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=3,d_min=2/run.log")).read_text()
-    assert re.search(r"\[\d+/16\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
+    assert re.search(r"\[\d+/19\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
 
 
 def test_smoke_scale_runs_from_text_to_table(smoke):
@@ -283,7 +283,7 @@ def test_cells_without_runs_are_empty_rows(smoke, tmp_path, program):
     done = program("mutor", ROOT, *arguments)
     assert done.returncode == 0, done.stderr
     frame = pd.read_csv(tmp_path / "out/figure4.csv")
-    assert len(frame) == 16
+    assert len(frame) == 22
     have = frame[frame["n_seeds"] > 0]
     assert set(have["method"]) == {"next_token"} and (have["n_seeds"] == 1).all() and have["std"].isna().all()
     assert frame[frame["n_seeds"] == 0][["mean", "std", "ci_low", "ci_high"]].isna().all().all()

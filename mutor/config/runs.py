@@ -259,9 +259,9 @@ def cells_of(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -
             for model, model_config in scale.models.items():
                 if model_config.role != row.model or (dataset.models is not None and model not in dataset.models):
                     continue
-                variants = dataset.settings.get(row.method) or {}
+                variants = dataset.settings.get(row.method)
                 for variant in variants if isinstance(variants, list) else [variants]:
-                    settings = {**variant, **row.settings}
+                    settings = {**(variant or {}), **row.settings}
                     for key in settings.keys() & dataset.setting_substitutes.keys():
                         settings[key] = dataset.setting_substitutes[key].get(settings[key], settings[key])
                     spec = make_spec(scale, data, model, row.method, settings, seeds, row.budget_factor)

@@ -51,7 +51,7 @@ class Dataset:
     options: dict = setting({}, doc="the task's own settings")
     recipe: str = setting(doc="a recipe of this scale")
     recipe_changes: dict = setting({}, doc="changes of the recipe for this dataset, the same for all methods")
-    settings: dict = setting({}, doc="method -> its settings here; a list runs each")
+    settings: dict = setting({}, doc="method -> its settings here; a list runs each, an empty one none")
     models: tuple[str, ...] | None = setting(
         None, doc="models that tables run here, instead of all that fill a row's role"
     )

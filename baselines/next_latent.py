@@ -1,0 +1,153 @@
+"""Next-latent prediction: a small network predicts the model's own next hidden states (Teoh et al., arXiv 2511.05963).
+
+h_t is the hidden state behind the final norm, f a network that is dropped afterwards, sg no gradient:
+
+    hhat_(t+i) = hhat_(t+i-1) + f(RMSNorm [Emb(x_(t+i)); hhat_(t+i-1)])       hhat_t = h_t,  i = 1 .. horizon
+    L_h  = mean_i SmoothL1(hhat_(t+i), sg h_(t+i))
+    L_kl = mean_i KL(sg p(. | h_(t+i)) || p(. | hhat_(t+i)))                  the output layer gets no gradient of it
+    L    = L_next + lambda_h L_h + lambda_kl L_kl
+    f: 2d -> H -> H -> d, GELU between, no biases; H = 128 round(proj_factor 2d / 128)
+
+Masks are those of the authors' code (models/model_nextlat.py). L_h has all states of a sequence, of the prompt too, but
+for that of its last token, from which nothing is predicted; L_kl has those from which an answer token is predicted.
+Weights of f start like the model's own, where the authors' start from N(0, 0.02), and H is 128 at least. The authors
+score star graphs by sampling; the suite's answers are greedy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mutor.checks import setting
+from mutor.mtp.method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mutor.mtp.layout import Layout
+    from mutor.mtp.loss import LossTargets
+
+
+@dataclass(frozen=True)
+class NextLatentConfig:
+    """Settings of next_latent; defaults are the paper's for star graphs, but for the horizon: path length - 2 there."""
+
+    horizon: int = setting(1, doc="states ahead that are predicted, one from the other", low=1)
+    lambda_h: float = setting(1.0, doc="weight of the distance to the states", low=0)
+    lambda_kl: float = setting(1.0, doc="weight of the divergence from the states' predictions", low=0)
+    proj_factor: float = setting(
+        0.5,
+        doc="width inside the network, as a share of its input's 2d; the authors' code has 1.0",
+        low=0,
+        open_ends=True,
+    )
+
+    def __post_init__(self) -> None:
+        if not self.lambda_h and not self.lambda_kl:
+            raise ValueError("lambda_h, lambda_kl: both are 0, which is next_token; allowed: one of them above 0")
+
+
+class NextLatent(Method):
+    """Loss L_1 + lambda_h L_h + lambda_kl L_kl; gradients flow through predicted states, not through their targets."""
+
+    Config = NextLatentConfig
+    config: NextLatentConfig
+
+    def add_parameters(self) -> None:
+        """The network f."""
+        import torch
+        from torch import nn
+
+        trunk, width = self.trunk, self.trunk.width
+        inner = 128 * max(1, round(self.config.proj_factor * 2 * width / 128))
+        with torch.device(trunk.embedding.weight.device):
+            norm = nn.RMSNorm(2 * width, eps=1e-5)
+        linear = [trunk.new_linear(*sizes) for sizes in ((2 * width, inner), (inner, inner), (inner, width))]
+        self.dynamics = nn.Sequential(norm, linear[0], nn.GELU(), linear[1], nn.GELU(), linear[2])
+        trunk.add(nn.ModuleDict({"dynamics": self.dynamics}))
+
+    def targets(self, layout: Layout) -> dict[str, Tensor]:
+        """From where which state is predicted, as its place in the flattened [B x L]: all, and those with a target."""
+        import torch
+
+        from mutor.mtp.layout import IGNORE
+
+        found, length = super().targets(layout), layout.ids.shape[1]
+        tokens, predicts = (layout.segment >= 0) & ~layout.register, layout.target != IGNORE
+        last = tokens & ~predicts
+        last[:, :-1] &= layout.segment[:, 1:] != layout.segment[:, :-1]
+        place = torch.arange(layout.ids.numel()).view(layout.ids.shape)
+        for i in range(1, self.config.horizon + 1):
+            kinds = {f"latent_{i}": tokens & ~last} | ({f"kl_{i}": predicts} if self.config.lambda_kl else {})
+            for name, wanted in kinds.items():
+                found[name], stop = torch.full_like(place, IGNORE), max(0, length - i)
+                same = layout.segment[:, :stop] == layout.segment[:, length - stop :]
+                there = same & tokens[:, :stop] & wanted[:, length - stop :]
+                found[name][:, :stop] = torch.where(there, place[:, length - stop :], IGNORE)
+        return found
+
+    def compute_loss(
+        self, model: Any, layout: Layout, loss_targets: dict[str, LossTargets] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each step ahead is a mean over its own states; steps are averaged."""
+        import torch
+        from torch.nn.functional import smooth_l1_loss
+
+        loss_targets = loss_targets or self.loss_targets(layout)
+        normed, ids = self.trunk(model, layout).normed, layout.ids.flatten()
+        plain = self.cross_entropy(normed, loss_targets["next_token"])
+        states = normed.flatten(0, 1)
+        wanted, predicted, here = states.detach(), states, None
+        distances, divergences = [], []
+        for i in range(1, self.config.horizon + 1):
+            step = loss_targets[f"latent_{i}"]
+            # what is predicted further on is predicted from among the states before
+            predicted = predicted.index_select(0, step.index if here is None else torch.searchsorted(here, step.index))
+            token, here = self.trunk.embedding(ids[step.target]), step.index
+            predicted = predicted + self.dynamics(torch.cat([token, predicted], dim=-1))
+            apart = smooth_l1_loss(predicted.float(), wanted[step.target].float(), reduction="none").mean(-1)
+            distances.append((apart * step.share).sum() / step.count.clamp(min=1))
+            if self.config.lambda_kl:
+                scored = loss_targets[f"kl_{i}"]
+                scored = replace(scored, index=torch.searchsorted(here, scored.index), target=wanted[scored.target])
+                divergences.append(self._divergence(predicted, scored))
+        parts = {"latent": torch.stack(distances).mean()}
+        total = plain + self.config.lambda_h * parts["latent"]
+        if self.config.lambda_kl:
+            parts["kl"] = torch.stack(divergences).mean()
+            total = total + self.config.lambda_kl * parts["kl"]
+        return total, {"next_token": plain.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+    def _divergence(self, predicted: Tensor, targets: LossTargets) -> Tensor:
+        """KL of what predicted states [n, d] say of the next token from what the states in `targets.target` say."""
+        import torch
+        from torch.nn.functional import kl_div
+
+        from mutor.mtp.loss import head_loss
+
+        def divergence(logits: Tensor, states: Tensor) -> Tensor:
+            with torch.no_grad():
+                true = self.trunk.logits(states).log_softmax(-1)
+            return kl_div(logits.log_softmax(-1), true, reduction="none", log_target=True).sum(-1)
+
+        return head_loss(self._frozen_logits, predicted[None], targets, 2 * self.trunk.vocabulary, divergence)
+
+    def _frozen_logits(self, normed: Tensor) -> Tensor:
+        """The model's logits, as if its output layer were not trained."""
+        trained = [p for p in self.trunk.head.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            return self.trunk.logits(normed)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def step_flops(self, layout: Layout, loss_targets: dict[str, LossTargets]) -> int:
+        """f on each predicted state. For a divergence the output layer runs forward twice and back to states once."""
+        scored = {name: each for name, each in loss_targets.items() if not name.startswith("latent_")}
+        moves = sum(len(each.index) for name, each in loss_targets.items() if name.startswith("latent_"))
+        matrices = sum(p.numel() for p in self.dynamics.parameters() if p.ndim == 2)
+        tokens = int((layout.segment >= 0).sum())
+        return super().step_flops(layout, scored) + 6 * matrices * (moves - tokens)
