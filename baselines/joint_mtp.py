@@ -39,6 +39,8 @@ class JointMTP(Method):
 
     Config = JointMTPConfig
     config: JointMTPConfig
+    source = "Ahn et al., arXiv 2503.21801"
+    adds = "an attention without feed-forward layer, and two norms"
 
     def add_parameters(self) -> None:
         """Two norms, four matrices, gamma and the biases [heads, D, D + 1]."""

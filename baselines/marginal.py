@@ -43,6 +43,8 @@ class Marginal(Method):
 
     Config = MarginalConfig
     config: MarginalConfig
+    source = "Mehra et al., arXiv 2502.09419"
+    adds = "nothing; it needs no training"
 
     def add_parameters(self) -> None:
         """Nothing. Raises ValueError for more candidates than tokens, or more paths than can be summed over."""

@@ -53,6 +53,8 @@ class NextLatent(Method):
 
     Config = NextLatentConfig
     config: NextLatentConfig
+    source = "Teoh et al., arXiv 2511.05963"
+    adds = "a network of three matrices and a norm"
 
     def add_parameters(self) -> None:
         """The network f."""

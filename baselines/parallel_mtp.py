@@ -34,8 +34,8 @@ from mutor.mtp.settings import HeadSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mutor.mtp.backbone import BackboneOutput
     from mutor.mtp.ahead import Ahead
+    from mutor.mtp.backbone import BackboneOutput
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
 

@@ -46,6 +46,7 @@ class Ranking(Method):
 
     Config = RankingConfig
     config: RankingConfig
+    source = "Frydenlund, arXiv 2503.10542"
 
     def loss_targets(self, layout: Layout) -> dict[str, LossTargets]:
         """One list, of ids int64 [N, 2, M]: the next token and those to come, and what they are ranked over."""

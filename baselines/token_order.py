@@ -43,6 +43,8 @@ class TokenOrder(Method):
 
     Config = TokenOrderConfig
     config: TokenOrderConfig
+    source = "Zuhri et al., arXiv 2508.19228"
+    adds = "an output layer"
 
     def add_parameters(self) -> None:
         """An output layer."""

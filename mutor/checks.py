@@ -82,6 +82,8 @@ def from_mapping(cls: type, values: Mapping[str, Any] | None, where: str) -> Any
 
 
 _hints = functools.cache(typing.get_type_hints)  # a scale has hundreds of mappings of a dozen kinds
+
+
 def described(field: dataclasses.Field[Any]) -> str:
     """What a setting means and what is allowed: "rank of the adapters; [1, inf)"."""
     meta = field.metadata
