@@ -125,8 +125,8 @@ def test_moving_a_definition_or_a_file_does_not_count(project, tmp_path):
 
 
 def test_a_baseline_does_not_depend_on_mutor(project):
-    edit(project, MUTOR, "return self.config.d_max - self.config.d_min + 1", "return 7")
-    edit(project, "mutor/mtp/registers.py", "d_min + (u *", "d_min + 1 + (u *")
+    edit(project, MUTOR, "(self.config.d_max - self.config.d_min) // self.config.leap + 1", "7")
+    edit(project, "mutor/mtp/registers.py", "d_min + leap * (u *", "d_min + 1 + leap * (u *")
     edit(project, "baselines/teacherless.py", "Config = TeacherlessConfig", "Config = TeacherlessConfig\n    more = 1")
     for method in ("next_token", "parallel_mtp", "sequential_mtp", "lora_next_token"):
         assert changed_code(record_of(method, "text"), project) == []

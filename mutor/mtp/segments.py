@@ -54,7 +54,7 @@ def within_segments(
     order = layout.causal_index.masked_fill(~regular, torch.iinfo(torch.long).max).sort(dim=1)
     before = unsure.view_as(layout.ids).gather(1, order.indices).cumsum(1).roll(1, dims=1)
     before[:, 0] = 0
-    place = torch.searchsorted(order.values, layout.causal_index)
+    place = torch.searchsorted(order.values, layout.causal_index.contiguous())
     anchor = layout.position.gather(1, order.indices).gather(1, place.clamp(max=layout.ids.shape[1] - 1))
     kept = {}
     for name, distance in ahead.items():
