@@ -142,6 +142,11 @@ register(
         ),
     ),
 )
+register(
+    DRAWINGS,
+    "methods",
+    Drawing(figures=(Figure(draw="mutor.results.figures:methods", shows="each setting a line, every seed a point"),)),
+)
 register(DRAWINGS, "sweep", Drawing(figures=(Figure(draw="mutor.results.figures:sweep"),)))
 register(
     DRAWINGS,

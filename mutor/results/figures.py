@@ -90,6 +90,30 @@ def _solve_rate(axis: Axes, y: int, row: dict[Any, Any], colour: str) -> None:
         axis.plot(row["reported"], y, "x", color="black", ms=6, zorder=4)
 
 
+def methods(evidence: Evidence, table: Table) -> Figure:
+    """One panel for each of the first two metrics, a line a setting: every seed a point, mean and interval a bar."""
+    frame = evidence.frame(table)
+    shown = [metric for metric in table.metrics if metric in set(frame["metric"])][:2]
+    panels = [frame[frame["metric"] == metric].to_dict("records") for metric in shown]
+    figure, axes = _panels(len(shown), (2.2 + 3.6 * len(shown), 1.3 + 0.3 * max(map(len, panels), default=1)))
+    for axis, metric, rows in zip(axes, shown, panels, strict=False):
+        kinds = list(dict.fromkeys(row["method"] for row in rows))
+        for y, row in enumerate(rows):
+            _solve_rate(axis, y, row, COLOURS[kinds.index(row["method"]) % len(COLOURS)])
+        unit = rows[0]["unit"]
+        axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{metric.replace('_', ' ')} ({unit})")
+        axis.set_yticks(range(len(rows)), [f"{r['label']}  (n={r['n_seeds']})" for r in rows])
+        ends = [row[end] for row in rows for end in ("mean", "ci_low", "ci_high") if not is_missing(row[end])]
+        if ends:
+            room = 0.1 * (max(ends) - min(ends)) + 0.5
+            axis.set_xlim(max(0, min(ends) - room), max(ends) + room)
+        if axis is not axes[0]:
+            axis.set_yticklabels([])
+    figure.suptitle(_wrap(_title(evidence, table, ""), 20 + 45 * len(shown)), fontsize=10)
+    _foot(figure, frame, len(shown))
+    return figure
+
+
 def sweep(evidence: Evidence, table: Table) -> Figure:
     """The first metric over the table's setting, a line a method."""
     frame = evidence.frame(table)
