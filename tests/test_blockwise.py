@@ -160,6 +160,8 @@ def random_mask(rng):
             many = int(rng.integers(0, tokens + 1)) * int(rng.random() < 0.7)
             for anchor in start + rng.choice(tokens, many, replace=bool(rng.random() < 0.3)):
                 line.append((-1, max(start, int(anchor) + 1 - window), int(anchor), segment))
+            if rng.random() < 0.1:  # one that sees itself alone
+                line.append((-1, start, start - 1, segment))
         lines.append(line)
     length = max(map(len, lines)) + int(rng.integers(0, 3))
     padded = np.array([line + [(-1, 0, -1, -1)] * (length - len(line)) for line in lines])

@@ -341,7 +341,7 @@ def test_methods_are_listed_with_settings_and_sources(capsys):
     for name in METHODS:
         method = load(METHODS, name, "method")
         assert method.source and f"source {method.source}" in " ".join(printed[name].split())
-        adds = any(getattr(method, hook) is not getattr(base, hook) for hook in ("add_parameters", "attach"))
+        adds = method.add_parameters is not base.add_parameters or "adapters" in method.adds
         assert (method.adds != "nothing") == adds, name
         assert (method.at_inference != base.at_inference) == (
             method.answer is not base.answer or "adapters" in method.adds

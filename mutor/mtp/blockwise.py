@@ -76,7 +76,7 @@ def _dense(mask: Tensor) -> Tensor:
 
 
 def planned(mask: Tensor) -> Plan | None:
-    """The plan of a mask from `bounds_mask`, made once for all layers; None where a sequence has registers alone."""
+    """The plan of a mask from `bounds_mask`, made once for all layers; None where a register sees no token."""
     if not hasattr(mask, "plan"):
         mask.plan = Plan.of(mask)  # type: ignore[attr-defined]
     found: Plan | None = mask.plan  # type: ignore[attr-defined]
@@ -219,7 +219,7 @@ class Plan:
             return None
         tokens = _Listed.of(there & (key >= 0), key, number, count)
         registers = _Listed.of(there & (key < 0), high, number, count)
-        if int(tokens.many.min()) == 0:
+        if int(tokens.many.min()) == 0 or bool((high < low)[registers.at].any()):
             return None
         bound, real = (key, low, high), there.view(shape)
         # without registers, rows of one sequence each need no copies, whatever their lengths
