@@ -101,18 +101,28 @@ class BagOfWords(Method):
         return plain + self.config.weight * bag, {"next_token": plain.detach(), "bag": bag.detach()}
 
     def _binary_cross_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """[n]: a mean over the vocabulary, of logits [n, V] and the tokens of each bag [n, d_max - 1]."""
+        """[n]: a mean over the vocabulary, of logits [n, V] and the tokens of each bag [n, d_max - 1].
+
+        As if no token came, in one pass over the vocabulary, and what changes for those that do.
+        """
         import torch.nn.functional as F
 
         from mutor.mtp.layout import IGNORE
 
-        there = (tokens != IGNORE).to(logits.dtype)
-        times = logits.new_zeros(logits.shape).scatter_add(1, tokens.clamp(min=0), there)
-        weight = None
-        if self.config.weighting == "tf_idf":
-            if self.idf is None:
-                raise ValueError("weighting: 'tf_idf' needs to know the training data; call read_examples first")
-            self.idf = self.idf.to(logits.device)
-            weight = self.idf * times.clamp(min=1)
-        losses = F.binary_cross_entropy_with_logits(logits, times.clamp(max=1), weight, reduction="none")
-        return losses.mean(-1)
+        token = tokens.clamp(min=0)
+        there, same = tokens != IGNORE, tokens[:, :, None] == tokens[:, None, :]
+        first = there & ~same.tril(-1).any(-1)
+        times = same.sum(-1) if self.config.weighting == "tf_idf" else 1
+        weights, absent = self._weights(logits), F.softplus(logits)
+        here = logits.gather(1, token)
+        change = weights[token] * (times * F.softplus(-here) - F.softplus(here)) * first
+        return (absent @ weights + change.sum(-1)) / logits.shape[1]
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        """float32 [V]: what each token counts where it comes once, or not."""
+        if self.config.weighting == "uniform":
+            return logits.new_ones(logits.shape[1])
+        if self.idf is None:
+            raise ValueError("weighting: 'tf_idf' needs to know the training data; call read_examples first")
+        self.idf = self.idf.to(logits.device)
+        return self.idf
