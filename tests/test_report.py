@@ -67,7 +67,7 @@ def test_everything_stands_on_one_page(page):
     for name in scale.artifacts:
         assert f'<section id="{name}">' in text and f'id="{name}-cells"' in text
     drawn = [len(load_table(ROOT, name).drawing.figures) for name in scale.artifacts]
-    assert text.count('<img src="data:image/') == sum(drawn) == 14
+    assert text.count('<img src="data:image/') == sum(drawn) == 16
     for section in ("claims-part", "missing-part", "runs-part"):
         assert f'id="{section}"' in text
     assert "Not the published experiment." in text and text.count("gpt2-large (here a GPT-2 of 6 layers x 64)") >= 2
@@ -104,17 +104,17 @@ def test_without_runs_it_says_how_to_start(tmp_path):
 def test_missing_seeds_are_listed(tmp_path):
     def listed(seeds=None):
         evidence = Evidence(ROOT, load_scale(ROOT, "laptop"), records.Records(tmp_path / "runs"), seeds)
-        return missing(evidence, [evidence.table("figure4")]), evidence.runs.problems
+        return missing(evidence, [evidence.table("table2")]), evidence.runs.problems
 
     reference = ROOT / "results/reference/laptop/runs"
     shutil.copytree(reference, tmp_path / "runs")
     assert len(listed()[0]) == 0
     assert set(listed(seeds=(43, 7))[0]["seeds"]) == {"7"}
-    file = next((tmp_path / "runs/laptop/g2x5/gpt2-6x64/teacherless").glob("*/seed43/metrics.json"))
+    file = next((tmp_path / "runs/laptop/samsum/gemma-4x128/parallel_mtp").glob("*/seed43/metrics.json"))
     file.write_text("{")
     rows, problems = listed()
     row = rows.iloc[0]
-    assert (row["seeds"], row["artifacts"]) == ("43", "figure4") and "teacherless" in row["setting"]
+    assert (row["seeds"], row["artifacts"]) == ("43", "table2") and "parallel_mtp" in row["setting"]
     assert len(problems) == 1 and "metrics.json: not JSON at line 1" in problems[0]
 
 
@@ -130,7 +130,7 @@ def test_seeds_of_the_configuration_reach_plan_run_and_what_is_missing(tmp_path,
     monkeypatch.chdir(tmp_path)
 
     assert main(["plan", "figure4", "--scale", "smoke"]) == 0
-    assert "9 settings, 27 seeded runs to do" in capsys.readouterr().out
+    assert "12 settings, 36 seeded runs to do" in capsys.readouterr().out
 
     asked = []
     monkeypatch.setattr(mutor.training.run, "run", lambda spec, seeds, env: asked.append(seeds))

@@ -105,13 +105,16 @@ class Evidence:
     def records_of(self, cell: Cell) -> list[dict[str, Any]]:
         """The records that a cell is made of: all seeds there are, or as many as the source has.
 
-        One that lacks the cell's checkpoint or metric is left out, and named in `runs.problems`.
+        One that lacks the cell's checkpoint or metric is left out, and named in `runs.problems`; but that a method does
+        not predict a token so far ahead is no problem.
         """
         found = []
         for record in self.runs.of(cell.spec)[: cell.row.max_seeds]:
             names = {name: c["metrics"] for c in record["checkpoints"] for name in c["names"]}
             try:
                 choose(cell.checkpoint, names, f"{record['file']}: checkpoint")
+                if "_ahead_" in cell.measured and cell.measured not in names[cell.checkpoint]:
+                    continue
                 choose(cell.measured, names[cell.checkpoint], f"{record['file']}: metric")
                 found.append(record)
             except ValueError as error:

@@ -85,7 +85,8 @@ def _solve_rate(axis: Axes, y: int, row: dict[Any, Any], colour: str) -> None:
         spread = [y + between * (i - (len(values) - 1) / 2) for i in range(len(values))]
         axis.plot(values, spread, "o", color=colour, ms=4, mec="white", mew=0.4, clip_on=False, zorder=3)
     else:
-        axis.text(1, y, "not run", va="center", color="#777777", style="italic")
+        where = axis.get_yaxis_transform()
+        axis.text(0.01, y, "not run", va="center", color="#777777", style="italic", transform=where)
     if not is_missing(row["reported"]):
         axis.plot(row["reported"], y, "x", color="black", ms=6, zorder=4)
 
