@@ -101,7 +101,7 @@ class NextLatent(Method):
         plain = self.cross_entropy(normed, loss_targets["next_token"])
         states = normed.flatten(0, 1)
         wanted, predicted, here = states.detach(), states, None
-        distances, divergences = [], []
+        distances, scored = [], []
         for i in range(1, self.config.horizon + 1):
             step = loss_targets[f"latent_{i}"]
             # what is predicted further on is predicted from among the states before
@@ -111,29 +111,43 @@ class NextLatent(Method):
             apart = smooth_l1_loss(predicted.float(), wanted[step.target].float(), reduction="none").mean(-1)
             distances.append((apart * step.share).sum() / step.count.clamp(min=1))
             if self.config.lambda_kl:
-                scored = loss_targets[f"kl_{i}"]
-                scored = replace(scored, index=torch.searchsorted(here, scored.index), target=wanted[scored.target])
-                divergences.append(self._divergence(predicted, scored))
+                kl = loss_targets[f"kl_{i}"]
+                scored.append((predicted.index_select(0, torch.searchsorted(here, kl.index)), kl))
         parts = {"latent": torch.stack(distances).mean()}
         total = plain + self.config.lambda_h * parts["latent"]
         if self.config.lambda_kl:
-            parts["kl"] = torch.stack(divergences).mean()
+            parts["kl"] = self._divergence(wanted, scored)
             total = total + self.config.lambda_kl * parts["kl"]
         return total, {"next_token": plain.detach(), **{name: part.detach() for name, part in parts.items()}}
 
-    def _divergence(self, predicted: Tensor, targets: LossTargets) -> Tensor:
-        """KL of what predicted states [n, d] say of the next token from what the states in `targets.target` say."""
+    def _divergence(self, states: Tensor, scored: list[tuple[Tensor, LossTargets]]) -> Tensor:
+        """L_kl. states: [B x L, d]; scored: by step the predictions [n, d] of some, whose places are its `target`.
+
+        What a state itself says is computed once for all steps that predict it.
+        """
         import torch
-        from torch.nn.functional import kl_div
 
         from mutor.mtp.loss import head_loss
 
-        def divergence(logits: Tensor, states: Tensor) -> Tensor:
-            with torch.no_grad():
-                true = self.trunk.logits(states).log_softmax(-1)
-            return kl_div(logits.log_softmax(-1), true, reduction="none", log_target=True).sum(-1)
+        places, steps = scored[0][1].target, len(scored)  # one step ahead predicts all that any step does
+        predicted = scored[0][0].new_zeros(len(places), steps, states.shape[1])
+        weight = torch.zeros(len(places), steps, device=states.device)
+        for step, (some, targets) in enumerate(scored):
+            at = (torch.searchsorted(places, targets.target), torch.full_like(targets.index, step))
+            predicted = predicted.index_put(at, some)
+            weight = weight.index_put(at, targets.share / targets.count.clamp(min=1) / steps)
 
-        return head_loss(self._frozen_logits, predicted[None], targets, 2 * self.trunk.vocabulary, divergence)
+        def divergence(true: Tensor, number: Tensor) -> Tensor:
+            true, said = true.log_softmax(-1), self._frozen_logits(predicted[number]).log_softmax(-1)
+            likely = true.exp()
+            apart = (likely * true).sum(-1, keepdim=True) - (likely[:, None] * said).sum(-1)
+            return (apart * weight[number]).sum(-1)
+
+        numbers = torch.arange(len(places), device=states.device)
+        once, count = torch.ones_like(weight[:, 0]), torch.ones_like(scored[0][1].count)  # `weight` has all that counts
+        targets = replace(scored[0][1], index=places, target=numbers, share=once, count=count)
+        truth = torch.no_grad()(self.trunk.logits)
+        return head_loss(truth, states[None], targets, (1 + steps) * self.trunk.vocabulary, divergence)
 
     def _frozen_logits(self, normed: Tensor) -> Tensor:
         """The model's logits, as if its output layer were not trained."""
@@ -147,9 +161,10 @@ class NextLatent(Method):
                 parameter.requires_grad_(True)
 
     def step_flops(self, layout: Layout, loss_targets: dict[str, LossTargets]) -> int:
-        """f on each predicted state. For a divergence the output layer runs forward twice and back to states once."""
-        scored = {name: each for name, each in loss_targets.items() if not name.startswith("latent_")}
-        moves = sum(len(each.index) for name, each in loss_targets.items() if name.startswith("latent_"))
+        """f on each predicted state, whose logits go back to it alone; those of true states are computed once."""
+        moves = [len(each.index) for name, each in loss_targets.items() if name.startswith("latent_")]
+        scored = [len(each.index) for name, each in loss_targets.items() if name.startswith("kl_")]
         matrices = sum(p.numel() for p in self.dynamics.parameters() if p.ndim == 2)
-        tokens = int((layout.segment >= 0).sum())
-        return super().step_flops(layout, scored) + 6 * matrices * (moves - tokens)
+        own = 6 * matrices * (sum(moves) - int((layout.segment >= 0).sum()))
+        heads = self.trunk.head.weight.numel() * (4 * sum(scored) + 2 * sum(scored[:1]))
+        return super().step_flops(layout, {"next_token": loss_targets["next_token"]}) + own + heads

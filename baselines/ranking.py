@@ -116,9 +116,9 @@ def pairwise_hinge(logits: Tensor, ahead: Tensor, others: Tensor) -> Tensor:
 
     from mutor.mtp.layout import IGNORE
 
-    scores = [logits.gather(1, some.clamp(min=0)) for some in (ahead, others)]
-    there = [some != IGNORE for some in (ahead, others)]
-    later = torch.ones(ahead.shape[1], ahead.shape[1], dtype=torch.bool, device=ahead.device).triu(1)
-    over = torch.cat([there[0][:, None] & later, there[1][:, None].expand(-1, ahead.shape[1], -1)], dim=2)
-    gap = 1 - scores[0][:, :, None] + torch.cat(scores, dim=1)[:, None]
-    return gap.relu().masked_fill(~(over & there[0][:, :, None]), 0).sum((1, 2))
+    def scores(ids: Tensor, none: float) -> Tensor:  # infinite where no token is: no pair of it has a loss
+        return logits.gather(1, ids.clamp(min=0)).masked_fill(ids == IGNORE, none)
+
+    above = scores(ahead, torch.inf)[:, :, None] - 1
+    below = [(scores(some, -torch.inf)[:, None] - above).relu() for some in (ahead, others)]
+    return below[0].triu(1).sum((1, 2)) + below[1].sum((1, 2))

@@ -318,9 +318,10 @@ def test_flops_of_what_rivals_add(tiny):
     base = more.pop("next_token")
     more = {name: flops - base for name, flops in more.items()}
     assert more["ranking"] == 0 and more["token_order"] == 6 * head * 4
-    # states 1 .. 5, 2 .. 5 and 3 .. 5 from those before; an answer token is predicted from states 2 .. 5
+    # states 1 .. 5, 2 .. 5 and 3 .. 5 from those before; an answer token is predicted from states 2 .. 5, whose own
+    # logits are computed without gradients, and the logits of predictions without gradients of the output layer
     moves, scored = 5 + 4 + 3, 4 + 4 + 3
-    assert more["next_latent"] == 6 * moves * (64 * 128 + 128**2 + 128 * 32) + 6 * head * scored
+    assert more["next_latent"] == 6 * moves * (64 * 128 + 128**2 + 128 * 32) + 4 * head * scored + 2 * head * 4
     # tokens 0 .. 4 predict: head_2 from 1 .. 4, head_3 from 0 .. 3, head_4 from 0 .. 2
     planned, scored = 5, 4 + 4 + 3
     matrices = 32**2 * (3 + 4 + 4 + 3) * planned
@@ -399,3 +400,21 @@ def test_rivals_train_and_resume_bit_by_bit(tmp_path, monkeypatch, name):
     method = load(METHODS, name, "method")(spec.method_config)
     method.load_own(plain, killed / "last/method")
     assert ours["added_parameters"] == method.added_parameters(plain)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_in_bfloat16(tiny, tools, name):
+    """Weights, or products alone, in bfloat16: about the same loss, itself in float32, and all gradients there."""
+    model, method = tiny("llama", scale=2.0), made(name)
+    tools.attach(method, model)
+    layout = one_row(([5, 6, 7], [8, 9, 4]), ([9, 3], [5, 5]))
+    wanted = method.compute_loss(model, layout)[0].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = method.compute_loss(model, layout)[0]
+    mixed.backward()
+    model.zero_grad()
+    half = method.compute_loss(model.bfloat16(), layout)[0]
+    half.backward()
+    assert mixed.dtype == half.dtype == torch.float32
+    assert [mixed.item(), half.item()] == pytest.approx([wanted] * 2, rel=0.05)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
