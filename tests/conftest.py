@@ -20,7 +20,7 @@ from mutor.registry import ATTENTION
 
 VOCABULARY = 61
 FROZEN = [0]  # how many modules there were whenever the garbage collector was told to look at new objects only
-LONG = ("test_workflow.py", "test_distributed.py", "test_models.py")  # these begin, so that two processes end together
+LONG = ("test_workflow.py", "test_distributed.py", "test_run.py")  # these begin, so that two processes end together
 FAMILIES = (
     "llama", "gpt2", "gemma", "gemma2", "gemma3_text", "qwen3", "mistral", "gpt_neox", "phi3", "olmo2", "granite",
     "cohere",

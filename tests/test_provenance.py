@@ -1,6 +1,7 @@
 """When a record is stale: each kind of edit, on a copy of the project or on small modules."""
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -325,6 +326,8 @@ def short_spec(data, model, method):
 def test_all_that_a_run_executes_is_in_its_record(tmp_path, data, model, method):
     if data == "gsm8k":
         pytest.importorskip("lm_eval")
+    for other in ("transformers.trainer", "transformers.models.gpt2.modeling_gpt2"):
+        importlib.import_module(other)  # of other people, and watched it takes ten times as long
     spec, executed = short_spec(data, model, method), {}
 
     def look(frame, event, argument):
