@@ -141,7 +141,7 @@ class Marginal(Method):
         if ids.shape[2] == 1:
             found = []
             for some in ids[..., 0].split(TOGETHER, dim=1):
-                fed = registers_behind(layout, index, some, 2)
+                fed = registers_behind(layout, index, some, [2] * some.shape[1])
                 found.append(at_registers(self.trunk(model, fed).normed, fed, some.shape[1]))
             return torch.cat(found, dim=1)
         found, paths = [], ids.flatten(0, 1)

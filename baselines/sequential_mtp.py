@@ -154,7 +154,7 @@ class SequentialMTP(Method):
         index = positions(layout, 2)
         if not len(index):
             return
-        fed = registers_behind(layout, index, drafts[index, None], 1)
+        fed = registers_behind(layout, index, drafts[index, None], [1])
         anchor = fed.causal_index
         out = self.trunk(model, replace(fed, causal_index=anchor - fed.register.long()))
         hidden = out.hidden.gather(1, anchor[..., None].expand_as(out.hidden))

@@ -152,6 +152,14 @@ def test_registers_on_a_grid_look_along_their_row():
     assert list(MuToR2D(MuToR2DConfig(d_max=4)).reach) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("d_max", [1, 4])
+def test_registers_at_the_end_of_the_models_positions(tiny, tools, d_max):
+    """The longest sequence has as many tokens as the model has positions; no register stands beyond."""
+    model, method = tiny("gpt2", n_positions=11), MuToR.of(d_max=d_max)
+    tools.attach(method, model)
+    assert predicted(method, model, False).keys() == places(range(1, d_max + 1))
+
+
 METHODS = [
     (ParallelMTP, ParallelMTPConfig(d_max=3)),
     (SequentialMTP, SequentialMTPConfig(d_max=4)),
@@ -190,7 +198,7 @@ def test_answers_too_short_are_not_asked(tiny, tools, cls, config):
 
 @pytest.mark.parametrize(("cls", "config"), [*METHODS, (NextToken, NextTokenConfig())])
 def test_metrics_by_hand(tiny, tools, monkeypatch, cls, config):
-    """Of the first four sequences, two at a time, each k over its own predictions."""
+    """Of the first four sequences, three at a time, each k over its own predictions."""
     monkeypatch.setattr(ahead, "EXAMPLES", 4)
     model, method = tiny("llama"), cls(config)
     tools.attach(method, model)
@@ -204,7 +212,7 @@ def test_metrics_by_hand(tiny, tools, monkeypatch, cls, config):
             best, target = logits.sort(descending=True).indices.tolist(), int(examples[n][0][t + k])
             loss = -float(logits.double().log_softmax(-1)[target])
             seen.setdefault(k, []).append((100.0 * (best[0] == target), 100.0 * (target in best[:5]), loss))
-        metrics = method.metrics(model, examples, Context(), 2)
+        metrics = method.metrics(model, examples, Context(), 3)
     names = ("accuracy_ahead", "top5_accuracy_ahead", "loss_ahead")
     wanted = {
         f"{name}_{k}": values

@@ -11,7 +11,7 @@ A prompt Q Q and its answer A B C D; with k = 2, wherever an answer token is pre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -71,24 +71,30 @@ def read_off(
             yield Ahead(distance, where, trunk.logits(some))
 
 
-def registers_behind(layout: Layout, index: Tensor, ids: Tensor, distance: int) -> Layout:
+def registers_behind(layout: Layout, index: Tensor, ids: Tensor, distance: Sequence[int]) -> Layout:
     """The rows of a layout that have a token of `index`, with C registers behind each, for one forward pass.
 
     index: int64 [n], ascending, in the flattened [B x T]; ids: int64 [n, C], a register's, or a token's that stands
-    there as a register does: it sees the tokens up to t and itself. Each stands where x_(t+distance) is normally
-    predicted. Columns behind the last token of `index` are left out.
+    there as a register does: it sees the tokens up to t and itself. distance: of C, each stands where x_(t+distance) is
+    normally predicted, or with the layout's last token where that is none. Columns behind the last token of `index`
+    are left out.
     """
     rows, column = index // layout.ids.shape[1], index % layout.ids.shape[1]
-    width, used = int(column.max()) + 1, rows.unique()
+    width, used, count = int(column.max()) + 1, rows.unique(), ids.shape[1]
     base = Layout(*(getattr(layout, f.name)[used, :width] for f in fields(Layout)))
     here, number = torch.zeros_like(base.register), torch.zeros_like(base.ids)
     row = torch.searchsorted(used, rows)
     here[row, column], number[row, column] = True, torch.arange(len(index), device=index.device)
-    one = with_registers(base, here, torch.full_like(number, distance), torch.full_like(number, IGNORE), number)
+    one = with_registers(base, here, torch.ones_like(number), torch.full_like(number, IGNORE), number)
     columns = torch.arange(one.ids.shape[1], device=index.device)
-    fed = one.take(torch.cat([columns[:width], columns[width:].repeat_interleave(ids.shape[1])]))
-    behind = ids[one.ids[:, width:]].flatten(1)
-    return replace(fed, ids=torch.cat([fed.ids[:, :width], behind], dim=1))
+    fed = one.take(torch.cat([columns[:width], columns[width:].repeat_interleave(count)]))
+    further = torch.tensor(distance, device=index.device).repeat(one.ids.shape[1] - width) - 1
+    position = (fed.position[:, width:] + further).clamp(max=layout.position.max())
+    return replace(
+        fed,
+        ids=torch.cat([base.ids, ids[one.ids[:, width:]].flatten(1)], dim=1),
+        position=torch.cat([base.position, position], dim=1),
+    )
 
 
 def at_registers(values: Tensor, layout: Layout, count: int) -> Tensor:

@@ -184,14 +184,16 @@ class MuToR(Method):
         from mutor.mtp.ahead import at_registers, positions, read_off, registers_behind
 
         yield from super().ahead(model, layout)
-        for k in self.reach:
-            index = positions(layout, k)
-            if k > 1 and len(index):
-                number = self.reach.index(k) if self.config.register_embedding == "per_offset" else 0
-                ids = torch.full_like(index[:, None], self.trunk.vocabulary + number)
-                fed = registers_behind(layout, index, ids, k)
-                normed = at_registers(self.trunk(model, fed).normed, fed, 1)[:, 0]
-                yield from read_off(self.trunk, layout, k, normed, index)
+        asked = [k for k in self.reach if k > 1]
+        if not asked or not len(index := positions(layout, asked[0])):
+            return
+        each = self.config.register_embedding == "per_offset"
+        ids = self.trunk.vocabulary + index.new_tensor([self.reach.index(k) * each for k in asked])
+        fed = registers_behind(layout, index, ids.expand(len(index), -1), asked)  # all in one pass
+        normed = at_registers(self.trunk(model, fed).normed, fed, len(asked))
+        for number, k in enumerate(asked):
+            there = torch.isin(index, positions(layout, k))
+            yield from read_off(self.trunk, layout, k, normed[there, number], index[there])
 
     def collator(self, pad_id: int, *, seed: int = 0, prefix_lm: bool = False) -> Collator:
         """A data collator for a plain transformers Trainer, and a callback that tells it the epoch.
