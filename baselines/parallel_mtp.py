@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mutor.checks import setting
-from mutor.mtp.method import Method, ParameterGroup, TrainingRecipe
-from mutor.mtp.settings import HeadSettings
+from mutor.mtp.method import Method, ParameterGroup
+from mutor.mtp.settings import HeadSettings, TrainingRecipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -154,7 +154,7 @@ def test_every_recipe_runs_two_steps_on_tiny_models(scale, tiny_pretrained, tmp_
     for spec in specs_of([cell for table in tables for cell in run_cells(table, loaded)]):
         graph = spec.dataset.task == "star_graph"
         kind = (spec.method, *((spec.dataset.role, spec.task_config.l) if graph else (spec.dataset.recipe,)))
-        if kind in seen:
+        if kind in seen or spec.recipe.steps == 0:  # nothing to train: tests/test_marginal.py
             continue
         seen |= {kind}
         spec = small(spec, tiny_pretrained)

@@ -363,7 +363,7 @@ def test_a_run_on_star_graphs_needs_torch_transformers_and_numpy_alone():
             used |= {n.partition(".")[0] for n in names}
     assert len(modules) > 20
     brought = {"torch", "transformers", "accelerate", "numpy", "yaml", "mutor", "huggingface_hub", "safetensors"}
-    assert used - set(sys.stdlib_module_names) == brought | {"peft"}
+    assert used - set(sys.stdlib_module_names) == brought | {"peft", "baselines"}
     script = (  # peft is asked for first, and done without
         "import importlib.util as util, sys; real = util.find_spec\n"
         "util.find_spec = lambda name, *rest: None if name == 'peft' else real(name, *rest)\n"

@@ -54,6 +54,8 @@ def attention(
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attention: {NAME!r} can't do {name!r} of {type(module).__name__}; allowed: eager")
+    if torch.is_autocast_enabled(query.device.type):  # which casts what sdpa is given, but knows no kernel's name
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     kernel = kernel_for(query.device, query.dtype, query.shape[-1])
     whole = not kwargs.get("dropout") and query.shape[-1] == value.shape[-1]
     plan = planned(attention_mask) if kernel and whole else None

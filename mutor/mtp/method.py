@@ -22,10 +22,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mutor.checks import not_default
-from mutor.mtp.settings import Progress, TrunkSettings
+from mutor.mtp.settings import Progress, TrainingRecipe, TrunkSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,30 +52,6 @@ class Context:
     pad_id: int = 0
     prefix_lm: bool = False
     progress: Progress = Progress()
-
-
-class TrainingRecipe(Protocol):
-    """What a method may read of how it is trained; the suite's own is mutor/config/recipe.py."""
-
-    @property
-    def steps(self) -> int | None:
-        """Optimiser steps."""
-
-    @property
-    def optimizer(self) -> str:
-        """adamw, or muon with AdamW for what Muon does not take."""
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak rate of AdamW."""
-
-    @property
-    def muon_rate(self) -> float:
-        """Peak rate of Muon."""
-
-    @property
-    def weight_decay(self) -> float:
-        """Weight decay, where a group has it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mutor.checks import setting
 
@@ -29,6 +29,30 @@ class Progress:
 
     step: int = 0
     steps: int = 1
+
+
+class TrainingRecipe(Protocol):
+    """What a method may read of how it is trained; the suite's own is mutor/config/recipe.py."""
+
+    @property
+    def steps(self) -> int | None:
+        """Optimiser steps."""
+
+    @property
+    def optimizer(self) -> str:
+        """adamw, or muon with AdamW for what Muon does not take."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak rate of AdamW."""
+
+    @property
+    def muon_rate(self) -> float:
+        """Peak rate of Muon."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay, where a group has it."""
 
 
 @dataclass(frozen=True)
