@@ -204,7 +204,7 @@ def _described(cell: Cell) -> dict[str, Any]:
     if settings["placement"] == "all":
         settings["registers"] = ""
     label, data = cell.row.label or _label(spec), task.describe(spec.task_config)
-    named_alike = bool(spec.dataset.stands_in_for) and data == cell.row.train_data
+    named_alike = bool(spec.dataset.stands_in_for) and str(cell.row.train_data).startswith(data)
     return {
         "role": spec.model_config.role,
         "model": spec.model,
