@@ -61,16 +61,12 @@ class JointMTP(Method):
         """Head i + 1 predicts the token i + 1 further on; `planned`: the tokens from which any does."""
         import torch
 
-        from mutor.mtp.layout import IGNORE
+        from mutor.mtp.layout import further_on
 
-        found, length = super().targets(layout), layout.ids.shape[1]
-        heads = {}
-        for i in range(1, self.config.horizon + 1):
-            heads[f"head_{i + 1}"], stop = torch.full_like(layout.target, IGNORE), max(0, length - i)
-            same = layout.segment[:, :stop] == layout.segment[:, length - stop :]
-            heads[f"head_{i + 1}"][:, :stop] = torch.where(same, layout.target[:, length - stop :], IGNORE)
+        ahead = range(1, self.config.horizon + 1)
+        heads = {f"head_{i + 1}": further_on(layout.target, layout.segment, i) for i in ahead}
         planned = torch.stack(list(heads.values())).amax(0)
-        return found | heads | {"planned": planned}
+        return super().targets(layout) | heads | {"planned": planned}
 
     def compute_loss(
         self, model: Any, layout: Layout, loss_targets: dict[str, LossTargets] | None = None

@@ -73,9 +73,9 @@ class NextLatent(Method):
         """From where which state is predicted, as its place in the flattened [B x L]: all, and those with a target."""
         import torch
 
-        from mutor.mtp.layout import IGNORE
+        from mutor.mtp.layout import IGNORE, further_on
 
-        found, length = super().targets(layout), layout.ids.shape[1]
+        found = super().targets(layout)
         tokens, predicts = (layout.segment >= 0) & ~layout.register, layout.target != IGNORE
         last = tokens & ~predicts
         last[:, :-1] &= layout.segment[:, 1:] != layout.segment[:, :-1]
@@ -83,10 +83,8 @@ class NextLatent(Method):
         for i in range(1, self.config.horizon + 1):
             kinds = {f"latent_{i}": tokens & ~last} | ({f"kl_{i}": predicts} if self.config.lambda_kl else {})
             for name, wanted in kinds.items():
-                found[name], stop = torch.full_like(place, IGNORE), max(0, length - i)
-                same = layout.segment[:, :stop] == layout.segment[:, length - stop :]
-                there = same & tokens[:, :stop] & wanted[:, length - stop :]
-                found[name][:, :stop] = torch.where(there, place[:, length - stop :], IGNORE)
+                ahead = further_on(place.masked_fill(~wanted, IGNORE), layout.segment, i)
+                found[name] = ahead.masked_fill(~tokens, IGNORE)
         return found
 
     def compute_loss(

@@ -169,13 +169,14 @@ def targets_ahead(layout: Layout, distance: int) -> Tensor:
     of a sequence. `targets_ahead(layout, 1)` is the next token, the layout's own target.
     """
     here = layout.target
-    out = torch.full_like(here, IGNORE)
-    shift = distance - 1
-    if shift >= here.shape[1]:
-        return out
-    stop = here.shape[1] - shift
-    same = layout.segment[:, :stop] == layout.segment[:, shift:]
-    out[:, :stop] = torch.where(same & (here[:, :stop] != IGNORE), here[:, shift:], IGNORE)
+    return further_on(here, layout.segment, distance - 1).masked_fill(here == IGNORE, IGNORE)
+
+
+def further_on(values: Tensor, segment: Tensor, distance: int) -> Tensor:
+    """int64 [B, L]: the value `distance` tokens on in the same sequence; -100 where there is none."""
+    out, stop = torch.full_like(values, IGNORE), max(0, values.shape[1] - distance)
+    start = values.shape[1] - stop
+    out[:, :stop] = torch.where(segment[:, :stop] == segment[:, start:], values[:, start:], IGNORE)
     return out
 
 
