@@ -318,6 +318,18 @@ def test_a_wrong_kernel_is_found_and_a_dense_mask_used(tiny, tools, monkeypatch,
         kernels.kernel_for.cache_clear()
 
 
+def test_a_kernel_without_masks_gets_none(monkeypatch):
+    """A prefix-LM's tokens need one, so that all of it goes with a dense mask."""
+    cpu, layout = kernels.KERNELS["cpu"], several()
+    parts = [torch.randn(2, 2, layout.ids.shape[1], 8) for _ in range(3)]
+    monkeypatch.setattr(blockwise, "kernel_for", lambda *of: replace(cpu, takes_masks=False))
+    mask = blockwise.bounds_mask(layout)
+    assert blockwise.planned(mask).masked
+    found, _ = blockwise.attention(None, *parts, mask, scaling=1.0)
+    dense, _ = sdpa_attention_forward(torch.nn.Identity(), *parts, dense_mask(layout), scaling=1.0)
+    assert torch.equal(found, dense)
+
+
 def test_a_model_that_it_would_change_keeps_the_dense_mask(tiny, monkeypatch, caplog):
     """Said once, with the reason."""
     off = partial(_changed, blockwise.attention)

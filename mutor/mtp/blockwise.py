@@ -59,7 +59,7 @@ def attention(
     kernel = kernel_for(query.device, query.dtype, query.shape[-1])
     whole = not kwargs.get("dropout") and query.shape[-1] == value.shape[-1]
     plan = planned(attention_mask) if kernel and whole else None
-    if kernel is None or plan is None or False:
+    if kernel is None or plan is None or (plan.masked and not kernel.takes_masks):
         out, _ = sdpa_attention_forward(module, query, key, value, _dense(attention_mask), **kwargs)
         return out, None
     if plan.plain:
