@@ -13,7 +13,6 @@ trunk.add(module)                   # all of it in one module of the model
 """
 
 import copy
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mutor.checks import choose
-from mutor.mtp import adapters, blockwise
-from mutor.mtp.attention import sliding_window
+from mutor.mtp import adapters, trials
 from mutor.mtp.facts import ModelFacts
 from mutor.mtp.layout import Layout
 from mutor.registry import ATTENTION, answers_under
@@ -37,13 +35,16 @@ EXTRA = "mtp"  # the one submodule that holds whatever a method adds to a model
 class BackboneOutput:
     """hidden: [B, L, d] before the final norm; normed: [B, L, d] after it; apply_layer: one more layer on [B, L, d].
 
-    states: where they are asked for, [B, L, d] what the first layer reads and what each layer gives, `hidden` last.
+    states: where they are asked for, [B, L, d] what the first layer reads and what each layer gives, `hidden` last;
+    logits: the model's own, without gradients only; given: what the last layer was given beside hidden states.
     """
 
     hidden: Tensor
     normed: Tensor
     apply_layer: Callable[[nn.Module, Tensor], Tensor]
     states: tuple[Tensor, ...] = ()
+    logits: Tensor | None = None
+    given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
 
 class Backbone(ModelFacts):
@@ -71,9 +72,9 @@ class Backbone(ModelFacts):
         self.meta = self.embedding.weight.device.type == "meta"
         self.exact_windows = True
         if not self.meta:
-            self._check_logits()
-            self.exact_windows = self._windows_hold()
-            self._attend_blockwise()
+            trials.check_logits(self)
+            self.exact_windows = trials.windows_hold(self)
+            trials.attend_blockwise(self)
 
     @property
     def head(self) -> Any:
@@ -221,12 +222,16 @@ class Backbone(ModelFacts):
             if torch.is_grad_enabled() and attention in ATTENTION and not ATTENTION[attention].cpu_gradients:
                 allowed = ", ".join(name for name, backend in ATTENTION.items() if backend.cpu_gradients)
                 raise ValueError(f"attention: {attention!r} has no gradients on a CPU; allowed there: {allowed}")
-        mask = self.mask(layout)
+        inputs = {"input_ids": layout.ids, "position_ids": layout.position, "attention_mask": self.mask(layout)}
+        return self.run(model, all_states=all_states, use_cache=False, logits_to_keep=1, **inputs)
+
+    def run(self, model: Any, *, all_states: bool = False, **inputs: Any) -> BackboneOutput:
+        """One forward of `model` on its own arguments. Raises ValueError for a model without this one's layers."""
         seen: dict[str, Any] = {}
 
         def last_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             seen.update(args=args[1:], kwargs={k: v for k, v in kwargs.items() if k != "hidden_states"})
-            seen["hidden"] = _first(output)
+            seen["hidden"] = first(output)
 
         states: list[Tensor] = []
 
@@ -239,13 +244,7 @@ class Backbone(ModelFacts):
             self.norm.register_forward_hook(lambda module, args, output: seen.update(normed=output)),
         ]
         try:
-            model(
-                input_ids=layout.ids,
-                position_ids=layout.position,
-                attention_mask=mask,
-                use_cache=False,
-                logits_to_keep=1,
-            )
+            logits = model(**inputs).logits
         finally:
             for hook in hooks:
                 hook.remove()
@@ -254,8 +253,10 @@ class Backbone(ModelFacts):
         return BackboneOutput(
             hidden=seen["hidden"],
             normed=seen["normed"].view(seen["hidden"].shape),
-            apply_layer=lambda layer, x: _first(layer(x, *seen["args"], **seen["kwargs"])),
+            apply_layer=lambda layer, x: first(layer(x, *seen["args"], **seen["kwargs"])),
             states=(*states, seen["hidden"]) if all_states else (),
+            logits=None if torch.is_grad_enabled() else logits,  # in training they are only memory
+            given=(seen["args"], seen["kwargs"]),
         )
 
     @torch.no_grad()
@@ -272,78 +273,6 @@ class Backbone(ModelFacts):
                 f"{self.name} ({self.config.model_type}) can't be trained here: it does not take an explicit mask and "
                 f"positions ({type(error).__name__}: {error})"
             ) from error
-
-    @torch.no_grad()
-    def _stock(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed hidden states [1, T, d] and logits float32 [1, T, V] of ids [1, T], without a mask."""
-        seen: list[Tensor] = []
-        hook = self.norm.register_forward_hook(lambda module, args, output: seen.append(output))
-        with evaluating(self.model):
-            logits = self.model(input_ids=ids.to(self.embedding.weight.device), use_cache=False).logits.float()
-        hook.remove()
-        return seen[0].view(*ids.shape, -1), logits
-
-    def _check_logits(self) -> None:
-        """Refuse a model whose logits are not those of its final norm and output layer, mask and positions given."""
-        few = self._few_tokens()
-        masked = self.probe(few)
-        normed, theirs = self._stock(few.ids)
-        largest = float(theirs.abs().max())
-        # in one pass they are equal; two passes, one with a mask, differ by rounding, in bfloat16 by some percent
-        between = 1e-2 if masked.dtype == torch.float32 else 5e-2
-        for ours, tolerance in ((normed, 1e-2), (masked, between)):
-            if not torch.allclose(self.logits(ours), theirs, atol=tolerance * largest + 1e-6):
-                raise ValueError(
-                    f"{self.name} ({self.config.model_type}): its logits can't be rebuilt from its final norm and "
-                    "output layer; it scales them in a way the adapter in mutor/mtp/backbone.py does not know"
-                )
-
-    def _windows_hold(self) -> bool:
-        """Whether explicit masks of sliding windows do what the model does by itself, tried with one of 2 tokens."""
-        window, few = self.config.sliding_window if sliding_window(self.config) else None, self._few_tokens()
-        if window is None:
-            return True
-        self.config.sliding_window = 2
-        try:
-            masked, (normed, _) = self.probe(few), self._stock(few.ids)
-        except ValueError:  # it takes one mask for all layers
-            return False
-        finally:
-            self.config.sliding_window = window
-        tolerance = 1e-2 if masked.dtype == torch.float32 else 5e-2
-        return torch.allclose(masked.float(), normed.float(), atol=tolerance * float(normed.abs().max()))
-
-    def _attend_blockwise(self) -> None:
-        """From sdpa, whose mask is dense, to the backend that needs none, where it gives the same hidden states."""
-        if self.config._attn_implementation != "sdpa":
-            return
-        layout = self._few_rows()
-        wanted = self.probe(layout)
-        try:
-            self.model.set_attn_implementation(blockwise.NAME)
-            found, why = self.probe(layout), "its hidden states differ"
-        except ValueError as error:
-            found, why = torch.full_like(wanted, torch.nan), str(error)
-        tolerance = (1e-3 if wanted.dtype == torch.float32 else 5e-2) * float(wanted.abs().max())
-        if not (found - wanted).float()[layout.segment >= 0].abs().max() <= tolerance:
-            self.model.set_attn_implementation("sdpa")
-            logging.getLogger(__name__).warning("%s: attention with a dense mask: %s", self.name, why)
-
-    def _few_rows(self) -> Layout:
-        """Two rows with two sequences and with padding, a prefix in both directions and registers, to try it with."""
-        segment = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, -1, -1, -1]])
-        position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 2, 3, 1], [0, 1, 2, 3, 4, 2, 3, 0, 0, 0]])
-        index = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 1, 2, 4], [0, 1, 2, 3, 4, 1, 2, 0, 0, 0]])
-        register = torch.tensor([[False] * 7 + [True] * 3, [False] * 5 + [True] * 2 + [False] * 3])
-        prefix = (index < 2) & (segment == 0) & ~register
-        ids = (torch.arange(20).view(2, 10) * 7 + 3) % self.vocabulary
-        return Layout(ids, position, segment, index, prefix, register, torch.zeros_like(ids))
-
-    def _few_tokens(self) -> Layout:
-        """Four tokens of the vocabulary, to try the model with."""
-        ids, index = torch.arange(4)[None] % self.vocabulary, torch.arange(4)[None]
-        zero = torch.zeros_like(ids)
-        return Layout(ids, index, zero, index, zero.bool(), zero.bool(), zero)
 
 
 class _ExtraRows:
@@ -396,5 +325,6 @@ class evaluating:
             self.model.set_attn_implementation(attention)  # type: ignore[operator]
 
 
-def _first(output: Any) -> Tensor:
+def first(output: Any) -> Tensor:
+    """The hidden states that a layer gives, alone or before other things."""
     return output[0] if isinstance(output, tuple) else output

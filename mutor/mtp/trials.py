@@ -1,0 +1,96 @@
+"""Whether a model does what is asked of it, tried on a few tokens before anything is trained or decoded."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mutor.mtp import blockwise
+from mutor.mtp.attention import sliding_window
+from mutor.mtp.layout import Layout
+
+if TYPE_CHECKING:
+    from mutor.mtp.backbone import Backbone
+
+
+@torch.no_grad()
+def stock(trunk: Backbone, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Normed hidden states [1, T, d] and logits float32 [1, T, V] of ids [1, T], without a mask."""
+    from mutor.mtp.backbone import evaluating
+
+    seen: list[Tensor] = []
+    hook = trunk.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    with evaluating(trunk.model):
+        logits = trunk.model(input_ids=ids.to(trunk.embedding.weight.device), use_cache=False).logits.float()
+    hook.remove()
+    return seen[0].view(*ids.shape, -1), logits
+
+
+def check_logits(trunk: Backbone) -> None:
+    """Refuse a model whose logits are not those of its final norm and output layer, mask and positions given."""
+    few = few_tokens(trunk.vocabulary)
+    masked = trunk.probe(few)
+    normed, theirs = stock(trunk, few.ids)
+    largest = float(theirs.abs().max())
+    # in one pass they are equal; two passes, one with a mask, differ by rounding, in bfloat16 by some percent
+    between = 1e-2 if masked.dtype == torch.float32 else 5e-2
+    for ours, tolerance in ((normed, 1e-2), (masked, between)):
+        if not torch.allclose(trunk.logits(ours), theirs, atol=tolerance * largest + 1e-6):
+            raise ValueError(
+                f"{trunk.name} ({trunk.config.model_type}): its logits can't be rebuilt from its final norm and "
+                "output layer; it scales them in a way the adapter in mutor/mtp/backbone.py does not know"
+            )
+
+
+def windows_hold(trunk: Backbone) -> bool:
+    """Whether explicit masks of sliding windows do what the model does by itself, tried with one of 2 tokens."""
+    window, few = trunk.config.sliding_window if sliding_window(trunk.config) else None, few_tokens(trunk.vocabulary)
+    if window is None:
+        return True
+    trunk.config.sliding_window = 2
+    try:
+        masked, (normed, _) = trunk.probe(few), stock(trunk, few.ids)
+    except ValueError:  # it takes one mask for all layers
+        return False
+    finally:
+        trunk.config.sliding_window = window
+    tolerance = 1e-2 if masked.dtype == torch.float32 else 5e-2
+    return torch.allclose(masked.float(), normed.float(), atol=tolerance * float(normed.abs().max()))
+
+
+def attend_blockwise(trunk: Backbone) -> None:
+    """From sdpa, whose mask is dense, to the backend that needs none, where it gives the same hidden states."""
+    if trunk.config._attn_implementation != "sdpa":
+        return
+    layout = few_rows(trunk.vocabulary)
+    wanted = trunk.probe(layout)
+    try:
+        trunk.model.set_attn_implementation(blockwise.NAME)
+        found, why = trunk.probe(layout), "its hidden states differ"
+    except ValueError as error:
+        found, why = torch.full_like(wanted, torch.nan), str(error)
+    tolerance = (1e-3 if wanted.dtype == torch.float32 else 5e-2) * float(wanted.abs().max())
+    if not (found - wanted).float()[layout.segment >= 0].abs().max() <= tolerance:
+        trunk.model.set_attn_implementation("sdpa")
+        logging.getLogger(__name__).warning("%s: attention with a dense mask: %s", trunk.name, why)
+
+
+def few_rows(vocabulary: int) -> Layout:
+    """Two rows with two sequences and with padding, a prefix in both directions and registers, to try it with."""
+    segment = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, -1, -1, -1]])
+    position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 2, 3, 1], [0, 1, 2, 3, 4, 2, 3, 0, 0, 0]])
+    index = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 1, 2, 4], [0, 1, 2, 3, 4, 1, 2, 0, 0, 0]])
+    register = torch.tensor([[False] * 7 + [True] * 3, [False] * 5 + [True] * 2 + [False] * 3])
+    prefix = (index < 2) & (segment == 0) & ~register
+    ids = (torch.arange(20).view(2, 10) * 7 + 3) % vocabulary
+    return Layout(ids, position, segment, index, prefix, register, torch.zeros_like(ids))
+
+
+def few_tokens(vocabulary: int) -> Layout:
+    """Four tokens of the vocabulary, to try the model with."""
+    ids, index = torch.arange(4)[None] % vocabulary, torch.arange(4)[None]
+    zero = torch.zeros_like(ids)
+    return Layout(ids, index, zero, index, zero.bool(), zero.bool(), zero)
