@@ -25,6 +25,7 @@ from mutor.mtp.method import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mutor.mtp.drafts import Drafter
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
 
@@ -157,6 +158,21 @@ class NextLatent(Method):
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+    def drafter(self, draft: int) -> Drafter:
+        """Hidden states rolled on from the last one, each with the draft before it."""
+        self.can_draft(draft, range(2, self.config.horizon + 2), f"horizon {self.config.horizon}")
+        import torch
+
+        from mutor.mtp.drafts import Drafter, Step
+
+        def propose(step: Step) -> None:
+            state, token = step.normed, step.following
+            for _ in range(draft):
+                state = state + self.dynamics(torch.cat([self.trunk.embedding(token), state], dim=-1))
+                token = step.choose(self.trunk.logits(state))
+
+        return Drafter(propose)
 
     def step_flops(self, layout: Layout, loss_targets: dict[str, LossTargets]) -> int:
         """f on each predicted state, whose logits go back to it alone; those of true states are computed once."""

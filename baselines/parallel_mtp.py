@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from mutor.mtp.ahead import Ahead
     from mutor.mtp.backbone import BackboneOutput
+    from mutor.mtp.drafts import Drafter
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
 
@@ -171,6 +172,19 @@ class ParallelMTP(Method):
         read = self._read(out, following.view_as(layout.ids))
         for number, k in enumerate(self.config.further):
             yield from read_off(self.trunk, layout, k, self._state(out, number, read))
+
+    def drafter(self, draft: int) -> Drafter:
+        """Heads at the last token; with `injection` they read the next token, which is known then."""
+        self.can_draft(draft, self.config.further, f"heads for {', '.join(map(str, self.config.further))} tokens ahead")
+        from mutor.mtp.drafts import Drafter, Step
+
+        def propose(step: Step) -> None:
+            window = step.window()
+            read = self._read(window.out, step.text.gather(1, window.at + 1))
+            for number in range(draft):
+                step.choose(self.trunk.logits(window.here(self._state(window.out, number, read))))
+
+        return Drafter(propose, reads_layers=True, all_states=self.config.hidden != "last")
 
     def _read(self, out: BackboneOutput, following: Tensor) -> Tensor:
         """What heads read: [B, L, d] the last hidden state, or [S, B, L, d] all states, the next token's embedding.

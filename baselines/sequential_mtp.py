@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from mutor.mtp.ahead import Ahead
     from mutor.mtp.backbone import BackboneOutput
+    from mutor.mtp.drafts import Drafter
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
 
@@ -135,6 +136,23 @@ class SequentialMTP(Method):
             index = index[(index % layout.ids.shape[1]).argsort(stable=True)]  # rows of a part are about equally long
             for part in index.split(max(1, TOKENS // layout.ids.shape[1])):
                 yield from self._further_modules(model, layout, part)
+
+    def drafter(self, draft: int) -> Drafter:
+        """Modules at the last token, each on the drafts of those before it.
+
+        A module's states of the last tokens were made of drafts, so that they are made anew once the text is known.
+        """
+        self.can_draft(draft, self.config.further if self.config.leap == 1 else (), f"{len(self.depths)} modules")
+        from mutor.mtp.drafts import Drafter, Step
+
+        def propose(step: Step) -> None:
+            window = step.window()
+            hidden = window.out.hidden
+            for k, depth in enumerate(self.depths[:draft], start=1):
+                hidden = self._deeper(window.out, depth, hidden, step.text.gather(1, window.at + k))
+                step.choose(self.trunk.logits(self.trunk.norm(window.here(hidden))))
+
+        return Drafter(propose, reads_layers=True, earlier=draft - 1)
 
     def _first_module(self, model: Any, layout: Layout) -> Iterator[Ahead]:
         """Next tokens, and the first module in the same pass: t once more behind the tokens, with a draft.

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mutor.mtp.ahead import Ahead
     from mutor.mtp.backbone import Backbone
     from mutor.mtp.decode import Prompts
+    from mutor.mtp.drafts import Drafter
     from mutor.mtp.layout import Example, Layout, TokenBatch
     from mutor.mtp.loss import LossTargets
 
@@ -299,6 +300,25 @@ class Method:
         from mutor.mtp.ahead import read_off
 
         yield from read_off(self.trunk, layout, 1, self.trunk(model, layout).normed)
+
+    def drafter(self, draft: int) -> Drafter:
+        """What proposes so many tokens behind the next in a decoding loop (mutor/decode.py), from what it added.
+
+        Raises ValueError for more tokens than the method can propose, here for any.
+        """
+        raise ValueError(f"draft: {draft}, and {type(self).__name__} predicts the next token alone; allowed: 0")
+
+    def can_draft(self, draft: int, known: Iterable[int], why: str) -> None:
+        """Raise ValueError where the distances 2 .. draft + 1 are not all among those that are known."""
+        most = 0
+        known = set(known)
+        while most + 2 in known:
+            most += 1
+        if draft > most:
+            allowed = f"0 to {most}" if most else "0"
+            raise ValueError(
+                f"draft: {draft} tokens behind the next, and {type(self).__name__} has {why}; allowed: {allowed}"
+            )
 
     def metrics(
         self, model: Any, examples: Sequence[tuple[np.ndarray, int]], context: Context, batch_size: int

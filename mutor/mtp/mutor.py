@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mutor.mtp.ahead import Ahead
     from mutor.mtp.collator import Collator
+    from mutor.mtp.drafts import Drafter
     from mutor.mtp.layout import Example, Layout, TokenBatch
     from mutor.mtp.loss import LossTargets
 
@@ -194,6 +195,19 @@ class MuToR(Method):
         for number, k in enumerate(asked):
             there = torch.isin(index, positions(layout, k))
             yield from read_off(self.trunk, layout, k, normed[there, number], index[there])
+
+    def drafter(self, draft: int) -> Drafter:
+        """Registers behind the last token, one for each draft: parallel, so none knows what another says."""
+        config, each = self.config, self.config.register_embedding == "per_offset"
+        self.can_draft(draft, self.reach, f"d_min {config.d_min}, d_max {config.d_max}, leap {config.leap}")
+        from mutor.mtp.drafts import Drafter, Step
+
+        def propose(step: Step) -> None:
+            for normed in step.at_registers.unbind(1):
+                step.choose(self.trunk.logits(normed))
+
+        asked = range(2, draft + 2)
+        return Drafter(propose, tuple((self.trunk.vocabulary + self.reach.index(k) * each, k) for k in asked))
 
     def collator(self, pad_id: int, *, seed: int = 0, prefix_lm: bool = False) -> Collator:
         """A data collator for a plain transformers Trainer, and a callback that tells it the epoch.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -94,3 +95,43 @@ def few_tokens(vocabulary: int) -> Layout:
     ids, index = torch.arange(4)[None] % vocabulary, torch.arange(4)[None]
     zero = torch.zeros_like(ids)
     return Layout(ids, index, zero, index, zero.bool(), zero.bool(), zero)
+
+
+_CHECKED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # models, and attention tried there
+
+
+@torch.no_grad()
+def check_cache(model: Any) -> None:
+    """Refuse a model whose logits, with a cache of slots and masks of its own, are not those of a plain pass.
+
+    Two rows of different length are fed in two passes, with a token in between that is rejected.
+    """
+    from mutor.mtp.speculative import Choice, Loop
+
+    config = model.config.get_text_config()
+    if config._attn_implementation in _CHECKED.setdefault(model, set()):
+        return
+    device, sizes = model.device, torch.tensor([[2], [4]])
+    texts = [(torch.arange(size + 3, device=device) * 7 + 3) % config.vocab_size for size in sizes[:, 0].tolist()]
+    prompts = [text[:-3] for text in texts]
+    loop = Loop(model, None, None, prompts, 3, draft=1, prefix_lm=False, choice=Choice())
+    two = torch.arange(2, device=device).expand(2, -1)
+    try:
+        told = [loop.step(torch.arange(4, device=device).expand(2, -1), loop.last[:, None])[1]]
+        for first in (0, 1):  # at first the second token is a wrong one
+            at = loop.last[:, None] + 1 + first + two
+            right = torch.stack([text[row] for text, row in zip(texts, at, strict=True)])
+            loop.text.scatter_(1, at, right if first else right * (1 - two))
+            told.append(loop.step(at, two)[1][:, : 1 + first])
+        plain = [model(input_ids=text[None], use_cache=False).logits[0, -4:].float() for text in texts]
+        found, wanted = torch.cat(told, 1), torch.stack(plain)
+        tolerance = (1e-2 if model.dtype == torch.float32 else 5e-2) * float(wanted.abs().max())
+        why = "" if torch.allclose(found, wanted, atol=tolerance) else "its logits differ from those of one plain pass"
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        raise ValueError(
+            f"{type(model).__name__} ({config.model_type}): can't be decoded with a cache in which each row has a "
+            f"place of its own ({why})"
+        )
+    _CHECKED[model].add(config._attn_implementation)

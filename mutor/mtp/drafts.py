@@ -1,0 +1,141 @@
+"""What drafts are made of: how a method proposes the tokens behind the next one, in a decoding loop with a cache.
+
+drafter = method.drafter(3)             # raises ValueError where the method knows no token that far ahead
+drafter.registers                       # what is fed behind each verified token: pairs (id, distance)
+drafter.propose(step)                   # behind a pass: calls step.choose for each draft, in order
+
+mutor/decode.py has the loop. A drafter sees what the tokens up to the last accepted one, t, gave: their hidden states,
+those of registers behind t, and x_(t+1), which is known. It draws x_(t+2), x_(t+3) .. from logits of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import Cache
+
+from mutor.mtp.backbone import BackboneOutput, first
+from mutor.mtp.slots import Slots
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """How drafts are made.
+
+    propose: calls `Step.choose` with the logits of x_(t+2), x_(t+3) .., as many as are to be drafted, or `Step.put`;
+    registers: (id, distance) of what stands behind each token that is verified, and of the prompt behind its last;
+    reads_layers: whether `Step.window` is asked for; earlier: how many tokens before the new ones are read anew there
+    in each pass, since drafts stood for what they read; all_states: whether the states of all layers are needed.
+    """
+
+    propose: Callable[[Step], None]
+    registers: tuple[tuple[int, int], ...] = ()
+    reads_layers: bool = False
+    earlier: int = 0
+    all_states: bool = False
+
+
+@dataclass
+class Step:
+    """Where a decoding loop stands behind a pass.
+
+    text: int64 [B, slots] tokens by slot, `last` int64 [B] the slot of t, behind which stands x_(t+1) already;
+    normed: [B, d] what the output layer reads at t; at_registers: [B, C, d] the same at the registers behind t;
+    choose: takes logits [B, V] of the next draft, writes it to `text` and returns it, int64 [B]; put: takes drafts
+    that are not drawn, int64 [B, n], -1 where there is none; window: the newest tokens.
+    """
+
+    text: Tensor
+    last: Tensor
+    normed: Tensor
+    at_registers: Tensor
+    choose: Callable[[Tensor], Tensor]
+    put: Callable[[Tensor], None]
+    window: Callable[[], Window]
+
+    @property
+    def following(self) -> Tensor:
+        """int64 [B]: x_(t+1)."""
+        return self.text.gather(1, self.last[:, None] + 1)[:, 0]
+
+
+@dataclass
+class Window:
+    """The newest tokens of each row, as a layer beside the trunk's reads them.
+
+    out: hidden states [B, n, d] of the trunk there, whose `apply_layer` keeps a cache for each layer; at: int64 [B, n]
+    their slots; column: int64 [B] which of them is t.
+    """
+
+    out: BackboneOutput
+    at: Tensor
+    column: Tensor
+
+    def here(self, values: Tensor) -> Tensor:
+        """[B, d]: values [B, n, d] at t."""
+        return values[torch.arange(len(values), device=values.device), self.column]
+
+
+class Beside:
+    """Runs layers beside the trunk's on the newest tokens, each with a cache of its own.
+
+    What a layer reads and is given (hidden states, rotary angles, position ids) is kept by slot, so that tokens of
+    earlier passes can be read anew.
+    """
+
+    def __init__(self, slots: Slots, layers: int, mask: Callable[[Tensor, int], Any], drafter: Drafter):
+        """layers: of the trunk; mask: what it takes as such, for queries at slots int64 [B, n] and so many keys."""
+        self.slots, self.layers, self.mask, self.drafter = slots, layers, mask, drafter
+        self.states: list[Any] = []
+        self.given: dict[int, Any] = {}
+        self.caches: dict[int, Cache] = {}
+
+    def write(self, out: BackboneOutput, at: Tensor) -> None:
+        """Keep what a pass gave for its first n tokens, whose slots are `at`, int64 [B, n]."""
+        states = [out.hidden, out.normed, *out.states[:-1]]
+        self.states = self.states or [self.slots.keep() for _ in states]
+        for store, values in zip(self.states, states, strict=True):
+            store.write(values[:, : at.shape[1]], at)
+        leaves, self.tree = tree_flatten(out.given)
+        self.leaves = dict(enumerate(leaves))
+        for number, leaf in self.leaves.items():
+            if isinstance(leaf, Tensor) and 1 < leaf.ndim < 4 and leaf.shape[1] == out.hidden.shape[1]:
+                if number not in self.given:
+                    self.given[number] = self.slots.keep()
+                self.given[number].write(leaf[:, : at.shape[1]], at)
+
+    def window(self, last: Tensor, new: int) -> Window:
+        """The newest `new` tokens of each row, and those before them that the drafter reads anew.
+
+        Tokens of a prefix in both directions have seen all of it, so that all of it is read anew with any of it.
+        """
+        count = min(new + self.drafter.earlier, int(last.max()) + 1)
+        if bool((last + 1 - count < self.slots.prefix).any()):
+            count = int(last.max()) + 1
+        start = (last + 1 - count).clamp(min=0)
+        at = start[:, None] + torch.arange(count, device=last.device)
+        used = int(at.max()) + 1
+        given = {n: self._given(n, leaf, at, used) for n, leaf in self.leaves.items()}
+        hidden, normed, *before = (store.read(at) for store in self.states)
+
+        def apply_layer(layer: nn.Module, x: Tensor) -> Tensor:
+            self.slots.place(at, used)
+            if id(layer) not in self.caches:
+                self.caches[id(layer)] = self.slots.cache(self.layers)
+            cache = self.caches[id(layer)]
+            own = [cache if isinstance(value, Cache) else value for value in given.values()]
+            args, kwargs = tree_unflatten(own, self.tree)
+            return first(layer(x, *args, **kwargs))
+
+        states = (*before, hidden) if self.drafter.all_states else ()
+        return Window(BackboneOutput(hidden, normed, apply_layer, states), at, last - start)
+
+    def _given(self, number: int, leaf: Any, at: Tensor, used: int) -> Any:
+        if number in self.given:
+            return self.given[number].read(at)
+        return self.mask(at, used) if isinstance(leaf, Tensor) and leaf.ndim == 4 else leaf

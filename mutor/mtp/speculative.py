@@ -1,0 +1,247 @@
+"""The loop of speculative decoding: passes that verify drafts, and what is kept of them. mutor/decode.py says how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mutor.mtp.backbone import Backbone, BackboneOutput
+from mutor.mtp.drafts import Beside, Drafter, Step
+from mutor.mtp.slots import Slots
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen of logits, and when a text ends.
+
+    temperature: 0 is greedy; process: text int64 [1, t] and logits float32 [1, V] to other logits; ends: tokens that
+    end a text; stop: whether a text, int64 [1, t], ends.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    process: Callable[[Tensor, Tensor], Tensor] | None = None
+    ends: tuple[int, ...] = ()
+    stop: Callable[[Tensor], bool] | None = None
+
+
+class Loop:
+    """One batch of texts, each row at its own place.
+
+    text: int64 [B, slots] prompts, new tokens and drafts; last: int64 [B] the slot of the newest token that stands in
+    the caches, behind which `text` has one more; rows: which prompt each row is; ids: of each prompt its new tokens,
+    when it has ended; accepted: of each prompt how many drafts each pass kept; passes: forward passes so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        trunk: Backbone | None,
+        drafter: Drafter | None,
+        prompts: list[Tensor],
+        new_tokens: int,
+        *,
+        draft: int,
+        prefix_lm: bool,
+        choice: Choice,
+    ):
+        """trunk: of the method whose drafter needs hidden states; draft: tokens that are proposed in each pass."""
+        self.model, self.trunk, self.drafter, self.choice = model, trunk, drafter, choice
+        self.config, self.device = model.config.get_text_config(), model.device
+        self.new_tokens, self.k = new_tokens, draft
+        registers = drafter.registers if drafter else ()
+        self.registers = self._numbers(number for number, _ in registers)
+        self.distance = self._numbers(distance for _, distance in registers)
+        self.sizes = self._numbers(len(prompt) for prompt in prompts)
+        # a row that ends may have got a whole pass too many, with drafts behind it
+        capacity = int(self.sizes.max()) + new_tokens + (draft + 1) * (2 + len(registers))
+        self.slots = Slots(self.sizes if prefix_lm else torch.zeros_like(self.sizes), capacity)
+        self.cache = self.slots.cache(self.config.num_hidden_layers)
+        self.beside = Beside(self.slots, self.config.num_hidden_layers, self._mask, drafter) if drafter else None
+        self.text = torch.zeros(len(prompts), capacity, dtype=torch.long, device=self.device)
+        for row, prompt in enumerate(prompts):
+            self.text[row, : len(prompt)] = prompt
+        self.last, self.rows = self.sizes - 1, list(range(len(prompts)))
+        self.drafts, self.drawn_from = self.text[:, :0], list[Tensor]()
+        self.ids, self.accepted = [prompt[:0] for prompt in prompts], [list[int]() for _ in prompts]
+        self.passes = 0
+        self.generator = torch.Generator(self.device).manual_seed(choice.seed)
+
+    def _numbers(self, values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.long, device=self.device)
+
+    def run(self, told: Callable[[list[int]], None] | None = None) -> None:
+        """Until all texts have ended. told: gets the new tokens of a pass, of the first prompt."""
+        at = torch.arange(int(self.sizes.max()), device=self.device).expand(len(self.rows), -1)
+        self._pass(at, self.last[:, None], told)
+        while self.rows:
+            column = torch.arange(self.k + 1, device=self.device).expand(len(self.rows), -1)
+            self._pass(self.last[:, None] + 1 + column, column, told)
+
+    def _pass(self, at: Tensor, verified: Tensor, told: Callable[[list[int]], None] | None) -> None:
+        """Feed the text at the slots `at`, int64 [B, n]; keep the drafts that are right, and make new ones.
+
+        verified: int64 [B, 1 + drafts] the columns from which a token is to be told.
+        """
+        out, logits = self.step(at, verified)
+        kept, following = self._verify(logits, at.gather(1, verified))
+        column = verified.gather(1, kept[:, None])
+        self.last = at.gather(1, column)[:, 0]
+        self.text.scatter_(1, self.last[:, None] + 1, following[:, None])
+        left = self._count(kept, told)
+        if not left:
+            self.rows = []
+            return
+        if self.drafter and self.beside:
+            self._draft(self.drafter, self.beside, out, at, column[:, 0], kept)
+        if len(left) < len(self.rows):
+            self._select(left)
+
+    def step(self, at: Tensor, verified: Tensor) -> tuple[BackboneOutput | None, Tensor]:
+        """One pass of the model; its hidden states, where they are needed, and logits float32 [B, 1 + drafts, V]."""
+        ids, position, anchors = self.text.gather(1, at), at, at.gather(1, verified)[..., None]
+        behind = at[:, -1:] + 1 + torch.arange(anchors.shape[1] * len(self.registers), device=self.device)
+        used = int(at.max()) + 1 + behind.shape[1]
+        seen = self.slots.sees(at, used)
+        if len(self.registers):
+            shape = (len(at), anchors.shape[1], len(self.registers))
+            ids = torch.cat([ids, self.registers.expand(shape).flatten(1)], 1)
+            position = torch.cat([position, (anchors + self.distance - 1).flatten(1)], 1)
+            keys, limit = torch.arange(used, device=self.device), anchors.expand(shape).flatten(1)[..., None]
+            seen = torch.cat([seen, (keys <= limit) | (keys == behind[..., None])], 1)
+        asked, column = verified.unique(return_inverse=True)
+        self.slots.place(torch.cat([at, behind], 1), used)
+        alone = seen.shape[:2] == (1, 1)  # sees all there is, as without a mask, which is faster
+        inputs = {
+            "input_ids": ids,
+            "position_ids": position.clamp(max=self.config.max_position_embeddings - 1),  # beyond are drafts of no use
+            "attention_mask": None if alone else self._as_taken(seen),
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "logits_to_keep": asked,
+        }
+        if self.trunk is None:
+            out, logits = None, self.model(**inputs).logits
+        else:
+            out = self.trunk.run(self.model, all_states=bool(self.drafter and self.drafter.all_states), **inputs)
+            logits = out.logits
+        return out, logits.gather(1, column[..., None].expand(-1, -1, logits.shape[2])).float()
+
+    def _mask(self, at: Tensor, used: int) -> Tensor:
+        return self._as_taken(self.slots.sees(at, used))
+
+    def _as_taken(self, seen: Tensor) -> Tensor:
+        """[B, 1, n, keys] of bool [B, n, keys], as the attention under way takes a mask."""
+        if self.config._attn_implementation == "eager":
+            return torch.where(seen, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)[:, None]
+        return seen[:, None]
+
+    def _likely(self, logits: Tensor, slot: Tensor) -> Tensor:
+        """Logits [B, V] behind the text up to the slots [B], processed; as probabilities where tokens are drawn."""
+        if self.choice.process is not None:
+            texts = (self.text[row : row + 1, : end + 1] for row, end in enumerate(slot.tolist()))
+            process = self.choice.process
+            logits = torch.cat([process(text, one) for text, one in zip(texts, logits.split(1), strict=True)])
+        return (logits / self.choice.temperature).softmax(-1) if self.choice.temperature else logits
+
+    def _verify(self, logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """How many drafts are kept, int64 [B], and the token behind them, int64 [B]; slots: int64 [B, 1 + drafts]."""
+        drafts, rows = self.drafts, torch.arange(len(logits), device=self.device)
+        likely = torch.stack([self._likely(logits[:, n], slots[:, n]) for n in range(logits.shape[1])], 1)
+        if not self.choice.temperature:
+            chosen = likely.argmax(-1)
+            kept = (chosen[:, :-1] == drafts).long().cumprod(1).sum(1)
+            return kept, chosen[rows, kept]
+        if not drafts.shape[1]:
+            return torch.zeros_like(rows), self._draw(likely[:, 0])
+        proposed = drafts.clamp(min=0)[..., None]
+        if self.drawn_from:
+            source = torch.stack(self.drawn_from, 1)
+        else:  # drafts that were not drawn are certain of themselves
+            source = torch.zeros_like(likely[:, 1:]).scatter_(2, proposed, (drafts >= 0).float()[..., None])
+        chance = likely[:, :-1].gather(2, proposed)[..., 0] / source.gather(2, proposed)[..., 0].clamp(min=1e-30)
+        lot = torch.rand(drafts.shape, generator=self.generator, device=self.device)
+        kept = ((lot < chance) & (drafts >= 0)).long().cumprod(1).sum(1)
+        source = torch.cat([source, torch.zeros_like(source[:, :1])], 1)  # behind all drafts nothing was proposed
+        rest = (likely[rows, kept] - source[rows, kept]).clamp(min=0)
+        return kept, self._draw(rest)
+
+    def _draw(self, likely: Tensor) -> Tensor:
+        return torch.multinomial(likely, 1, generator=self.generator)[:, 0]
+
+    def _count(self, kept: Tensor, told: Callable[[list[int]], None] | None) -> list[int]:
+        """Note what is new of each row, up to its end; the rows that go on."""
+        start = self.last - kept + 1
+        new = self.text.gather(1, start[:, None] + torch.arange(self.k + 1, device=self.device)).tolist()
+        left = []
+        for row, (tokens, first, many) in enumerate(zip(new, start.tolist(), (kept + 1).tolist(), strict=True)):
+            prompt = self.rows[row]
+            size = int(self.sizes[row])
+            many = min(many, size + self.new_tokens - first)
+            end = next((n for n in range(1, many + 1) if self._ends(row, first + n, tokens[n - 1])), None)
+            if self.passes:
+                self.accepted[prompt].append((end or many) - 1)
+            if prompt == 0 and told:
+                told(tokens[: end or many])
+            if end or first + many == size + self.new_tokens:
+                self.ids[prompt] = self.text[row, size : first + (end or many)].clone()
+            else:
+                left.append(row)
+        self.passes += 1
+        return left
+
+    def _ends(self, row: int, length: int, token: int) -> bool:
+        stop = self.choice.stop
+        return token in self.choice.ends or (stop is not None and stop(self.text[row : row + 1, :length]))
+
+    def _draft(
+        self, drafter: Drafter, beside: Beside, out: BackboneOutput | None, at: Tensor, column: Tensor, kept: Tensor
+    ) -> None:
+        """Drafts of the tokens behind the next; column: int64 [B] where t stands among those fed."""
+        self.drafts, self.drawn_from = self.text.new_full((len(at), self.k), -1), []
+        rows, made = torch.arange(len(at), device=self.device), 0
+
+        def put(ids: Tensor) -> None:
+            nonlocal made
+            count = ids.shape[1]
+            self.drafts[:, made : made + count] = ids
+            slot = self.last[:, None] + 2 + made + torch.arange(count, device=self.device)
+            self.text.scatter_(1, slot, ids.clamp(min=0))
+            made += count
+
+        def choose(logits: Tensor) -> Tensor:
+            likely = self._likely(logits.float(), self.last + 1 + made)
+            if self.choice.temperature:
+                self.drawn_from.append(likely)
+            ids = self._draw(likely) if self.choice.temperature else likely.argmax(-1)
+            put(ids[:, None])
+            return ids
+
+        normed = at_registers = self.text[:, :0].float()
+        if out is not None:
+            normed = out.normed[rows, column]
+            index = (
+                at.shape[1]
+                + kept[:, None] * len(self.registers)
+                + torch.arange(len(self.registers), device=self.device)
+            )
+            at_registers = out.normed[rows[:, None], index]
+            if drafter.reads_layers:
+                beside.write(out, at)
+        new = int(kept.max()) + 1 if self.passes > 1 else at.shape[1]
+        window = partial(beside.window, self.last, new)
+        drafter.propose(Step(self.text, self.last, normed, at_registers, choose, put, window))
+
+    def _select(self, left: list[int]) -> None:
+        rows = self._numbers(left)
+        self.slots.select(rows)
+        self.text, self.last, self.sizes, self.drafts = (
+            x[rows] for x in (self.text, self.last, self.sizes, self.drafts)
+        )
+        self.drawn_from = [likely[rows] for likely in self.drawn_from]
+        self.rows = [self.rows[row] for row in left]
