@@ -161,11 +161,14 @@ class ParallelMTP(Method):
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), **parts}
 
     def ahead(self, model: Any, layout: Layout) -> Iterator[Ahead]:
-        """Heads at t; with `injection` they read the model's own next token, not the true one."""
+        """Heads at t; with `injection` they read the model's own next token, not the true one.
+
+        Where a head is a layer, also the answer's earlier tokens, which it attends to, are read with the model's own.
+        """
         from mutor.mtp.ahead import read_off
 
         out = self.trunk(model, layout, all_states=self.config.hidden != "last")
-        following = layout.ids.flatten().clone()
+        following = layout.ids.roll(-1, dims=1).flatten()
         for found in read_off(self.trunk, layout, 1, out.normed):
             following[found.index] = found.logits.argmax(-1)
             yield found

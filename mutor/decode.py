@@ -147,7 +147,7 @@ def generate(
 def speculative(method: Method | PromptLookup | None, draft: int) -> Callable[..., Tensor]:
     """`generate(..., custom_generate=speculative(method, draft=3))` of transformers: its text, in fewer passes.
 
-    Greedy or sampled, with its logits processors, stopping criteria and streamer; with `is_causal=False` prompts are
+    Greedy or sampled, with its logits processors and stopping criteria, but no streamer; with `is_causal=False` prompts are
     read in both directions. Raises ValueError, then, for beams, a dict as result, a cache that holds something already
     and caches that are static or have a sliding window.
     """
@@ -158,7 +158,6 @@ def speculative(method: Method | PromptLookup | None, draft: int) -> Callable[..
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        streamer: Any = None,
         **options: Any,
     ) -> Tensor:
         from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
@@ -166,6 +165,12 @@ def speculative(method: Method | PromptLookup | None, draft: int) -> Callable[..
         for name, only in {"num_beams": 1, "return_dict_in_generate": False, "cache_implementation": None}.items():
             if (given := getattr(generation_config, name, None) or only) not in (only, "dynamic", "dynamic_full"):
                 raise ValueError(f"{name}: {given!r} does not go with drafts; allowed: {only!r}")
+        for each in logits_processor:
+            if isinstance(getattr(each, "prompt_ignore_length", None), Tensor) and len(input_ids) > 1:
+                name = type(each).__name__
+                raise ValueError(
+                    f"logits_processor: {name} with padded prompts; allowed: without padding, or one by one"
+                )
         _check_given_cache(options.get("past_key_values"))
         mask = options.get("attention_mask")
         there = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -190,10 +195,7 @@ def speculative(method: Method | PromptLookup | None, draft: int) -> Callable[..
             draft,
             prefix_lm=options.get("is_causal") is False,
             choice=choice,
-            told=(lambda tokens: streamer.put(torch.tensor(tokens))) if streamer else None,
         )
-        if streamer:
-            streamer.end()
         pad = generation_config.pad_token_id
         pad = pad if pad is not None else ends[0] if ends else 0
         new = torch.nn.utils.rnn.pad_sequence(done.ids, batch_first=True, padding_value=pad)
@@ -211,7 +213,6 @@ def _generate(
     *,
     prefix_lm: bool,
     choice: Choice,
-    told: Callable[[list[int]], None] | None = None,
 ) -> Generated:
     texts = [torch.as_tensor(prompt, dtype=torch.long).flatten() for prompt in prompts]
     _check(model, method, texts, new_tokens, draft)
@@ -220,7 +221,7 @@ def _generate(
     with torch.no_grad(), evaluating(model):
         trials.check_cache(model)
         loop = Loop(model, trunk, drafter, texts, new_tokens, draft=draft, prefix_lm=prefix_lm, choice=choice)
-        loop.run(told)
+        loop.run()
     return Generated(loop.ids, loop.accepted, draft, loop.passes)
 
 

@@ -353,6 +353,8 @@ class Method:
     def export(self, model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Save the plain base architecture, which `AutoModelForCausalLM.from_pretrained(folder)` loads.
 
+        What the method added stands beside it, in `folder`/method (`save_own`).
+
         peft's adapters are merged into its weights, in a second copy of the model, which itself keeps them; those of
         `trunk: lora` stand in `folder`/adapter, too: `PeftModel.from_pretrained(base, folder / "adapter")` gives the
         same model from the same base. state: the model's state dict, where its own does not hold it whole.
@@ -360,6 +362,7 @@ class Method:
         from mutor.mtp import adapters
         from mutor.mtp.backbone import EXTRA
 
+        self.save_own(model, folder / "method", state)
         if self.trunk_settings.trunk == "lora":
             state = adapters.folded(model, model.state_dict() if state is None else state)
             adapters.save(model, folder / "adapter", leave_out=f"{EXTRA}.")

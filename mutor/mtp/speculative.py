@@ -75,15 +75,15 @@ class Loop:
     def _numbers(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.long, device=self.device)
 
-    def run(self, told: Callable[[list[int]], None] | None = None) -> None:
-        """Until all texts have ended. told: gets the new tokens of a pass, of the first prompt."""
+    def run(self) -> None:
+        """Until all texts have ended."""
         at = torch.arange(int(self.sizes.max()), device=self.device).expand(len(self.rows), -1)
-        self._pass(at, self.last[:, None], told)
+        self._pass(at, self.last[:, None])
         while self.rows:
             column = torch.arange(self.k + 1, device=self.device).expand(len(self.rows), -1)
-            self._pass(self.last[:, None] + 1 + column, column, told)
+            self._pass(self.last[:, None] + 1 + column, column)
 
-    def _pass(self, at: Tensor, verified: Tensor, told: Callable[[list[int]], None] | None) -> None:
+    def _pass(self, at: Tensor, verified: Tensor) -> None:
         """Feed the text at the slots `at`, int64 [B, n]; keep the drafts that are right, and make new ones.
 
         verified: int64 [B, 1 + drafts] the columns from which a token is to be told.
@@ -93,7 +93,7 @@ class Loop:
         column = verified.gather(1, kept[:, None])
         self.last = at.gather(1, column)[:, 0]
         self.text.scatter_(1, self.last[:, None] + 1, following[:, None])
-        left = self._count(kept, told)
+        left = self._count(kept)
         if not left:
             self.rows = []
             return
@@ -174,7 +174,7 @@ class Loop:
     def _draw(self, likely: Tensor) -> Tensor:
         return torch.multinomial(likely, 1, generator=self.generator)[:, 0]
 
-    def _count(self, kept: Tensor, told: Callable[[list[int]], None] | None) -> list[int]:
+    def _count(self, kept: Tensor) -> list[int]:
         """Note what is new of each row, up to its end; the rows that go on."""
         start = self.last - kept + 1
         new = self.text.gather(1, start[:, None] + torch.arange(self.k + 1, device=self.device)).tolist()
@@ -186,8 +186,6 @@ class Loop:
             end = next((n for n in range(1, many + 1) if self._ends(row, first + n, tokens[n - 1])), None)
             if self.passes:
                 self.accepted[prompt].append((end or many) - 1)
-            if prompt == 0 and told:
-                told(tokens[: end or many])
             if end or first + many == size + self.new_tokens:
                 self.ids[prompt] = self.text[row, size : first + (end or many)].clone()
             else:

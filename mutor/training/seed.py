@@ -194,7 +194,6 @@ class SeedRun:
             return
         with complete_folder(self.folder / name) as target:
             self.method.export(model, target, state)
-            self.method.save_own(model, target / "method", state)
             if self.task.tokenizer is not None:
                 self.task.tokenizer.save_pretrained(target)
             if training is not None:
