@@ -147,9 +147,9 @@ def generate(
 def speculative(method: Method | PromptLookup | None, draft: int) -> Callable[..., Tensor]:
     """`generate(..., custom_generate=speculative(method, draft=3))` of transformers: its text, in fewer passes.
 
-    Greedy or sampled, with its logits processors and stopping criteria, but no streamer; with `is_causal=False` prompts are
-    read in both directions. Raises ValueError, then, for beams, a dict as result, a cache that holds something already
-    and caches that are static or have a sliding window.
+    Greedy or sampled, with its logits processors and stopping criteria, but no streamer; with `is_causal=False` prompts
+    are read in both directions. Raises ValueError, then, for beams, a dict as result, a cache that holds something
+    already and caches that are static or have a sliding window.
     """
 
     def custom_generate(

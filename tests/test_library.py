@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from mutor import MuToR
 from mutor.mtp.backbone import Backbone
@@ -153,19 +152,24 @@ def test_every_method_exports_the_plain_model(tiny, tools, tmp_path, name):
     assert torch.equal(plain(ids).logits, wanted)
 
 
-def test_the_lines_of_the_readme_run_as_they_stand(tiny, tmp_path, monkeypatch):
-    """The code block of the README, with a tiny model in place of the hub's."""
+def test_the_lines_of_the_readme_run_as_they_stand(tiny, tmp_path, monkeypatch, capsys):
+    """Both code blocks, with a tiny model in place of the hub's: trained, saved, loaded, decoded with drafts."""
+    from transformers import AutoModelForCausalLM
+
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    code = readme.split("```python\n")[1].split("```")[0]
-    model = tiny("llama")
-    before = model.state_dict()["lm_head.weight"].clone()
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
+    train, decode = (block.split("```")[0] for block in readme.split("```python\n")[1:])
     monkeypatch.chdir(tmp_path)
-    examples = [{"input_ids": [1, 2, 3, 4, 5, 6], "prefix_length": 2} for _ in range(8)]
-    exec(code, {"dataset": examples})
-    monkeypatch.undo()
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    assert not torch.equal(plain.lm_head.weight, before) and not hasattr(plain, "mtp")
+    model = tiny("llama")
+    model.save_pretrained("tiny")
+    names = {"dataset": [{"input_ids": [1, 2, 3, 4, 5, 6], "prefix_length": 2} for _ in range(8)], "prompt": [7, 8, 9]}
+    exec(train.replace("HuggingFaceTB/SmolLM2-135M", "tiny"), names)
+    plain = AutoModelForCausalLM.from_pretrained("plain")
+    assert not torch.equal(plain.lm_head.weight, model.lm_head.weight) and not hasattr(plain, "mtp")
+    exec(decode, names)
+    done = names["done"]
+    wanted = plain.generate(torch.tensor([names["prompt"]]), max_new_tokens=32, eos_token_id=None, do_sample=False)
+    assert done.ids[0].tolist() == wanted[0, 3:].tolist()
+    assert capsys.readouterr().out.endswith(f"{done.acceptance_length} tokens a pass\n") and len(done.accepted[0]) < 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

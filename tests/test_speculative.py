@@ -138,7 +138,10 @@ def test_acceptance_is_what_one_pass_over_the_text_predicts(tools, tiny, name, f
         drafts = {}
         with torch.no_grad():
             for found in method.ahead(model, layout):
-                drafts |= {(t, found.distance): int(x) for t, x in zip(found.index.tolist(), found.logits.argmax(-1))}
+                drafts |= {
+                    (t, found.distance): int(x)
+                    for t, x in zip(found.index.tolist(), found.logits.argmax(-1), strict=True)
+                }
         t, predicted = len(prompt) - 1, []
         while t + 2 < len(ids):
             room = len(ids) - t - 3  # the last token of a text counts as what comes free

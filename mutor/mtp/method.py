@@ -9,9 +9,10 @@ The training loop, the evaluation and the workflow know this interface and no me
     layout, loss_targets = method.prepare_batch(examples, context)     # on the CPU, in the data loader
     total, parts = method.compute_loss(model, layout, loss_targets)    # on the device
     method.ahead(model, layout)                   # what it predicts for x_(t+k) from the tokens up to t
+    method.drafter(3)                             # proposes tokens behind the next in a decoding loop: mutor/decode.py
     method.metrics(model, examples, context, 500) # what it measures beside the task's scores
-    method.export(model, folder)                  # a plain checkpoint of the base architecture
-    method.save_own(model, folder / "method")     # what export leaves out; load_own puts it on the plain model again
+    method.export(model, folder)                  # a plain checkpoint; what was added beside it, in folder/method
+    method.load_own(model, folder / "method")     # puts it on the plain model again
     method.answer(model, prompts)                 # answers of the plain model
 
 This module and the methods' files import torch inside functions only, so that plans are made without it.
@@ -362,7 +363,7 @@ class Method:
         from mutor.mtp import adapters
         from mutor.mtp.backbone import EXTRA
 
-        self.save_own(model, folder / "method", state)
+        self.save_own(model, Path(folder) / "method", state)
         if self.trunk_settings.trunk == "lora":
             state = adapters.folded(model, model.state_dict() if state is None else state)
             adapters.save(model, folder / "adapter", leave_out=f"{EXTRA}.")
