@@ -54,7 +54,7 @@ class Slots:
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of all caches and stores. rows: int64 [n]."""
-        self.batch, self.prefix, self.at = len(rows), self.prefix[rows], self.at[rows]
+        self.batch, self.prefix = len(rows), self.prefix[rows]
         for kept in self._kept:
             kept.select(rows)
 
@@ -98,7 +98,10 @@ class _SlotLayer(CacheLayerMixin):
         """Write [B, heads, n, d] to the slots of the pass under way; gives all that attention looks at."""
         self.is_initialized, used = True, self.slots.used
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            store.write(states.transpose(1, 2), self.slots.at)
+            if self.slots.batch == 1 and store.values.numel():  # one row's slots follow on each other
+                store.values[:, used - states.shape[2] : used] = states.transpose(1, 2)
+            else:
+                store.write(states.transpose(1, 2), self.slots.at)
         keys, values = (store.values[:, :used].transpose(1, 2) for store in self.stores)
         return keys, values
 

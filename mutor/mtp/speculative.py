@@ -57,16 +57,17 @@ class Loop:
         registers = drafter.registers if drafter else ()
         self.registers = self._numbers(number for number, _ in registers)
         self.distance = self._numbers(distance for _, distance in registers)
-        self.sizes = self._numbers(len(prompt) for prompt in prompts)
+        self.sizes, longest = [len(prompt) for prompt in prompts], max(map(len, prompts))
         # a row that ends may have got a whole pass too many, with drafts behind it
-        capacity = int(self.sizes.max()) + new_tokens + (draft + 1) * (2 + len(registers))
-        self.slots = Slots(self.sizes if prefix_lm else torch.zeros_like(self.sizes), capacity)
+        capacity = longest + new_tokens + (draft + 1) * (2 + len(registers))
+        self.slots = Slots(self._numbers(size if prefix_lm else 0 for size in self.sizes), capacity)
         self.cache = self.slots.cache(self.config.num_hidden_layers)
         self.beside = Beside(self.slots, self.config.num_hidden_layers, self._mask, drafter) if drafter else None
         self.text = torch.zeros(len(prompts), capacity, dtype=torch.long, device=self.device)
         for row, prompt in enumerate(prompts):
             self.text[row, : len(prompt)] = prompt
-        self.last, self.rows = self.sizes - 1, list(range(len(prompts)))
+        self.last, self.furthest = self._numbers(size - 1 for size in self.sizes), longest - 1
+        self.rows, self.columns = list(range(len(prompts))), torch.arange(draft + 1, device=self.device)
         self.drafts, self.drawn_from = self.text[:, :0], list[Tensor]()
         self.ids, self.accepted = [prompt[:0] for prompt in prompts], [list[int]() for _ in prompts]
         self.passes = 0
@@ -77,49 +78,57 @@ class Loop:
 
     def run(self) -> None:
         """Until all texts have ended."""
-        at = torch.arange(int(self.sizes.max()), device=self.device).expand(len(self.rows), -1)
-        self._pass(at, self.last[:, None])
+        self._pass(torch.arange(self.furthest + 1, device=self.device).expand(len(self.rows), -1), self.last)
         while self.rows:
-            column = torch.arange(self.k + 1, device=self.device).expand(len(self.rows), -1)
-            self._pass(self.last[:, None] + 1 + column, column)
+            self._pass(self.last[:, None] + 1 + self.columns)
 
-    def _pass(self, at: Tensor, verified: Tensor) -> None:
+    def _pass(self, at: Tensor, ends: Tensor | None = None) -> None:
         """Feed the text at the slots `at`, int64 [B, n]; keep the drafts that are right, and make new ones.
 
-        verified: int64 [B, 1 + drafts] the columns from which a token is to be told.
+        ends: int64 [B] the last token of each prompt, where prompts are fed; else the token that is known, and drafts.
         """
-        out, logits = self.step(at, verified)
-        kept, following = self._verify(logits, at.gather(1, verified))
-        column = verified.gather(1, kept[:, None])
-        self.last = at.gather(1, column)[:, 0]
+        out, logits = self.step(at, at.shape[1] if ends is not None else self.furthest + 2 + self.k, ends)
+        kept, following = self._verify(logits, at if ends is None else ends[:, None])
+        column = kept if ends is None else ends
+        self.last = at[:, 0] + column
         self.text.scatter_(1, self.last[:, None] + 1, following[:, None])
         left = self._count(kept)
         if not left:
             self.rows = []
             return
         if self.drafter and self.beside:
-            self._draft(self.drafter, self.beside, out, at, column[:, 0], kept)
+            self._draft(self.drafter, self.beside, out, at, column, kept)
         if len(left) < len(self.rows):
             self._select(left)
 
-    def step(self, at: Tensor, verified: Tensor) -> tuple[BackboneOutput | None, Tensor]:
-        """One pass of the model; its hidden states, where they are needed, and logits float32 [B, 1 + drafts, V]."""
-        ids, position, anchors = self.text.gather(1, at), at, at.gather(1, verified)[..., None]
-        behind = at[:, -1:] + 1 + torch.arange(anchors.shape[1] * len(self.registers), device=self.device)
-        used = int(at.max()) + 1 + behind.shape[1]
-        seen = self.slots.sees(at, used)
-        if len(self.registers):
-            shape = (len(at), anchors.shape[1], len(self.registers))
+    def step(self, at: Tensor, end: int, ends: Tensor | None = None) -> tuple[BackboneOutput | None, Tensor]:
+        """One pass of the model; its hidden states, where they are needed, and logits float32 [B, 1 + drafts, V].
+
+        at: int64 [B, n] slots of what is fed; end: the first slot behind all of them; ends: as in `_pass`.
+        """
+        ids, position, registers = self.text.gather(1, at), at, len(self.registers)
+        alone = at.shape == (1, 1) and not registers  # sees all there is, as without a mask, which is faster
+        seen = at
+        if registers:
+            anchors = (at if ends is None else ends[:, None])[..., None]
+            shape = (len(at), anchors.shape[1], registers)
+            behind = at[:, -1:] + 1 + torch.arange(anchors.shape[1] * registers, device=self.device)
             ids = torch.cat([ids, self.registers.expand(shape).flatten(1)], 1)
             position = torch.cat([position, (anchors + self.distance - 1).flatten(1)], 1)
+            used = end + behind.shape[1]
             keys, limit = torch.arange(used, device=self.device), anchors.expand(shape).flatten(1)[..., None]
-            seen = torch.cat([seen, (keys <= limit) | (keys == behind[..., None])], 1)
-        asked, column = verified.unique(return_inverse=True)
-        self.slots.place(torch.cat([at, behind], 1), used)
-        alone = seen.shape[:2] == (1, 1)  # sees all there is, as without a mask, which is faster
+            seen = torch.cat([self.slots.sees(at, used), (keys <= limit) | (keys == behind[..., None])], 1)
+            self.slots.place(torch.cat([at, behind], 1), used)
+        else:
+            seen = seen if alone else self.slots.sees(at, end)
+            self.slots.place(at, end)
+        room = self.config.max_position_embeddings
+        if end + self.k >= room:
+            position = position.clamp(max=room - 1)  # beyond are drafts of no use
+        asked, column = (self.columns, None) if ends is None else ends.unique(return_inverse=True)
         inputs = {
             "input_ids": ids,
-            "position_ids": position.clamp(max=self.config.max_position_embeddings - 1),  # beyond are drafts of no use
+            "position_ids": position,
             "attention_mask": None if alone else self._as_taken(seen),
             "past_key_values": self.cache,
             "use_cache": True,
@@ -130,7 +139,9 @@ class Loop:
         else:
             out = self.trunk.run(self.model, all_states=bool(self.drafter and self.drafter.all_states), **inputs)
             logits = out.logits
-        return out, logits.gather(1, column[..., None].expand(-1, -1, logits.shape[2])).float()
+        if column is not None:
+            logits = logits[torch.arange(len(at), device=self.device), column][:, None]
+        return out, logits.float()
 
     def _mask(self, at: Tensor, used: int) -> Tensor:
         return self._as_taken(self.slots.sees(at, used))
@@ -152,7 +163,9 @@ class Loop:
     def _verify(self, logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafts are kept, int64 [B], and the token behind them, int64 [B]; slots: int64 [B, 1 + drafts]."""
         drafts, rows = self.drafts, torch.arange(len(logits), device=self.device)
-        likely = torch.stack([self._likely(logits[:, n], slots[:, n]) for n in range(logits.shape[1])], 1)
+        likely = logits
+        if self.choice.process or self.choice.temperature:
+            likely = torch.stack([self._likely(logits[:, n], slots[:, n]) for n in range(logits.shape[1])], 1)
         if not self.choice.temperature:
             chosen = likely.argmax(-1)
             kept = (chosen[:, :-1] == drafts).long().cumprod(1).sum(1)
@@ -177,11 +190,11 @@ class Loop:
     def _count(self, kept: Tensor) -> list[int]:
         """Note what is new of each row, up to its end; the rows that go on."""
         start = self.last - kept + 1
-        new = self.text.gather(1, start[:, None] + torch.arange(self.k + 1, device=self.device)).tolist()
-        left = []
-        for row, (tokens, first, many) in enumerate(zip(new, start.tolist(), (kept + 1).tolist(), strict=True)):
+        new = self.text.gather(1, start[:, None] + self.columns)
+        left, furthest = [], 0
+        for row, (first, many, *tokens) in enumerate(torch.cat([start[:, None], kept[:, None] + 1, new], 1).tolist()):
             prompt = self.rows[row]
-            size = int(self.sizes[row])
+            size, last = self.sizes[prompt], first + many - 2
             many = min(many, size + self.new_tokens - first)
             end = next((n for n in range(1, many + 1) if self._ends(row, first + n, tokens[n - 1])), None)
             if self.passes:
@@ -190,7 +203,8 @@ class Loop:
                 self.ids[prompt] = self.text[row, size : first + (end or many)].clone()
             else:
                 left.append(row)
-        self.passes += 1
+                furthest = max(furthest, last)
+        self.passes, self.furthest = self.passes + 1, furthest
         return left
 
     def _ends(self, row: int, length: int, token: int) -> bool:
@@ -238,8 +252,6 @@ class Loop:
     def _select(self, left: list[int]) -> None:
         rows = self._numbers(left)
         self.slots.select(rows)
-        self.text, self.last, self.sizes, self.drafts = (
-            x[rows] for x in (self.text, self.last, self.sizes, self.drafts)
-        )
+        self.text, self.last, self.drafts = self.text[rows], self.last[rows], self.drafts[rows]
         self.drawn_from = [likely[rows] for likely in self.drawn_from]
         self.rows = [self.rows[row] for row in left]

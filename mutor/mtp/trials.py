@@ -117,12 +117,12 @@ def check_cache(model: Any) -> None:
     loop = Loop(model, None, None, prompts, 3, draft=1, prefix_lm=False, choice=Choice())
     two = torch.arange(2, device=device).expand(2, -1)
     try:
-        told = [loop.step(torch.arange(4, device=device).expand(2, -1), loop.last[:, None])[1]]
+        told = [loop.step(torch.arange(4, device=device).expand(2, -1), 4, loop.last)[1]]
         for first in (0, 1):  # at first the second token is a wrong one
             at = loop.last[:, None] + 1 + first + two
             right = torch.stack([text[row] for text, row in zip(texts, at, strict=True)])
             loop.text.scatter_(1, at, right if first else right * (1 - two))
-            told.append(loop.step(at, two)[1][:, : 1 + first])
+            told.append(loop.step(at, 6 + first)[1][:, : 1 + first])
         plain = [model(input_ids=text[None], use_cache=False).logits[0, -4:].float() for text in texts]
         found, wanted = torch.cat(told, 1), torch.stack(plain)
         tolerance = (1e-2 if model.dtype == torch.float32 else 5e-2) * float(wanted.abs().max())
