@@ -161,10 +161,11 @@ class NextLatent(Method):
 
     def drafter(self, draft: int) -> Drafter:
         """Hidden states rolled on from the last one, each with the draft before it."""
-        self.can_draft(draft, range(2, self.config.horizon + 2), f"horizon {self.config.horizon}")
         import torch
 
-        from mutor.mtp.drafts import Drafter, Step
+        from mutor.mtp.drafts import Drafter, Step, check_reach
+
+        check_reach(self, draft, range(2, self.config.horizon + 2), f"horizon {self.config.horizon}")
 
         def propose(step: Step) -> None:
             state, token = step.normed, step.following

@@ -178,8 +178,10 @@ class ParallelMTP(Method):
 
     def drafter(self, draft: int) -> Drafter:
         """Heads at the last token; with `injection` they read the next token, which is known then."""
-        self.can_draft(draft, self.config.further, f"heads for {', '.join(map(str, self.config.further))} tokens ahead")
-        from mutor.mtp.drafts import Drafter, Step
+        from mutor.mtp.drafts import Drafter, Step, check_reach
+
+        further = ", ".join(map(str, self.config.further))
+        check_reach(self, draft, self.config.further, f"heads for {further} tokens ahead")
 
         def propose(step: Step) -> None:
             window = step.window()

@@ -142,8 +142,10 @@ class SequentialMTP(Method):
 
         A module's states of the last tokens were made of drafts, so that they are made anew once the text is known.
         """
-        self.can_draft(draft, self.config.further if self.config.leap == 1 else (), f"{len(self.depths)} modules")
-        from mutor.mtp.drafts import Drafter, Step
+        from mutor.mtp.drafts import Drafter, Step, check_reach
+
+        further = self.config.further if self.config.leap == 1 else ()
+        check_reach(self, draft, further, f"{len(self.depths)} modules and leap {self.config.leap}")
 
         def propose(step: Step) -> None:
             window = step.window()

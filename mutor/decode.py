@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mutor.mtp import trials
 from mutor.mtp.attention import sliding_window
-from mutor.mtp.backbone import evaluating
 from mutor.mtp.drafts import Drafter, Step
 from mutor.mtp.method import Method
-from mutor.mtp.speculative import Choice, Loop
+from mutor.mtp.speculative import Choice, Loop, check_cache
+from mutor.mtp.trials import evaluating
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ def _generate(
     drafter = method.drafter(draft) if draft and method is not None else None
     trunk = method.trunk if drafter and isinstance(method, Method) else None
     with torch.no_grad(), evaluating(model):
-        trials.check_cache(model)
+        check_cache(model)
         loop = Loop(model, trunk, drafter, texts, new_tokens, draft=draft, prefix_lm=prefix_lm, choice=choice)
         loop.run()
     return Generated(loop.ids, loop.accepted, draft, loop.passes)

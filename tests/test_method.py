@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from mutor.mtp.backbone import Backbone, evaluating
+from mutor.mtp.backbone import Backbone
 from mutor.mtp.mutor import MuToR
+from mutor.mtp.trials import evaluating
 from mutor.registry import answers_under
 
 

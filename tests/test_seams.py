@@ -24,11 +24,12 @@ from mutor.config.runs import make_spec
 from mutor.config.schema import ModelConfig
 from mutor.models.build import build
 from mutor.mtp.attention import dense_mask
-from mutor.mtp.backbone import Backbone, evaluating
+from mutor.mtp.backbone import Backbone
 from mutor.mtp.layout import IGNORE, Example, collate, regular, targets_ahead
 from mutor.mtp.loss import LossTargets, head_loss
 from mutor.mtp.method import Method, ParameterGroup
 from mutor.mtp.settings import AuxiliarySettings
+from mutor.mtp.trials import evaluating
 from mutor.registry import ATTENTION, METHODS, AttentionBackend, answers_under, fastest_attention, load, register
 from mutor.results import records
 from mutor.training.optim import optimizer, schedule

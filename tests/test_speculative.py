@@ -285,7 +285,7 @@ def test_what_can_not_be_decoded_is_refused(tools, tiny):
     for other, words in [
         (NextToken(NextTokenConfig()), "draft: 1, and NextToken predicts the next token alone; allowed: 0"),
         (MuToR.of(d_min=3), "d_min 3, d_max 4, leap 1; allowed: 0"),
-        (SequentialMTP(SequentialMTPConfig(d_max=3, leap=2)), "SequentialMTP has 1 modules; allowed: 0"),
+        (SequentialMTP(SequentialMTPConfig(d_max=3, leap=2)), "SequentialMTP has 1 modules and leap 2; allowed: 0"),
         (NextLatent(NextLatentConfig()), "horizon 1"),
         (Teacherless(TeacherlessConfig()), "Teacherless: the plain model does not answer alone"),
     ]:

@@ -24,7 +24,7 @@ from mutor.checks import choose
 from mutor.mtp import adapters, trials
 from mutor.mtp.facts import ModelFacts
 from mutor.mtp.layout import Layout
-from mutor.registry import ATTENTION, answers_under
+from mutor.registry import ATTENTION
 
 LAYER_NAMES = ("layers", "h", "blocks")
 NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
@@ -266,7 +266,7 @@ class Backbone(ModelFacts):
         Raises ValueError, naming the model, where it does not take an explicit mask and positions.
         """
         try:
-            with evaluating(self.model):
+            with trials.evaluating(self.model):
                 return self(self.model, layout.to(self.embedding.weight.device)).normed
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             raise ValueError(
@@ -300,29 +300,6 @@ class _ExtraRows:
         if self.divide is not None:
             vectors = vectors / self.divide
         return torch.where((ids >= vocabulary)[..., None], vectors, output)
-
-
-class evaluating:
-    """Context: the model in evaluation mode, put back as it was afterwards.
-
-    It answers under the attention backend that the one it is trained under names in mutor/registry.py.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.was, self.attention = self.model.training, getattr(self.model.config, "_attn_implementation", "")
-        self.model.eval()
-        self._attend(answers_under(self.attention))
-
-    def __exit__(self, *error: object) -> None:
-        self.model.train(self.was)
-        self._attend(self.attention)
-
-    def _attend(self, attention: str) -> None:
-        if answers_under(self.attention) != self.attention:
-            self.model.set_attn_implementation(attention)  # type: ignore[operator]
 
 
 def first(output: Any) -> Tensor:

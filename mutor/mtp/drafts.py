@@ -10,7 +10,7 @@ those of registers behind t, and x_(t+1), which is known. It draws x_(t+2), x_(t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,18 @@ class Drafter:
     reads_layers: bool = False
     earlier: int = 0
     all_states: bool = False
+
+
+def check_reach(method: Any, draft: int, known: Iterable[int], why: str) -> None:
+    """Raise ValueError where the distances 2 .. draft + 1 are not all among those that a method knows."""
+    distances, most = set(known), 0
+    while most + 2 in distances:
+        most += 1
+    if draft > most:
+        allowed = f"0 to {most}" if most else "0"
+        raise ValueError(
+            f"draft: {draft} tokens behind the next, and {type(method).__name__} has {why}; allowed: {allowed}"
+        )
 
 
 @dataclass

@@ -303,23 +303,8 @@ class Method:
         yield from read_off(self.trunk, layout, 1, self.trunk(model, layout).normed)
 
     def drafter(self, draft: int) -> Drafter:
-        """What proposes so many tokens behind the next in a decoding loop (mutor/decode.py), from what it added.
-
-        Raises ValueError for more tokens than the method can propose, here for any.
-        """
+        """What proposes so many tokens behind the next (mutor/decode.py). Raises ValueError for too many, here any."""
         raise ValueError(f"draft: {draft}, and {type(self).__name__} predicts the next token alone; allowed: 0")
-
-    def can_draft(self, draft: int, known: Iterable[int], why: str) -> None:
-        """Raise ValueError where the distances 2 .. draft + 1 are not all among those that are known."""
-        most = 0
-        known = set(known)
-        while most + 2 in known:
-            most += 1
-        if draft > most:
-            allowed = f"0 to {most}" if most else "0"
-            raise ValueError(
-                f"draft: {draft} tokens behind the next, and {type(self).__name__} has {why}; allowed: {allowed}"
-            )
 
     def metrics(
         self, model: Any, examples: Sequence[tuple[np.ndarray, int]], context: Context, batch_size: int
@@ -354,10 +339,8 @@ class Method:
     def export(self, model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Save the plain base architecture, which `AutoModelForCausalLM.from_pretrained(folder)` loads.
 
-        What the method added stands beside it, in `folder`/method (`save_own`).
-
-        peft's adapters are merged into its weights, in a second copy of the model, which itself keeps them; those of
-        `trunk: lora` stand in `folder`/adapter, too: `PeftModel.from_pretrained(base, folder / "adapter")` gives the
+        What was added is saved in `folder`/method. peft's adapters are merged into the weights, in a second copy of the
+        model, which itself keeps them; those of `trunk: lora` stand in `folder`/adapter, too: `PeftModel.from_pretrained(base, folder / "adapter")` gives the
         same model from the same base. state: the model's state dict, where its own does not hold it whole.
         """
         from mutor.mtp import adapters

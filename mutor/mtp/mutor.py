@@ -199,8 +199,9 @@ class MuToR(Method):
     def drafter(self, draft: int) -> Drafter:
         """Registers behind the last token, one for each draft: parallel, so none knows what another says."""
         config, each = self.config, self.config.register_embedding == "per_offset"
-        self.can_draft(draft, self.reach, f"d_min {config.d_min}, d_max {config.d_max}, leap {config.leap}")
-        from mutor.mtp.drafts import Drafter, Step
+        from mutor.mtp.drafts import Drafter, Step, check_reach
+
+        check_reach(self, draft, self.reach, f"d_min {config.d_min}, d_max {config.d_max}, leap {config.leap}")
 
         def propose(step: Step) -> None:
             for normed in step.at_registers.unbind(1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -255,3 +256,41 @@ class Loop:
         self.text, self.last, self.drafts = self.text[rows], self.last[rows], self.drafts[rows]
         self.drawn_from = [likely[rows] for likely in self.drawn_from]
         self.rows = [self.rows[row] for row in left]
+
+
+_CHECKED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # models, and attention tried there
+
+
+@torch.no_grad()
+def check_cache(model: Any) -> None:
+    """Refuse a model whose logits, with a cache of slots and masks of its own, are not those of a plain pass.
+
+    Two rows of different length are fed in two passes, with a token in between that is rejected.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation in _CHECKED.setdefault(model, set()):
+        return
+    device, sizes = model.device, torch.tensor([[2], [4]])
+    texts = [(torch.arange(size + 3, device=device) * 7 + 3) % config.vocab_size for size in sizes[:, 0].tolist()]
+    prompts = [text[:-3] for text in texts]
+    loop = Loop(model, None, None, prompts, 3, draft=1, prefix_lm=False, choice=Choice())
+    two = torch.arange(2, device=device).expand(2, -1)
+    try:
+        told = [loop.step(torch.arange(4, device=device).expand(2, -1), 4, loop.last)[1]]
+        for first in (0, 1):  # at first the second token is a wrong one
+            at = loop.last[:, None] + 1 + first + two
+            right = torch.stack([text[row] for text, row in zip(texts, at, strict=True)])
+            loop.text.scatter_(1, at, right if first else right * (1 - two))
+            told.append(loop.step(at, 6 + first)[1][:, : 1 + first])
+        plain = [model(input_ids=text[None], use_cache=False).logits[0, -4:].float() for text in texts]
+        found, wanted = torch.cat(told, 1), torch.stack(plain)
+        tolerance = (1e-2 if model.dtype == torch.float32 else 5e-2) * float(wanted.abs().max())
+        why = "" if torch.allclose(found, wanted, atol=tolerance) else "its logits differ from those of one plain pass"
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        raise ValueError(
+            f"{type(model).__name__} ({config.model_type}): can't be decoded with a cache in which each row has a "
+            f"place of its own ({why})"
+        )
+    _CHECKED[model].add(config._attn_implementation)

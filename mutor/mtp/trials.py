@@ -1,27 +1,48 @@
-"""Whether a model does what is asked of it, tried on a few tokens before anything is trained or decoded."""
+"""Whether a model does what is asked of it, tried on a few tokens before anything is trained.
+
+`trunk` is always a `Backbone`.
+"""
 
 from __future__ import annotations
 
 import logging
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mutor.mtp import blockwise
 from mutor.mtp.attention import sliding_window
 from mutor.mtp.layout import Layout
+from mutor.registry import answers_under
 
-if TYPE_CHECKING:
-    from mutor.mtp.backbone import Backbone
+
+class evaluating:
+    """Context: the model in evaluation mode, put back as it was afterwards.
+
+    It answers under the attention backend that the one it is trained under names in mutor/registry.py.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.was, self.attention = self.model.training, getattr(self.model.config, "_attn_implementation", "")
+        self.model.eval()
+        self._attend(answers_under(self.attention))
+
+    def __exit__(self, *error: object) -> None:
+        self.model.train(self.was)
+        self._attend(self.attention)
+
+    def _attend(self, attention: str) -> None:
+        if answers_under(self.attention) != self.attention:
+            self.model.set_attn_implementation(attention)  # type: ignore[operator]
 
 
 @torch.no_grad()
-def stock(trunk: Backbone, ids: Tensor) -> tuple[Tensor, Tensor]:
+def stock(trunk: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Normed hidden states [1, T, d] and logits float32 [1, T, V] of ids [1, T], without a mask."""
-    from mutor.mtp.backbone import evaluating
-
     seen: list[Tensor] = []
     hook = trunk.norm.register_forward_hook(lambda module, args, output: seen.append(output))
     with evaluating(trunk.model):
@@ -30,7 +51,7 @@ def stock(trunk: Backbone, ids: Tensor) -> tuple[Tensor, Tensor]:
     return seen[0].view(*ids.shape, -1), logits
 
 
-def check_logits(trunk: Backbone) -> None:
+def check_logits(trunk: Any) -> None:
     """Refuse a model whose logits are not those of its final norm and output layer, mask and positions given."""
     few = few_tokens(trunk.vocabulary)
     masked = trunk.probe(few)
@@ -46,7 +67,7 @@ def check_logits(trunk: Backbone) -> None:
             )
 
 
-def windows_hold(trunk: Backbone) -> bool:
+def windows_hold(trunk: Any) -> bool:
     """Whether explicit masks of sliding windows do what the model does by itself, tried with one of 2 tokens."""
     window, few = trunk.config.sliding_window if sliding_window(trunk.config) else None, few_tokens(trunk.vocabulary)
     if window is None:
@@ -62,7 +83,7 @@ def windows_hold(trunk: Backbone) -> bool:
     return torch.allclose(masked.float(), normed.float(), atol=tolerance * float(normed.abs().max()))
 
 
-def attend_blockwise(trunk: Backbone) -> None:
+def attend_blockwise(trunk: Any) -> None:
     """From sdpa, whose mask is dense, to the backend that needs none, where it gives the same hidden states."""
     if trunk.config._attn_implementation != "sdpa":
         return
@@ -95,43 +116,3 @@ def few_tokens(vocabulary: int) -> Layout:
     ids, index = torch.arange(4)[None] % vocabulary, torch.arange(4)[None]
     zero = torch.zeros_like(ids)
     return Layout(ids, index, zero, index, zero.bool(), zero.bool(), zero)
-
-
-_CHECKED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # models, and attention tried there
-
-
-@torch.no_grad()
-def check_cache(model: Any) -> None:
-    """Refuse a model whose logits, with a cache of slots and masks of its own, are not those of a plain pass.
-
-    Two rows of different length are fed in two passes, with a token in between that is rejected.
-    """
-    from mutor.mtp.speculative import Choice, Loop
-
-    config = model.config.get_text_config()
-    if config._attn_implementation in _CHECKED.setdefault(model, set()):
-        return
-    device, sizes = model.device, torch.tensor([[2], [4]])
-    texts = [(torch.arange(size + 3, device=device) * 7 + 3) % config.vocab_size for size in sizes[:, 0].tolist()]
-    prompts = [text[:-3] for text in texts]
-    loop = Loop(model, None, None, prompts, 3, draft=1, prefix_lm=False, choice=Choice())
-    two = torch.arange(2, device=device).expand(2, -1)
-    try:
-        told = [loop.step(torch.arange(4, device=device).expand(2, -1), 4, loop.last)[1]]
-        for first in (0, 1):  # at first the second token is a wrong one
-            at = loop.last[:, None] + 1 + first + two
-            right = torch.stack([text[row] for text, row in zip(texts, at, strict=True)])
-            loop.text.scatter_(1, at, right if first else right * (1 - two))
-            told.append(loop.step(at, 6 + first)[1][:, : 1 + first])
-        plain = [model(input_ids=text[None], use_cache=False).logits[0, -4:].float() for text in texts]
-        found, wanted = torch.cat(told, 1), torch.stack(plain)
-        tolerance = (1e-2 if model.dtype == torch.float32 else 5e-2) * float(wanted.abs().max())
-        why = "" if torch.allclose(found, wanted, atol=tolerance) else "its logits differ from those of one plain pass"
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        why = f"{type(error).__name__}: {error}"
-    if why:
-        raise ValueError(
-            f"{type(model).__name__} ({config.model_type}): can't be decoded with a cache in which each row has a "
-            f"place of its own ({why})"
-        )
-    _CHECKED[model].add(config._attn_implementation)

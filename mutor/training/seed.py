@@ -155,7 +155,7 @@ class SeedRun:
 
         Without a validation set there are no metrics, and none is the best.
         """
-        from mutor.mtp.backbone import evaluating
+        from mutor.mtp.trials import evaluating
 
         assert self.trainer is not None
         recipe, name, step = self.trainer.recipe, self.task.selection_metric, self.trainer.state.global_step
