@@ -340,8 +340,9 @@ class Method:
         """Save the plain base architecture, which `AutoModelForCausalLM.from_pretrained(folder)` loads.
 
         What was added is saved in `folder`/method. peft's adapters are merged into the weights, in a second copy of the
-        model, which itself keeps them; those of `trunk: lora` stand in `folder`/adapter, too: `PeftModel.from_pretrained(base, folder / "adapter")` gives the
-        same model from the same base. state: the model's state dict, where its own does not hold it whole.
+        model, which itself keeps them; those of `trunk: lora` stand in `folder`/adapter, too:
+        `PeftModel.from_pretrained(base, folder / "adapter")` gives the same model from the same base. state: the
+        model's state dict, where its own does not hold it whole.
         """
         from mutor.mtp import adapters
         from mutor.mtp.backbone import EXTRA
