@@ -107,21 +107,21 @@ class Loop:
 
         at: int64 [B, n] slots of what is fed; end: the first slot behind all of them; ends: as in `_pass`.
         """
-        ids, position, registers = self.text.gather(1, at), at, len(self.registers)
-        alone = at.shape == (1, 1) and not registers  # sees all there is, as without a mask, which is faster
-        seen = at
-        if registers:
+        ids, position, mask = self.text.gather(1, at), at, None
+        if len(self.registers):
             anchors = (at if ends is None else ends[:, None])[..., None]
-            shape = (len(at), anchors.shape[1], registers)
-            behind = at[:, -1:] + 1 + torch.arange(anchors.shape[1] * registers, device=self.device)
+            shape = (*anchors.shape[:2], len(self.registers))
+            behind = at[:, -1:] + 1 + torch.arange(shape[1] * shape[2], device=self.device)
             ids = torch.cat([ids, self.registers.expand(shape).flatten(1)], 1)
-            position = torch.cat([position, (anchors + self.distance - 1).flatten(1)], 1)
-            used = end + behind.shape[1]
-            keys, limit = torch.arange(used, device=self.device), anchors.expand(shape).flatten(1)[..., None]
-            seen = torch.cat([self.slots.sees(at, used), (keys <= limit) | (keys == behind[..., None])], 1)
-            self.slots.place(torch.cat([at, behind], 1), used)
+            position = torch.cat([at, (anchors + self.distance - 1).flatten(1)], 1)
+            keys = torch.arange(end + behind.shape[1], device=self.device)
+            limit = anchors.expand(shape).flatten(1)[..., None]
+            seen = self.slots.sees(at, len(keys))
+            mask = self._as_taken(torch.cat([seen, (keys <= limit) | (keys == behind[..., None])], 1))
+            self.slots.place(torch.cat([at, behind], 1), len(keys))
         else:
-            seen = seen if alone else self.slots.sees(at, end)
+            if at.shape != (1, 1):  # one token sees all there is, as without a mask, which is faster
+                mask = self._mask(at, end)
             self.slots.place(at, end)
         room = self.config.max_position_embeddings
         if end + self.k >= room:
@@ -130,7 +130,7 @@ class Loop:
         inputs = {
             "input_ids": ids,
             "position_ids": position,
-            "attention_mask": None if alone else self._as_taken(seen),
+            "attention_mask": mask,
             "past_key_values": self.cache,
             "use_cache": True,
             "logits_to_keep": asked,
@@ -183,7 +183,8 @@ class Loop:
         kept = ((lot < chance) & (drafts >= 0)).long().cumprod(1).sum(1)
         source = torch.cat([source, torch.zeros_like(source[:, :1])], 1)  # behind all drafts nothing was proposed
         rest = (likely[rows, kept] - source[rows, kept]).clamp(min=0)
-        return kept, self._draw(rest)
+        left = rest.sum(-1, keepdim=True) > 0  # else nothing but rounding is between the two
+        return kept, self._draw(torch.where(left, rest, likely[rows, kept]))
 
     def _draw(self, likely: Tensor) -> Tensor:
         return torch.multinomial(likely, 1, generator=self.generator)[:, 0]
@@ -238,12 +239,9 @@ class Loop:
         normed = at_registers = self.text[:, :0].float()
         if out is not None:
             normed = out.normed[rows, column]
-            index = (
-                at.shape[1]
-                + kept[:, None] * len(self.registers)
-                + torch.arange(len(self.registers), device=self.device)
-            )
-            at_registers = out.normed[rows[:, None], index]
+            count = len(self.registers)
+            first = at.shape[1] + kept[:, None] * count
+            at_registers = out.normed[rows[:, None], first + torch.arange(count, device=self.device)]
             if drafter.reads_layers:
                 beside.write(out, at)
         new = int(kept.max()) + 1 if self.passes > 1 else at.shape[1]
