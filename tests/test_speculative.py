@@ -53,6 +53,13 @@ def made(tools, tiny, name, family="llama", **own):
     model, method = tiny(family, **own), METHODS[name]()
     if name != "lookup":
         tools.attach(method, model)
+    if name == "modules":  # what the token says in a whisper: some drafts are right, where random ones never are
+        with torch.no_grad():
+            for depth in method.depths:
+                eye = torch.eye(32)
+                depth["projection"].weight.copy_(torch.cat([eye, 0.3 * eye], 1))
+                for parameter in depth["layer"].parameters():
+                    parameter.mul_(0.3)
     return model, method
 
 
@@ -94,7 +101,7 @@ def test_texts_are_those_of_greedy_decoding(tools, tiny, stock, name, family):
         done = generate(model, method, PROMPTS, new_tokens=NEW, draft=k)
         assert texts(done) == stock(family)
         kept = [count for row in done.accepted for count in row]
-        assert min(kept) == 0 and max(kept) <= k and (sum(kept) or name == "modules")
+        assert min(kept) == 0 and max(kept) <= k and sum(kept)
         assert all(len(ids) == 1 + sum(1 + count for count in row) for ids, row in zip(*vars_of(done), strict=True))
 
 
@@ -150,7 +157,7 @@ def test_acceptance_is_what_one_pass_over_the_text_predicts(tools, tiny, name, f
             t += 1 + predicted[-1]
         assert predicted == accepted
         some += sum(accepted)
-    assert some or name == "modules"
+    assert some
 
 
 def test_positions_after_a_rejection(tools, tiny):
@@ -207,6 +214,27 @@ def test_sampling_has_the_distribution_of_the_model(tools, tiny, name):
         assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5, (name, which, statistic, freedom)
 
 
+def test_drafts_of_the_models_own_distribution_are_all_kept(tools, tiny):
+    """p(x) / q(x) is 1: what is drawn is judged by what it was drawn from, at each place."""
+    model = tiny()
+
+    class Same:
+        def drafter(self, draft):
+            def propose(step):
+                for n in range(draft):
+                    rows = [
+                        (text[: int(last) + 2 + n]).tolist() for text, last in zip(step.text, step.last, strict=True)
+                    ]
+                    step.choose(torch.stack([tools.plain_logits(model, ids, 1, False)[-1] for ids in rows]))
+
+            return Drafter(propose)
+
+    done = generate(model, Same(), PROMPTS[:8], new_tokens=NEW, draft=2, temperature=2.0)
+    assert {count for row in done.accepted for count in row[:-1]} == {2}
+    again = generate(model, Same(), PROMPTS[:8], new_tokens=NEW, draft=2, temperature=2.0, seed=1)
+    assert texts(done) != texts(again)
+
+
 def test_an_end_token_ends_a_text_wherever_it_stands(tools, tiny, stock):
     """Also in the middle of what a pass accepts; other rows go on."""
     model, method = made(tools, tiny, "heads")
@@ -240,7 +268,7 @@ def test_through_transformers(tools, tiny, name):
     model, method = made(tools, tiny, name)
     ids = torch.tensor([[0, 0, 9, 8, 7], [9, 8, 7, 9, 8]])
     given = {"attention_mask": (ids > 0).long(), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    penalty = {"repetition_penalty": 1.3, "attention_mask": None}  # goes without padding
+    penalty = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 1, "attention_mask": None}  # goes without padding
     with pytest.raises(ValueError, match="logits_processor: RepetitionPenaltyLogitsProcessor with padded prompts"):
         model.generate(ids, **given | {"repetition_penalty": 1.3}, custom_generate=speculative(method, draft=2))
     stopping = {"stopping_criteria": StoppingCriteriaList([AfterSeven()])}
