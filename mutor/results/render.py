@@ -38,6 +38,11 @@ def first_metric(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     return frame[frame["metric"] == table.metrics[0]]
 
 
+def rates_ahead(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """The rates that a figure over how far ahead has; the others are in the .csv."""
+    return frame[frame["metric"].str.match("(accuracy|accepted)_ahead_")]
+
+
 def published_shape(evidence: Evidence, table: Table) -> pd.DataFrame:
     """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)".
 
