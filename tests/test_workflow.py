@@ -82,8 +82,8 @@ IMAGES = 3 + 3 + 1
 LANGUAGE = PAPER - 16
 AHEAD = 10  # the rows of foresight
 JOBS = {
-    "smoke": 12 + 4 + 3 + AHEAD, "laptop": 2 * 12 + IMAGES + LANGUAGE + 2 + 20 + AHEAD, "gpu": 52 + IMAGES + 4, "paper": PAPER + IMAGES,
-    "own": 6,
+    "smoke": 12 + 4 + 3 + AHEAD, "laptop": 2 * 12 + IMAGES + LANGUAGE + 2 + 20 + AHEAD,
+    "gpu": 52 + IMAGES + 4 + AHEAD, "paper": PAPER + IMAGES, "own": 6,
 }  # fmt: skip
 
 

@@ -132,7 +132,8 @@ def ahead(evidence: Evidence, table: Table) -> Figure:
             axis.plot(far[mine.index], mine["mean"].astype(float), ms=5, lw=1.3, label=label, **look)
             for k, values in zip(far[mine.index], mine["values"], strict=True):
                 axis.plot([k] * len(values), values, ".", color=look["color"], ms=3, alpha=0.7)
-        axis.set(xlabel="how many tokens ahead, k", ylabel=words, xticks=sorted(set(far)), ylim=(0, None))
+        axis.set(xlabel="how many tokens ahead, k", ylabel=words, ylim=(0, None))
+        axis.set(xticks=sorted(set(far)), xlim=(min(far) - 0.2, max(far) + 0.2))
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     figure.suptitle(_wrap(_title(evidence, table, ""), 110), fontsize=10)
     _foot(figure, frame, 2)
