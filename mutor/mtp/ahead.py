@@ -218,8 +218,9 @@ class Tally:
 
         coverage: the mean probability, in percent, of what was summed over. accepted: how often, in percent, the drafts
         of x_(t+2) .. x_(t+k) are all the model's own, which is what decoding with them accepts; conditional: how often
-        that of x_(t+k) is where those before it are. Both are over all t where the model's own x_(t+k) is known. No k
-        is named that nothing is known of.
+        that of x_(t+k) is where those before it are. Both are over all t where the model's own x_(t+k) is known, which
+        are fewer and easier the larger k is: such rates compare methods at one k. No k is named that nothing is known
+        of.
         """
         self._compare()
         return {name: value / self._counts[name] for name, value in self._sums.items()}
