@@ -132,6 +132,8 @@ def ahead(evidence: Evidence, table: Table) -> Figure:
             axis.plot(far[mine.index], mine["mean"].astype(float), ms=5, lw=1.3, label=label, **look)
             for k, values in zip(far[mine.index], mine["values"], strict=True):
                 axis.plot([k] * len(values), values, ".", color=look["color"], ms=3, alpha=0.7)
+        axis.update_datalim([(2, 0), (2, 1)])  # so that there is room above the highest
+        axis.autoscale_view()
         axis.set(xlabel="how many tokens ahead, k", ylabel=words, ylim=(0, None))
         axis.set(xticks=sorted(set(far)), xlim=(min(far) - 0.2, max(far) + 0.2))
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
@@ -154,6 +156,8 @@ def ahead_curves(evidence: Evidence, table: Table) -> Figure:
                 points = [(e["step"], e[f"eval_{name}"]) for e in record["curve"] if f"eval_{name}" in e]
                 if points:
                     axis.plot(*zip(*points, strict=True), label=None if number else label, **look)
+        axis.update_datalim([(0, 0), (0, 1)])
+        axis.autoscale_view()
         axis.set(xlabel="step", ylabel=f"{name.replace('_', ' ')} (%, validation)", ylim=(0, None))
     handles = {line.get_label(): line for axis in axes for line in axis.get_legend_handles_labels()[0]}
     if handles:
