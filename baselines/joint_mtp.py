@@ -13,6 +13,7 @@ it, and what is exported is plain.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from mutor.mtp.method import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mutor.mtp.ahead import Ahead
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
 
@@ -109,6 +111,23 @@ class JointMTP(Method):
         later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(2)  # entry i sees 0 .. i
         out = scores.masked_fill(later, -torch.inf).softmax(-1) @ value
         return part["norm"](part["output"](out.transpose(1, 2).flatten(2)) + hidden[:, None])
+
+    def ahead(self, model: Any, layout: Layout) -> Iterator[Ahead]:
+        """The attention over the drafts of the tokens between, which are its own, but for that of the next token."""
+        import torch
+        import torch.nn.functional as F
+
+        from mutor.mtp.ahead import on_drafts
+
+        horizon, ids = self.config.horizon, layout.ids.flatten()
+
+        def state(index: Tensor, hidden: Tensor, drafts: Tensor) -> Tensor:
+            count = drafts.shape[1]  # entries behind these are seen by none that is read
+            between = F.pad(torch.cat([ids[index, None], drafts], dim=1), (0, horizon - count))
+            return self.plan(hidden, self.trunk.embedding(between))[:, count - 1]
+
+        normed = self.trunk(model, layout).normed
+        yield from on_drafts(self.trunk, layout, normed, 1 + horizon, state)
 
     def step_flops(self, layout: Layout, loss_targets: dict[str, LossTargets]) -> int:
         """Of the attention: queries and outputs for D entries of each planned token, keys and values for D + 1."""

@@ -16,6 +16,7 @@ score star graphs by sampling; the suite's answers are greedy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from mutor.mtp.method import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mutor.mtp.ahead import Ahead
     from mutor.mtp.drafts import Drafter
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
@@ -106,7 +108,7 @@ class NextLatent(Method):
             # what is predicted further on is predicted from among the states before
             predicted = predicted.index_select(0, step.index if here is None else torch.searchsorted(here, step.index))
             token, here = self.trunk.embedding(ids[step.target]), step.index
-            predicted = predicted + self.dynamics(torch.cat([token, predicted], dim=-1))
+            predicted = self._next(predicted, token)
             apart = smooth_l1_loss(predicted.float(), wanted[step.target].float(), reduction="none").mean(-1)
             distances.append((apart * step.share).sum() / step.count.clamp(min=1))
             if self.config.lambda_kl:
@@ -118,6 +120,24 @@ class NextLatent(Method):
             parts["kl"] = self._divergence(wanted, scored)
             total = total + self.config.lambda_kl * parts["kl"]
         return total, {"next_token": plain.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+    def _next(self, state: Tensor, token: Tensor) -> Tensor:
+        """The state behind a token, from the state before it and the token's embedding, all [n, d]."""
+        import torch
+
+        return state + self.dynamics(torch.cat([token, state], dim=-1))
+
+    def ahead(self, model: Any, layout: Layout) -> Iterator[Ahead]:
+        """The output layer on predicted states, each from the draft of the one before it: no true token is read."""
+        from mutor.mtp.ahead import on_drafts
+
+        def state(_: Tensor, hidden: Tensor, drafts: Tensor) -> Tensor:
+            for token in self.trunk.embedding(drafts).unbind(1):
+                hidden = self._next(hidden, token)
+            return hidden
+
+        normed = self.trunk(model, layout).normed
+        yield from on_drafts(self.trunk, layout, normed, 1 + self.config.horizon, state)
 
     def _divergence(self, states: Tensor, scored: list[tuple[Tensor, LossTargets]]) -> Tensor:
         """L_kl. states: [B x L, d]; scored: by step the predictions [n, d] of some, whose places are its `target`.

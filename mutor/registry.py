@@ -147,6 +147,17 @@ register(
     "methods",
     Drawing(figures=(Figure(draw="mutor.results.figures:methods", shows="each setting a line, every seed a point"),)),
 )
+register(
+    DRAWINGS,
+    "ahead",
+    Drawing(
+        printed="mutor.results.render:rates_ahead",
+        figures=(
+            Figure(draw="mutor.results.figures:ahead"),
+            Figure(draw="mutor.results.figures:ahead_curves", shows="the same while training", suffix="_curves"),
+        ),
+    ),
+)
 register(DRAWINGS, "sweep", Drawing(figures=(Figure(draw="mutor.results.figures:sweep"),)))
 register(
     DRAWINGS,

@@ -56,7 +56,7 @@ def test_a_key_near_nothing_lists_the_known_ones():
         ({"d_max": True}, ["d_max", "True", "int"]),
         ({"d_max": None}, ["d_max", "None", "int"]),
         ({"a": "much"}, ["a", "'much'", "a number"]),
-        ({"offsets": "sequences"}, ["offsets", "'sequences'", "sequence, mixed"]),
+        ({"offsets": "sequences"}, ["offsets", "'sequences'", "sequence, mixed, all"]),
         ({"register_scaled": 1}, ["register_scaled", "1", "bool"]),
         ({"registers": 2}, ["registers", "2", "placement"]),
     ],

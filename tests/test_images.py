@@ -119,6 +119,10 @@ def test_both_meanings_of_d_max_are_as_documented():
     for name, said in (("mutor_1d", "1 .. d_max;"), ("mutor_2d", "1 .. d_max - 1")):
         fields = load(METHODS, name, "method").Config.__dataclass_fields__
         assert said in fields["d_max"].metadata["doc"]
+    with pytest.raises(
+        ValueError, match=r"offsets: 'all' would be d_max\^2 - 1 registers behind a token; allowed: seq"
+    ):
+        load(METHODS, "mutor_2d", "method").Config(offsets="all")
     assert any("offsets 1 to 4" in note and "are 1 to 3" in note for note in load_table(find_root(), "table7").notes)
 
 

@@ -85,7 +85,13 @@ def test_a_stock_trainer_learns_and_exports_a_plain_model(tiny, tmp_path, family
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"offsets": "mixed", "register_embedding": "per_offset"}, {"d_min": 9, "d_max": 9}]
+    "settings",
+    [
+        {},
+        {"offsets": "mixed", "register_embedding": "per_offset"},
+        {"offsets": "all", "placement": "every", "registers": 2},
+        {"d_min": 9, "d_max": 9},
+    ],
 )
 @pytest.mark.parametrize("prefix_lm", [False, True])
 def test_the_collated_loss_equals_the_methods_own(tiny, tools, family, implementation, settings, prefix_lm):

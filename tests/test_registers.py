@@ -1,6 +1,7 @@
 """Registers against tables written out by hand, and the draws of their offsets and places."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,6 +129,60 @@ def test_mixed_offsets_by_hand():
     assert got.ids[0, 6:].tolist() == [103, 101, 101]
 
 
+@pytest.mark.parametrize("embedding", ["shared", "per_offset"])
+def test_registers_of_all_offsets(lay, tools, embedding):
+    """Offsets 1, 3 and 5 behind each of two sequences, where their targets are; none sees another."""
+    got = lay([(LONG, 2, 0), (SHORT, 1, 1)], d_max=5, leap=2, offsets="all", register_embedding=embedding)
+    number = {"shared": (61, 61), "per_offset": (61, 62)}[embedding]  # what offset 5 would predict is in no answer
+    assert got.ids.tolist() == [
+        [*LONG, *[number[0]] * 4, *[number[1]] * 2],
+        [*SHORT, 0, 0, *[number[0]] * 3, 0, number[1], 0],
+    ]
+    assert got.causal_index[:, 6:].tolist() == [[1, 2, 3, 4, 1, 2], [0, 1, 2, 3, 0, 1]]
+    assert got.position[:, 6:].tolist() == [[1, 2, 3, 4, 3, 4], [0, 1, 2, 0, 2, 0]]
+    assert got.target[:, 6:].tolist() == [[12, 13, 14, 15, 14, 15], [21, 22, 23, N, 23, N]]
+    assert got.segment[1, 6:].tolist() == [0, 0, 0, -1, 0, -1]
+    assert tools.picture(dense_mask(got.row(0))[0, 0])[6:] == [
+        "11....1.....", "111....1....", "1111....1...", "11111....1..", "11........1.", "111........1",
+    ]  # fmt: skip
+    packed = lay([(LONG, 2, 0), (SHORT, 1, 1)], 10, d_max=3, leap=2, offsets="all", register_embedding=embedding)
+    assert packed.causal_index[0, 10:].tolist() == [1, 2, 3, 4, 6, 7, 8, 1, 2, 6]
+    assert packed.target[0, 10:].tolist() == [12, 13, 14, 15, 21, 22, 23, 14, 15, 23]
+
+
+def test_all_offsets_where_registers_are_few(lay):
+    """Every second answer position has them, or two random ones: the same for each offset."""
+    every = lay([(LONG, 2, 0)], d_max=2, offsets="all", placement="every", registers=2)
+    assert every.causal_index[0, 6:].tolist() == [1, 3, 1, 3] and every.target[0, 6:].tolist() == [12, 14, 13, 15]
+    drawn = lay([(list(range(30)), 3, 5)], d_max=2, offsets="all", placement="random", registers=2)
+    at = drawn.causal_index[0, 30:].tolist()
+    assert len(at) == 4 and at[:2] == at[2:]
+    assert drawn.target[0, 30:].tolist() == [at[0] + 1, at[1] + 1, at[0] + 2, at[1] + 2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"register_embedding": "per_offset"}, {"entropy_limit": 3.0}])
+@pytest.mark.parametrize("backend", ["sdpa", "blockwise"])
+def test_the_loss_of_all_offsets_is_that_of_each(tiny, tools, settings, backend):
+    """A mean over all registers: those of one offset at a time, weighted with how many there are."""
+    model, method = tiny("llama", attn_implementation=backend), MuToR.of(d_max=3, offsets="all", **settings)
+    tools.attach(method, model)
+    rows = collate([Example(np.array(ids), 1, n) for n, ids in enumerate([LONG, SHORT, list(range(20, 30))])], 0, 12)
+    whole = method.train_layout(rows, Context())
+    assert int(whole.register.sum()) == 17 + 14 + 11
+    _, parts = method.compute_loss(model, whole)
+    found, counts = [], []
+    for d in (1, 2, 3):  # next to a token no entropy is in between
+        limit = {} if d == 1 else {key: value for key, value in settings.items() if key == "entropy_limit"}
+        one = MuToR.of(d_min=d, d_max=d, **limit)
+        one.trunk = method.trunk
+        laid = one.train_layout(rows, Context())
+        if "register_embedding" in settings:
+            laid = replace(laid, ids=laid.ids + laid.register * (d - 1))
+        counts.append(int(laid.register.sum()))
+        found.append(float(one.compute_loss(model, laid)[1]["register"]))
+    assert float(parts["register"]) == pytest.approx(float(np.average(found, weights=counts)), rel=1e-4)
+
+
 def test_a_target_inside_the_prefix_does_not_exist():
     """Only answer tokens of the same document are targets."""
     rows = collate([Example(np.array(SHORT), 3), Example(np.array(LONG), 1)], 0, 12)
@@ -195,7 +250,13 @@ def test_one_draw_a_sequence_and_other_seeds_draw_otherwise():
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"offsets": "mixed"}, {"placement": "random", "registers": 3}, {"placement": "every", "registers": 2}],
+    [
+        {},
+        {"offsets": "mixed"},
+        {"offsets": "all", "placement": "random", "registers": 3},
+        {"placement": "random", "registers": 3},
+        {"placement": "every", "registers": 2},
+    ],
 )
 def test_draws_depend_on_seed_and_counter_alone(lay, settings):
     """Not on batching, order, padding or packing."""
@@ -265,13 +326,19 @@ def test_shuffled_targets_keep_their_multiset(lay):
         ({"placement": "every", "registers": 5}, 1),
         ({"placement": "random", "registers": 2}, 2),
         ({"placement": "random", "registers": 9}, 5),
+        ({"offsets": "all", "d_max": 3}, 15),
+        ({"offsets": "all", "d_max": 5, "leap": 2, "placement": "random", "registers": 2}, 6),
     ],
 )
 def test_room_that_a_sequence_takes_of_a_row(lay, settings, registers):
-    """Four prefix tokens, five answer tokens and their registers; as many as `train_layout` puts there at offset 1."""
+    """Four prefix tokens, five answer tokens and their registers; as many as `train_layout` puts there at offset 1.
+
+    At other offsets there is room to spare.
+    """
     example = Example(np.arange(9), 4)
     assert MuToR.of(**settings).tokens(example) == 9 + registers
-    assert int(lay([(list(example.ids), 4, 0)], d_max=1, **settings).register.sum()) == registers
+    if "offsets" not in settings:
+        assert int(lay([(list(example.ids), 4, 0)], d_max=1, **settings).register.sum()) == registers
 
 
 def test_visible_pairs_by_hand(lay):

@@ -57,6 +57,12 @@ def test_offsets_of_a_schedule_and_of_leaps():
     forward = {"d_max": 4, "d_max_schedule": "forward"}
     assert [set(drawn("mutor", step, **forward)[0]) for step in range(4)] == [{1}, {1, 2}, {1, 2, 3}, {1, 2, 3, 4}]
     assert drawn("mutor", 3, d_min=2, d_max=5, d_max_schedule="reverse") == ({2: 0}, 4)
+    for step in range(4):
+        method, rows = made("mutor", **forward, offsets="all"), collate([Example(np.arange(9), 2)], 0)
+        method.trunk = SimpleNamespace(vocabulary=61)
+        layout = method.train_layout(rows, Context(progress=Progress(step, 4)))
+        offset = (layout.position - layout.causal_index + 1)[layout.register]
+        assert sorted(set(offset.tolist())) == list(range(1, step + 2))
     whole = drawn("mutor_2d", d_max=3)[0]
     assert len(whole) == 8
     first, count = drawn("mutor_2d", 0, d_max=3, d_max_schedule="forward")

@@ -80,9 +80,10 @@ PAPER = 16 + (8 + 5) + (7 + 5 + 6) + 3 + (7 + 6 + 8 + 4) + 4 + (6 + 6 + 4)
 IMAGES = 3 + 3 + 1
 # at gpu scale, GSM8K by next_token, parallel_mtp, sequential_mtp and mutor (table 16; table 1 has three of them)
 LANGUAGE = PAPER - 16
+AHEAD = 10  # the rows of foresight
 JOBS = {
-    "smoke": 12 + 4 + 3, "laptop": 2 * 12 + IMAGES + LANGUAGE + 2 + 20, "gpu": 52 + IMAGES + 4, "paper": PAPER + IMAGES,
-    "own": 6,
+    "smoke": 12 + 4 + 3 + AHEAD, "laptop": 2 * 12 + IMAGES + LANGUAGE + 2 + 20 + AHEAD,
+    "gpu": 52 + IMAGES + 4 + AHEAD, "paper": PAPER + IMAGES, "own": 6,
 }  # fmt: skip
 
 

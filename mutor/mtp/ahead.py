@@ -11,14 +11,14 @@ A prompt Q Q and its answer A B C D; with k = 2, wherever an answer token is pre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mutor.mtp.layout import IGNORE, Layout, targets_ahead, with_registers
+from mutor.mtp.layout import IGNORE, Layout, further_on, targets_ahead, with_registers
 from mutor.mtp.loss import cross_entropy
 
 if TYPE_CHECKING:
@@ -131,32 +131,96 @@ def rows_up_to(layout: Layout, index: Tensor, ids: Tensor) -> tuple[Layout, Tens
     return rows, column
 
 
+def on_drafts(
+    trunk: Backbone, layout: Layout, normed: Tensor, furthest: int, state: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Iterator[Ahead]:
+    """Next tokens, and x_(t+k) up to k = furthest from a hidden state and drafts of the tokens between.
+
+    normed: [B, T, d]. state: what the output layer reads, [n, d], from each t, int64 [n], ascending, the hidden states
+    [n, d] there, and the drafts of x_(t+1) .. x_(t+k-1), int64 [n, k - 1].
+    """
+    drafts = layout.ids.flatten().clone()
+    for found in read_off(trunk, layout, 1, normed):
+        drafts[found.index] = found.logits.argmax(-1)
+        yield found
+    for some in positions(layout, 2).split(rows_at_once(trunk, normed)):
+        index, known = some, drafts[some, None]
+        for k in range(2, furthest + 1):
+            there = torch.isin(index, positions(layout, k))
+            index, known = index[there], known[there]
+            if not len(index):
+                break
+            found = Ahead(k, index, trunk.logits(state(index, normed.flatten(0, 1)[index], known)))
+            yield found
+            known = torch.cat([known, found.logits.argmax(-1, keepdim=True)], dim=1)
+
+
 class Tally:
-    """Counts what is right among predictions ahead."""
+    """Counts what is right among predictions ahead: for the data, and for the model's own greedy continuation.
+
+    That one begins with g_t, the likeliest next token at t. As long as it is what the data say, x_(t+1) = g_t and so
+    on, its next token is the g of the data's position: no loop is needed, and known is x_(t+k) = g_(t+k-1) wherever
+    x_(t+j) = g_(t+j-1) for j = 1 .. k-1. Where the data say A B C and the model would say A X:
+
+        t             0  1  2  3
+        tokens        Q  A  B  C
+        g             A  X  C  .
+        known up to   2  1  1  .    from 0 on A, then X; what follows X is not known
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
-        self._counts: dict[int, int] = {}
+        self._counts: dict[str, int] = {}
+        self._layout: Layout | None = None
+        self._drafts: dict[int, Tensor] = {}  # k -> int64 [B x T] the likeliest x_(t+k), -100 where none is asked
 
     def add(self, found: Ahead, layout: Layout) -> None:
-        """Count predictions of the layout's own tokens."""
+        """Count predictions of the layout's own tokens. All parts of a layout come before the next layout's."""
+        if layout is not self._layout:
+            self._compare()
+            self._layout = layout
         k, logits = found.distance, found.logits
         target = targets_ahead(layout, k).flatten()[found.index]
-        likeliest = logits.topk(min(5, logits.shape[-1])).indices
-        measured = {
-            f"accuracy_ahead_{k}": 100 * (logits.argmax(-1) == target),
-            f"top5_accuracy_ahead_{k}": 100 * (likeliest == target[:, None]).any(1),
-            f"loss_ahead_{k}": cross_entropy(logits, target),
-        }
+        best, likeliest = logits.argmax(-1), logits.topk(min(5, logits.shape[-1])).indices
+        if k not in self._drafts:
+            self._drafts[k] = torch.full_like(layout.ids, IGNORE).flatten()
+        self._drafts[k][found.index] = best
+        self._count(f"accuracy_ahead_{k}", 100 * (best == target))
+        self._count(f"top5_accuracy_ahead_{k}", 100 * (likeliest == target[:, None]).any(1))
+        self._count(f"loss_ahead_{k}", cross_entropy(logits, target))
         if found.mass is not None:
-            measured[f"coverage_ahead_{k}"] = 100 * found.mass
-        for name, values in measured.items():
+            self._count(f"coverage_ahead_{k}", 100 * found.mass)
+
+    def _count(self, name: str, values: Tensor) -> None:
+        if len(values):
             self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
-        self._counts[k] = self._counts.get(k, 0) + len(target)
+            self._counts[name] = self._counts.get(name, 0) + len(values)
+
+    def _compare(self) -> None:
+        """Count the drafts of a layout, all of which have come, that are the model's own tokens."""
+        layout, drafts, k = self._layout, self._drafts, 2
+        self._layout, self._drafts = None, {}
+        if layout is None or 1 not in drafts:
+            return
+        own = drafts[1].view_as(layout.ids)
+        known = own != IGNORE
+        accepted = known
+        while k in drafts:
+            true, draft = targets_ahead(layout, k - 1), drafts[k].view_as(own)
+            known = known & (draft != IGNORE) & (further_on(own, layout.segment, k - 2) == true)
+            before, accepted = accepted, accepted & (draft == further_on(own, layout.segment, k - 1))
+            self._count(f"accepted_ahead_{k}", 100 * accepted[known])
+            self._count(f"conditional_ahead_{k}", 100 * accepted[known & before])
+            k += 1
 
     def metrics(self) -> dict[str, float]:
         """By name and k: accuracy of x_(t+k), top-5 accuracy, both in percent; loss in nats a token.
 
-        coverage: the mean probability, in percent, of what was summed over. No k is named that nothing is known of.
+        coverage: the mean probability, in percent, of what was summed over. accepted: how often, in percent, the drafts
+        of x_(t+2) .. x_(t+k) are all the model's own, which is what decoding with them accepts; conditional: how often
+        that of x_(t+k) is where those before it are. Both are over all t where the model's own x_(t+k) is known, which
+        are fewer and easier the larger k is: such rates compare methods at one k. No k is named that nothing is known
+        of.
         """
-        return {name: value / self._counts[int(name.rpartition("_")[2])] for name, value in self._sums.items()}
+        self._compare()
+        return {name: value / self._counts[name] for name, value in self._sums.items()}

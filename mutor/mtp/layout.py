@@ -205,3 +205,10 @@ def with_registers(base: Layout, has_register: Tensor, offset: Tensor, target: T
         target=pick(target, IGNORE),
     )
     return Layout(*(torch.cat([getattr(base, f.name), getattr(behind, f.name)], 1) for f in fields(Layout)))
+
+
+def beside(layouts: Sequence[Layout], base: Layout) -> Layout:
+    """One layout of the same regular tokens `base` with the registers of all, which see each other in none."""
+    width = base.ids.shape[1]
+    columns = {f.name: [getattr(each, f.name)[:, width:] for each in layouts] for f in fields(Layout)}
+    return Layout(*(torch.cat([getattr(base, name), *behind], 1) for name, behind in columns.items()))

@@ -39,7 +39,9 @@ class MuToRConfig(AheadSettings):
     a: float = setting(0.3, doc="weight of the register loss", low=0, high=1, open_ends=True)
     d_min: int = setting(1, doc="smallest offset (star graphs: 2)", low=1)
     offsets: str = setting(
-        "sequence", doc="one offset drawn per sequence, or per register", choices=("sequence", "mixed")
+        "sequence",
+        doc="one offset drawn per sequence, or per register; or registers of all offsets behind each token",
+        choices=("sequence", "mixed", "all"),
     )
     placement: str = setting(
         "all", doc="registers behind all tokens, every n-th, or n random ones", choices=("all", "every", "random")
@@ -104,7 +106,7 @@ class MuToR(Method):
 
     @property
     def different_offsets(self) -> int:
-        """How many different offsets are drawn."""
+        """How many different offsets there are."""
         return (self.config.d_max - self.config.d_min) // self.config.leap + 1
 
     def offsets(self, samples: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -117,34 +119,47 @@ class MuToR(Method):
         return found, (found - config.d_min) // config.leap
 
     def train_layout(self, rows: TokenBatch, context: Context) -> Layout:
-        """Regular tokens first, registers behind; offsets from the samples' numbers and `context.seed`."""
-        from mutor.mtp import registers as r
-        from mutor.mtp.layout import with_registers
+        """Regular tokens first, registers behind; offsets from the samples' numbers and `context.seed`, or all."""
+        import torch
 
-        config, seed = self.config, context.seed
-        offset, number = self.offsets(rows.sample, context)
-        has_register = r.placed(
+        from mutor.mtp import registers as r
+        from mutor.mtp.layout import beside
+
+        config = self.config
+        placed = r.placed(
             r.anchors(rows.segment, rows.is_target),
             rows.segment,
             rows.sample,
             placement=config.placement,
             registers=config.registers,
-            seed=seed,
+            seed=context.seed,
         )
+        base = self.eval_layout(rows, context)
+        if config.offsets != "all":
+            return self._with_registers(base, rows, placed, *self.offsets(rows.sample, context), context.seed)
+        reach = range(config.d_min, config.reach(context.progress) + 1, config.leap)
+        filled = [(torch.full_like(rows.ids, d), torch.full_like(rows.ids, n)) for n, d in enumerate(reach)]
+        return beside([self._with_registers(base, rows, placed, *each, context.seed) for each in filled], base)
+
+    def _with_registers(
+        self, base: Layout, rows: TokenBatch, placed: Tensor, offset: Tensor, number: Tensor, seed: int
+    ) -> Layout:
+        """A register behind each token that is `placed`, bool [B, T], and has a target at its offset, int64 [B, T]."""
+        from mutor.mtp import registers as r
+        from mutor.mtp.layout import with_registers
+
         target, exists = r.targets(rows.ids, rows.segment, rows.is_target, offset)
-        has_register = has_register & exists
-        if config.register_targets == "shuffled":
+        has_register = placed & exists
+        if self.config.register_targets == "shuffled":
             target = _shuffled(target, has_register, seed, int(rows.sample.max()))
-        number = number if config.register_embedding == "per_offset" else offset * 0
-        return with_registers(
-            self.eval_layout(rows, context), has_register, offset, target, number + self.trunk.vocabulary
-        )
+        number = number if self.config.register_embedding == "per_offset" else offset * 0
+        return with_registers(base, has_register, offset, target, number + self.trunk.vocabulary)
 
     def tokens(self, example: Example) -> int:
         """Its own tokens, and its registers."""
         answer, many = len(example.ids) - example.prefix, self.config.registers
-        more = {"all": answer, "every": -(-answer // many), "random": min(many, answer)}
-        return len(example.ids) + more[self.config.placement]
+        more = {"all": answer, "every": -(-answer // many), "random": min(many, answer)}[self.config.placement]
+        return len(example.ids) + more * (self.different_offsets if self.config.offsets == "all" else 1)
 
     def targets(self, layout: Layout) -> dict[str, Tensor]:
         """Next tokens of the regular tokens, and the registers' own."""

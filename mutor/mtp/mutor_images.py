@@ -48,6 +48,8 @@ class MuToR2DConfig(MuToR1DConfig):
 
     def __post_init__(self) -> None:
         self._leave_out("in two dimensions", d_min=1, leap=1)
+        if self.offsets == "all":
+            raise ValueError("offsets: 'all' would be d_max^2 - 1 registers behind a token; allowed: sequence, mixed")
         super().__post_init__()
 
     @property

@@ -115,6 +115,74 @@ def methods(evidence: Evidence, table: Table) -> Figure:
     return figure
 
 
+def ahead(evidence: Evidence, table: Table) -> Figure:
+    """Accuracy, and drafts that are the model's own, over how far ahead: mean a line, every seed a point.
+
+    What is not trained is dashed and grey.
+    """
+    frame = evidence.frame(table)
+    figure, axes = _panels(2, (10.5, 4.2))
+    shown = {"accuracy": "accuracy of x_(t+k) (%)", "accepted": "drafts of x_(t+2) .. x_(t+k) all its own (%)"}
+    looks = _looks(frame)
+    for axis, (name, words) in zip(axes, shown.items(), strict=True):
+        rows = frame[frame["metric"].str.startswith(f"{name}_ahead_")]
+        far = rows["metric"].str.rpartition("_")[2].astype(int)
+        for label, look in looks.items():
+            mine = rows[(rows["label"] == label) & (rows["n_seeds"] > 0)]
+            axis.plot(far[mine.index], mine["mean"].astype(float), ms=5, lw=1.3, label=label, **look)
+            for k, values in zip(far[mine.index], mine["values"], strict=True):
+                axis.plot([k] * len(values), values, ".", color=look["color"], ms=3, alpha=0.7)
+        axis.update_datalim([(2, 0), (2, 1)])  # so that there is room above the highest
+        axis.autoscale_view()
+        axis.set(xlabel="how many tokens ahead, k", ylabel=words, ylim=(0, None))
+        axis.set(xticks=sorted(set(far)), xlim=(min(far) - 0.2, max(far) + 0.2))
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
+    figure.suptitle(_wrap(_title(evidence, table, ""), 110), fontsize=10)
+    _foot(figure, frame, 2)
+    return figure
+
+
+def ahead_curves(evidence: Evidence, table: Table) -> Figure:
+    """The same while models are trained, on validation texts: a panel for each draft, a line a seed."""
+    frame = evidence.frame(table)
+    names = sorted({name for name in frame["metric"] if name.startswith("accepted_ahead_")})
+    figure, axes = _panels(len(names), (2.6 + 3.2 * len(names), 3.4))
+    looks = _looks(frame)
+    cells = {frame["label"].iloc[number]: cell for number, cell in enumerate(evidence.cells(table))}
+    for axis, name in zip(axes, names, strict=False):
+        for label, cell in cells.items():
+            look = {**looks[label], "lw": 1.1, "ms": 4}
+            for number, record in enumerate(evidence.runs.of(cell.spec)):
+                points = [(e["step"], e[f"eval_{name}"]) for e in record["curve"] if f"eval_{name}" in e]
+                if points:
+                    axis.plot(*zip(*points, strict=True), label=None if number else label, **look)
+        axis.update_datalim([(0, 0), (0, 1)])
+        axis.autoscale_view()
+        axis.set(xlabel="step", ylabel=f"{name.replace('_', ' ')} (%, validation)", ylim=(0, None))
+    handles = {line.get_label(): line for axis in axes for line in axis.get_legend_handles_labels()[0]}
+    if handles:
+        figure.legend(handles=list(handles.values()), fontsize=7, loc="outside right center")
+    figure.suptitle(_wrap(_title(evidence, table, "; while training"), 30 + 40 * len(names)), fontsize=10)
+    _foot(figure, frame, len(names))
+    return figure
+
+
+def _looks(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """How each setting is drawn, by label: a colour a method, a marker a setting of it; untrained grey and dashed."""
+    rows = frame.drop_duplicates("label").to_dict("records")
+    kinds = list(dict.fromkeys(row["method"].split(" (")[0] for row in rows if row["iterations"] != 0))
+    seen, looks = dict.fromkeys(kinds, 0), {}
+    for row in rows:
+        kind = row["method"].split(" (")[0]
+        if kind not in seen:
+            looks[row["label"]] = {"color": "#777777", "ls": "--", "marker": "x"}
+            continue
+        colour = COLOURS[kinds.index(kind) % len(COLOURS)]
+        looks[row["label"]] = {"color": colour, "ls": "-", "marker": "os^Dv*P"[seen[kind] % 7]}
+        seen[kind] += 1
+    return looks
+
+
 def sweep(evidence: Evidence, table: Table) -> Figure:
     """The first metric over the table's setting, a line a method."""
     frame = evidence.frame(table)

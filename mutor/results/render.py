@@ -38,6 +38,12 @@ def first_metric(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     return frame[frame["metric"] == table.metrics[0]]
 
 
+def rates_ahead(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """The rates that a figure over how far ahead has; blank is what a method that ran does not predict."""
+    ran = frame.groupby("label")["n_seeds"].transform("max") > 0
+    return frame[frame["metric"].str.match("(accuracy|accepted)_ahead_") & ~(ran & (frame["n_seeds"] == 0))]
+
+
 def published_shape(evidence: Evidence, table: Table) -> pd.DataFrame:
     """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)".
 

@@ -99,8 +99,8 @@ def problems(corpus: Corpus, split: str, origin: Origin, size: int | None = None
     shuffled after shuffling. Raises ValueError naming file and line, or dataset and revision, for what can't be read.
     """
     limit = min((x for x in (size, corpus.size if split == "train" else None) if x is not None), default=None)
-    # what is generated has no faults to find behind what is asked for
-    enough = None if corpus.more or corpus.shuffled or origin.kind != "generated" else limit
+    # what is generated or installed has no faults to find behind what is asked for
+    enough = None if corpus.more or corpus.shuffled or origin.kind not in ("generated", "installed") else limit
     if split == "train":
         found = list(itertools.islice(_kept(corpus.train, origin, corpus.only), enough))
         if corpus.more:

@@ -21,7 +21,7 @@ PART = {"test": (0,), "valid": (1,), "train": tuple(range(2, 10))}  # places of 
 LINES = {
     "test": (64,),
     "valid": (64,),
-    "train": (4, 8, 16, 32, 64),
+    "train": (4, 4, 4, 4, 8, 8, 16, 32, 64),
 }  # of pieces, in turn, so that some are short enough
 
 
