@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mutor.mtp.ahead import Ahead
+    from mutor.mtp.drafts import Drafter
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
 
@@ -128,6 +129,20 @@ class JointMTP(Method):
 
         normed = self.trunk(model, layout).normed
         yield from on_drafts(self.trunk, layout, normed, 1 + horizon, state)
+
+    def drafter(self, draft: int) -> Drafter:
+        """The attention at the last token over the drafts of those between."""
+        from mutor.mtp.drafts import Drafter, Step, check_reach
+
+        horizon = self.config.horizon
+        check_reach(self, draft, range(2, horizon + 2), f"horizon {horizon}")
+
+        def propose(step: Step) -> None:
+            for number in range(draft):  # what stands behind the entry that is read is not seen by it
+                between = step.text.gather(1, step.last[:, None] + step.text.new_tensor(range(horizon + 1)))
+                step.choose(self.trunk.logits(self.plan(step.normed, self.trunk.embedding(between))[:, number]))
+
+        return Drafter(propose)
 
     def step_flops(self, layout: Layout, loss_targets: dict[str, LossTargets]) -> int:
         """Of the attention: queries and outputs for D entries of each planned token, keys and values for D + 1."""

@@ -181,8 +181,6 @@ class NextLatent(Method):
 
     def drafter(self, draft: int) -> Drafter:
         """Hidden states rolled on from the last one, each with the draft before it."""
-        import torch
-
         from mutor.mtp.drafts import Drafter, Step, check_reach
 
         check_reach(self, draft, range(2, self.config.horizon + 2), f"horizon {self.config.horizon}")
@@ -190,7 +188,7 @@ class NextLatent(Method):
         def propose(step: Step) -> None:
             state, token = step.normed, step.following
             for _ in range(draft):
-                state = state + self.dynamics(torch.cat([self.trunk.embedding(token), state], dim=-1))
+                state = self._next(state, self.trunk.embedding(token))
                 token = step.choose(self.trunk.logits(state))
 
         return Drafter(propose)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from baselines.joint_mtp import JointMTP, JointMTPConfig
 from baselines.next_latent import NextLatent, NextLatentConfig
 from baselines.next_token import NextToken, NextTokenConfig
 from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
@@ -26,6 +27,7 @@ METHODS = {
     "weighted": lambda: ParallelMTP(ParallelMTPConfig(d_max=4, hidden="uniform", injection=0.5)),
     "modules": lambda: SequentialMTP(SequentialMTPConfig(d_max=4)),
     "latent": lambda: NextLatent(NextLatentConfig(horizon=3)),
+    "joint": lambda: JointMTP(JointMTPConfig(horizon=4)),
     "lookup": PromptLookup,
 }
 BOTH = pytest.mark.parametrize("prefix_lm", [False, True])
@@ -127,7 +129,7 @@ def test_under_each_attention(tools, tiny, name, attention):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", ["mutor", "heads", "weighted", "modules"])
+@pytest.mark.parametrize("name", ["mutor", "heads", "weighted", "modules", "latent", "joint"])
 @BOTH
 def test_acceptance_is_what_one_pass_over_the_text_predicts(tools, tiny, name, family, prefix_lm):
     """Drafts from the tokens up to t alone (`Method.ahead`), checked against the text that followed: the same numbers.
