@@ -194,3 +194,11 @@ register(
         figures=(Figure(draw="mutor.results.figures:costs"),),
     ),
 )
+register(
+    DRAWINGS,
+    "decoding",
+    Drawing(
+        printed="mutor.results.decoding:printed",
+        figures=(Figure(draw="mutor.results.figures:decoding", shows="tokens a pass and speed-up over drafts a pass"),),
+    ),
+)

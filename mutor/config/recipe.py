@@ -37,6 +37,13 @@ class Recipe:
         (), was="keep", doc="steps whose models are kept and scored at the end, as well as best and last", low=1
     )
     eval_batch_size: int = setting(500, doc="sequences scored at once", low=1)
+    decode_prompts: int = setting(
+        0,
+        doc="so many test prompts are continued at the end, one at a time, with drafts of the method's own, or looked "
+        "up in the text where it has none; they are the first that leave room for it; 0: none",
+        low=0,
+    )
+    decode_tokens: int = setting(64, doc="new tokens behind each of them, fewer where the text ends", low=8)
     stop_at: float | None = setting(None, doc="end a run when the validation score reaches this, in percent")
 
     def for_size(self, size: int | None) -> "Recipe":

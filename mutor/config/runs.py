@@ -22,6 +22,10 @@ UNITS = {
     "inception_score": "score",
     "classifier_fid": "score",
     "classifier_score": "score",
+    "acceptance_length": "tokens",
+    "passes_per_token": "passes",
+    "flops_per_token": "1e6 FLOP",
+    "speedup": "times",
 }
 
 
@@ -120,8 +124,8 @@ class Cell:
 
     @property
     def unit(self) -> str:
-        """Rates are in percent, as published; what is measured k tokens ahead has the unit of what it measures."""
-        return UNITS.get(self.metric.partition("_ahead_")[0], "percent")
+        """Rates are in percent, as published; k tokens ahead, or with k drafts, a metric has the unit without."""
+        return UNITS.get(self.metric.partition("_ahead_")[0].partition("_draft_")[0], "percent")
 
 
 def settings_name(settings: Mapping[str, Any]) -> str:

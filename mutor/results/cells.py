@@ -106,14 +106,15 @@ class Evidence:
         """The records that a cell is made of: all seeds there are, or as many as the source has.
 
         One that lacks the cell's checkpoint or metric is left out, and named in `runs.problems`; but that a method does
-        not predict a token so far ahead is no problem.
+        not predict a token so far ahead, or makes fewer drafts, is no problem.
         """
         found = []
         for record in self.runs.of(cell.spec)[: cell.row.max_seeds]:
             names = {name: c["metrics"] for c in record["checkpoints"] for name in c["names"]}
             try:
                 choose(cell.checkpoint, names, f"{record['file']}: checkpoint")
-                if "_ahead_" in cell.measured and cell.measured not in names[cell.checkpoint]:
+                numbered = "_ahead_" in cell.measured or "_draft_" in cell.measured
+                if numbered and cell.measured not in names[cell.checkpoint]:
                     continue
                 choose(cell.measured, names[cell.checkpoint], f"{record['file']}: metric")
                 found.append(record)

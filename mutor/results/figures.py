@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 
 from mutor.config.schema import Table
 from mutor.files import write
-from mutor.registry import TASKS, load
+from mutor.mtp.method import Method
+from mutor.registry import METHODS, TASKS, load
 from mutor.results.cells import Evidence, stand_ins
+from mutor.results.decoding import drafts
 from mutor.results.numbers import is_missing
 from mutor.results.render import circumstances
 
@@ -294,6 +296,55 @@ def _cost_bars(axis: Axes, name: str, section: pd.DataFrame) -> None:
     widest = section[["ratio", "token_ratio", "flop_ratio"]].max().dropna()
     axis.set_xlim(0, 1.05 * max([1.0, *widest]))
     axis.set_title(_wrap(name, 64), loc="left", fontsize=9)
+
+
+def decoding(evidence: Evidence, table: Table) -> Figure:
+    """Over the number of drafts, a row of panels a dataset: tokens a pass; speed-up by the clock, and dashed by FLOPs.
+
+    Every seed is a point. A method without drafts of its own is dashed grey: they are looked up in the text.
+    """
+    methods = [load(METHODS, cell.spec.method, "method") for cell in evidence.cells(table)]
+    frame = evidence.frame(table)
+    frame = frame.assign(looked_up=[method.drafter is Method.drafter for method in methods])
+    groups = list(dict.fromkeys(frame["data"]))
+    size = (10.5, 1 + 3.3 * len(groups))
+    figure, grid = plt.subplots(max(len(groups), 1), 2, figsize=size, squeeze=False, layout="constrained")
+    for axes, group in zip(grid, groups, strict=False):
+        number = 0
+        for label, rows in frame[frame["data"] == group].groupby("label", sort=False):
+            grey = bool(rows["looked_up"].all())
+            look = {"color": "#777777", "ls": "--"} if grey else {"color": (*COLOURS[:6], COLOURS[7])[number % 7]}
+            _draft_lines(axes, rows, str(label), {**look, "marker": "os"[number // 7 % 2]})
+            number += not grey
+        axes[1].axhline(1, color="#555555", lw=0.8)
+        for axis, name in zip(axes, ("tokens a verifying pass", "speed-up (dashed: by FLOPs)"), strict=True):
+            axis.set(xlabel="drafts a pass", ylabel=name)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axes[0].set_title(group, loc="left")
+        if axes[0].lines:
+            axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        else:
+            axes[0].text(0.5, 0.5, "not run", transform=axes[0].transAxes, ha="center", color="#777777")
+    figure.suptitle(_wrap(_title(evidence, table, ""), 120), fontsize=10)
+    _foot(figure, frame, 2)
+    return figure
+
+
+def _draft_lines(axes: Sequence[Axes], rows: pd.DataFrame, label: str, look: dict[str, Any]) -> None:
+    """A method's line in both panels of `decoding`: means, every seed a point, and the ideal by FLOPs."""
+    cells = {row["metric"]: row for row in rows.to_dict("records")}
+    numbers = drafts(rows)
+    for axis, name in zip(axes, ("acceptance_length", "speedup"), strict=True):
+        found = [cells[f"{name}_draft_{k}"] for k in numbers]
+        for k, cell in zip(numbers, found, strict=True):
+            axis.plot([k] * len(cell["values"]), cell["values"], look["marker"], color=look["color"], ms=3.5, alpha=0.6)
+        if found:
+            axis.plot(numbers, [cell["mean"] for cell in found], **look, lw=1.4, ms=4, label=label)
+    plain, ideal = cells["flops_per_token_draft_0"]["values"], []
+    for k in numbers:
+        seeds = zip(plain, cells[f"flops_per_token_draft_{k}"]["values"], strict=True)
+        ideal.append(sum(without / with_drafts for without, with_drafts in seeds) / len(plain))
+    axes[1].plot(numbers, ideal, ".", color=look["color"], ls=(0, (2, 2)), lw=0.8, ms=3)
 
 
 def samples(evidence: Evidence, table: Table) -> Figure:

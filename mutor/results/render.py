@@ -24,7 +24,16 @@ LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$", "\n": " "}
     | {char: rf"\ensuremath{{{char}}}" for char in "<>|"}
 )
-DIGITS = {"fraction": 3, "score": 2, "times": 2, "s": 4, "1/s": 0, "GB": 2}  # by unit, behind the point; others: 1
+DIGITS = {
+    "fraction": 3,
+    "score": 2,
+    "times": 2,
+    "tokens": 2,
+    "passes": 2,
+    "s": 4,
+    "1/s": 0,
+    "GB": 2,
+}  # by unit, behind the point; others: 1
 
 
 def printed_cells(evidence: Evidence, table: Table) -> pd.DataFrame:

@@ -31,6 +31,7 @@ class Images(Task):
     config: ImagesConfig
     selection_metric = "log_likelihood"  # tables show the last checkpoint, and those on the way
     pad_id = 0
+    greedy = False
     assets: ImageAssets  # from `prepare_assets` on
 
     def __init__(self, config: ImagesConfig, tokenizer: Any = None):

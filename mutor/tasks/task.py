@@ -51,7 +51,8 @@ class Task:
 
     selection_metric: the metric on the validation set that names the best checkpoint, higher is better; prefix_lm:
     prompts are read in both directions; pad_id: the token that pads; vocabulary: tokens there are, for models from
-    scratch, None: as many as the model's tokenizer has; tokenizer: saved beside checkpoints, None: there is none.
+    scratch, None: as many as the model's tokenizer has; tokenizer: saved beside checkpoints, None: there is none;
+    greedy: answers are the likeliest tokens, one after the other, and not drawn.
     """
 
     Config: ClassVar[type]
@@ -60,6 +61,7 @@ class Task:
     pad_id: int
     vocabulary: int | None = None
     tokenizer: Any = None
+    greedy: bool = True
 
     def __init__(self, config: Any, tokenizer: Any = None):
         """config: an instance of `Config`; tokenizer: the model's own, where `needs_tokenizer`."""

@@ -69,7 +69,8 @@ class SeedRun:
         remove_folder(self.folder / "checkpoints")  # a killed process may have left them beside last/
         training = self._training()
         checkpoints = self.score(training)
-        self.print_line("  ".join(f"{k} {v:.1f}" for k, v in checkpoints[-1]["metrics"].items() if k != "loss"))
+        told = {k: v for k, v in checkpoints[-1]["metrics"].items() if k != "loss" and "_draft_" not in k}
+        self.print_line("  ".join(f"{k} {v:.1f}" for k, v in told.items()))
         makers = provenance.taken_over(training["made_by"], self.made_by, "scoring")
         record = records.compose(self.spec, self.seed, training, checkpoints, makers, self._circumstances())
         write_json(self.folder / "metrics.json", record)
@@ -262,7 +263,30 @@ class SeedRun:
         )
         if not method.keeps_at_inference:
             method.load_own(model, self.folder / name / "method").eval()
-        return metrics | self._own_metrics(model, "test", metrics), scores
+        metrics |= self._own_metrics(model, "test", metrics)
+        return metrics | (self._decoded(model) if name == "last" else {}), scores
+
+    def _decoded(self, model: Any) -> dict[str, float]:
+        """What drafts are worth in decoding, where the recipe asks for it and answers are the likeliest tokens."""
+        from mutor.training.decoding import fitting, measure
+
+        wanted, new_tokens = self.spec.recipe.decode_prompts, self.spec.recipe.decode_tokens
+        if not wanted or not self.task.greedy:
+            return {}
+        prompts = [ids[:prefix] for ids, prefix in self.task.examples("test")]
+        found = fitting(model, prompts, new_tokens)[:wanted]
+        if len(found) < min(wanted, len(prompts)):
+            self.print_line(f"{len(found)} of {len(prompts)} test prompts leave room for {new_tokens} new tokens")
+        end_id = None if self.task.tokenizer is None else self.task.tokenizer.eos_token_id
+        return measure(
+            model,
+            self.method,
+            found,
+            new_tokens=new_tokens,
+            end_id=end_id,
+            prefix_lm=self.task.prefix_lm,
+            log=self.print_line,
+        )
 
     def _circumstances(self) -> dict[str, Any]:
         """What the run was made on, and of which data."""
