@@ -153,8 +153,8 @@ register(
     Drawing(
         printed="mutor.results.render:rates_ahead",
         figures=(
-            Figure(draw="mutor.results.figures:ahead"),
-            Figure(draw="mutor.results.figures:ahead_curves", shows="the same while training", suffix="_curves"),
+            Figure(draw="mutor.results.figures_ahead:ahead"),
+            Figure(draw="mutor.results.figures_ahead:ahead_curves", shows="the same while training", suffix="_curves"),
         ),
     ),
 )
@@ -199,6 +199,8 @@ register(
     "decoding",
     Drawing(
         printed="mutor.results.decoding:printed",
-        figures=(Figure(draw="mutor.results.figures:decoding", shows="tokens a pass and speed-up over drafts a pass"),),
+        figures=(
+            Figure(draw="mutor.results.figures_ahead:decoding", shows="tokens a pass and speed-up over drafts a pass"),
+        ),
     ),
 )

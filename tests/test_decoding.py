@@ -169,7 +169,7 @@ def test_drawn_answers_are_not_decoded():
     assert SeedRun._decoded(SimpleNamespace(spec=none, task=load(TASKS, "text", "task")), None) == {}
 
 
-DRAFTS = {"next_token": 4, "parallel_mtp": 1, "sequential_mtp": 1, "mutor": 3}
+DRAFTS = {"next_token": 4, "parallel_mtp": 3, "sequential_mtp": 3, "next_latent": 3, "mutor": 3}
 
 
 def recorded(spec):
@@ -197,15 +197,16 @@ def evidence(request):
 
 
 def test_a_row_has_as_many_drafts_as_its_method(evidence):
-    shape = published_shape(evidence, evidence.table("decoding")).filter(like="gsm8k", axis="index")
-    assert [name.split(": ")[1].split(",")[0] for name in shape.index] == list(DRAFTS) and not evidence.runs.problems
+    shape = published_shape(evidence, evidence.table("decoding"))
+    rows = [*DRAFTS, "mutor", "mutor", "mutor", "mutor"]
+    assert [name.split(": ")[1].split(",")[0] for name in shape.index] == rows and not evidence.runs.problems
     if not evidence.runs.of(evidence.cells(evidence.table("decoding"))[0].spec):
         assert (shape == "not run").all(axis=None)
         return
-    assert shape["drafts"].tolist() == ["4", "1", "1", "3"]
+    assert shape["drafts"].tolist() == ["4", *["3"] * 8]
     assert shape["acceptance length"].tolist()[-1] == "2.50 ± 0.00 (n=2)"
     assert shape["FLOPs a token, times those without"].tolist()[-1] == "1.80 ± 0.28 (n=2)"  # 4 and 5 over 2.5
-    assert shape["speed-up"].tolist()[1] == "1.35 ± 0.00 (n=2)"
+    assert shape["speed-up"].tolist()[1] == "2.25 ± 0.00 (n=2)"
 
 
 def test_the_figure_has_a_line_a_method(evidence):
@@ -218,8 +219,8 @@ def test_the_figure_has_a_line_a_method(evidence):
         return
     looked_up = lines.pop("next_token, drafts looked up in the text")
     assert looked_up.get_linestyle() == "--" and looked_up.get_color() == "#777777"
-    assert {line.get_linestyle() for line in lines.values()} == {"-"} and len(lines) == 3
-    assert lines["mutor, d_max 4"].get_xydata().tolist() == [[1, 1.5], [2, 2], [3, 2.5]]
+    assert {line.get_linestyle() for line in lines.values()} == {"-"} and len(lines) == 8
+    assert lines["mutor"].get_xydata().tolist() == [[1, 1.5], [2, 2], [3, 2.5]]
     ideal = [line.get_ydata().tolist() for line in right.get_lines() if line.get_marker() == "."]
     by_hand = [(1.5 / 2 + 1.5 / 3) / 2, (2 / 3 + 2 / 4) / 2, (2.5 / 4 + 2.5 / 5) / 2]
-    assert len(ideal) == 4 and ideal[-1] == pytest.approx(by_hand)
+    assert len(ideal) == 9 and ideal[-1] == pytest.approx(by_hand)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mutor.config.load import load_scale
-from mutor.results import figures
+from mutor.results import figures_ahead
 from mutor.results.cells import Evidence
 from mutor.results.records import Records
 from mutor.results.render import published_shape
@@ -34,7 +34,7 @@ def drawn(tmp_path):
 
 
 def test_a_line_for_each_setting_over_k(drawn):
-    figure = figures.ahead(*drawn)
+    figure = figures_ahead.ahead(*drawn)
     accuracy, accepted = figure.axes
     lines = {line.get_label(): line for line in accuracy.lines if not line.get_label().startswith("_")}
     assert lines["parallel_mtp"].get_xydata().tolist() == [[k, 10 * k + 1] for k in (1, 2, 3, 4)]
@@ -70,7 +70,7 @@ def test_curves_of_acceptance(drawn, monkeypatch):
         {"step": 120, "eval_accepted_ahead_2": 9.0},
     ]
     monkeypatch.setattr(Records, "of", lambda self, spec: [{"curve": curve}] if spec.method == "parallel_mtp" else [])
-    figure = figures.ahead_curves(evidence, table)
+    figure = figures_ahead.ahead_curves(evidence, table)
     assert [axis.get_ylabel().split(" (")[0] for axis in figure.axes] == [f"accepted ahead {k}" for k in (2, 3, 4)]
     assert [line.get_xydata().tolist() for line in figure.axes[0].lines] == [[[60, 5], [120, 9]]]
     assert not figure.axes[1].lines

@@ -19,10 +19,8 @@ from matplotlib.figure import Figure
 
 from mutor.config.schema import Table
 from mutor.files import write
-from mutor.mtp.method import Method
-from mutor.registry import METHODS, TASKS, load
+from mutor.registry import TASKS, load
 from mutor.results.cells import Evidence, stand_ins
-from mutor.results.decoding import drafts
 from mutor.results.numbers import is_missing
 from mutor.results.render import circumstances
 
@@ -61,7 +59,7 @@ def solve_rates(evidence: Evidence, table: Table) -> Figure:
     labels = list(dict.fromkeys(label.split(", d_max")[0] for label in frame["label"]))
     colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     size = (1.2 + 4.1 * max(len(groups), 1), 1.3 + 0.38 * max(map(len, panels), default=1))
-    figure, axes = _panels(len(groups), size)
+    figure, axes = side_by_side(len(groups), size)
     for axis, group, rows in zip(axes, groups, panels, strict=False):
         for y, row in enumerate(rows):
             _solve_rate(axis, y, row, colour[row["label"].split(", d_max")[0]])
@@ -71,8 +69,8 @@ def solve_rates(evidence: Evidence, table: Table) -> Figure:
         axis.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -1.05), xlabel="solve rate (%)", title=graph_name(group))
         axis.set_yticks(range(len(rows)), [f"{r['label']}  (n={r['n_seeds']})" for r in rows])
     published = "; crosses: published" if frame["reported"].notna().any() else ""
-    figure.suptitle(_wrap(_title(evidence, table, published), 20 + 45 * len(groups)), fontsize=10)
-    _foot(figure, frame, len(groups))
+    figure.suptitle(wrapped(title_of(evidence, table, published), 20 + 45 * len(groups)), fontsize=10)
+    foot(figure, frame, len(groups))
     return figure
 
 
@@ -98,7 +96,7 @@ def methods(evidence: Evidence, table: Table) -> Figure:
     frame = evidence.frame(table)
     shown = [metric for metric in table.metrics if metric in set(frame["metric"])][:2]
     panels = [frame[frame["metric"] == metric].to_dict("records") for metric in shown]
-    figure, axes = _panels(len(shown), (2.2 + 3.6 * len(shown), 1.3 + 0.3 * max(map(len, panels), default=1)))
+    figure, axes = side_by_side(len(shown), (2.2 + 3.6 * len(shown), 1.3 + 0.3 * max(map(len, panels), default=1)))
     for axis, metric, rows in zip(axes, shown, panels, strict=False):
         kinds = list(dict.fromkeys(row["method"] for row in rows))
         for y, row in enumerate(rows):
@@ -112,77 +110,9 @@ def methods(evidence: Evidence, table: Table) -> Figure:
             axis.set_xlim(max(0, min(ends) - room), max(ends) + room)
         if axis is not axes[0]:
             axis.set_yticklabels([])
-    figure.suptitle(_wrap(_title(evidence, table, ""), 20 + 45 * len(shown)), fontsize=10)
-    _foot(figure, frame, len(shown))
+    figure.suptitle(wrapped(title_of(evidence, table, ""), 20 + 45 * len(shown)), fontsize=10)
+    foot(figure, frame, len(shown))
     return figure
-
-
-def ahead(evidence: Evidence, table: Table) -> Figure:
-    """Accuracy, and drafts that are the model's own, over how far ahead: mean a line, every seed a point.
-
-    What is not trained is dashed and grey.
-    """
-    frame = evidence.frame(table)
-    figure, axes = _panels(2, (10.5, 4.2))
-    shown = {"accuracy": "accuracy of x_(t+k) (%)", "accepted": "drafts of x_(t+2) .. x_(t+k) all its own (%)"}
-    looks = _looks(frame)
-    for axis, (name, words) in zip(axes, shown.items(), strict=True):
-        rows = frame[frame["metric"].str.startswith(f"{name}_ahead_")]
-        far = rows["metric"].str.rpartition("_")[2].astype(int)
-        for label, look in looks.items():
-            mine = rows[(rows["label"] == label) & (rows["n_seeds"] > 0)]
-            axis.plot(far[mine.index], mine["mean"].astype(float), ms=5, lw=1.3, label=label, **look)
-            for k, values in zip(far[mine.index], mine["values"], strict=True):
-                axis.plot([k] * len(values), values, ".", color=look["color"], ms=3, alpha=0.7)
-        axis.update_datalim([(2, 0), (2, 1)])  # so that there is room above the highest
-        axis.autoscale_view()
-        axis.set(xlabel="how many tokens ahead, k", ylabel=words, ylim=(0, None))
-        axis.set(xticks=sorted(set(far)), xlim=(min(far) - 0.2, max(far) + 0.2))
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
-    figure.suptitle(_wrap(_title(evidence, table, ""), 110), fontsize=10)
-    _foot(figure, frame, 2)
-    return figure
-
-
-def ahead_curves(evidence: Evidence, table: Table) -> Figure:
-    """The same while models are trained, on validation texts: a panel for each draft, a line a seed."""
-    frame = evidence.frame(table)
-    names = sorted({name for name in frame["metric"] if name.startswith("accepted_ahead_")})
-    figure, axes = _panels(len(names), (2.6 + 3.2 * len(names), 3.4))
-    looks = _looks(frame)
-    cells = {frame["label"].iloc[number]: cell for number, cell in enumerate(evidence.cells(table))}
-    for axis, name in zip(axes, names, strict=False):
-        for label, cell in cells.items():
-            look = {**looks[label], "lw": 1.1, "ms": 4}
-            for number, record in enumerate(evidence.runs.of(cell.spec)):
-                points = [(e["step"], e[f"eval_{name}"]) for e in record["curve"] if f"eval_{name}" in e]
-                if points:
-                    axis.plot(*zip(*points, strict=True), label=None if number else label, **look)
-        axis.update_datalim([(0, 0), (0, 1)])
-        axis.autoscale_view()
-        axis.set(xlabel="step", ylabel=f"{name.replace('_', ' ')} (%, validation)", ylim=(0, None))
-    handles = {line.get_label(): line for axis in axes for line in axis.get_legend_handles_labels()[0]}
-    if handles:
-        figure.legend(handles=list(handles.values()), fontsize=7, loc="outside right center")
-    figure.suptitle(_wrap(_title(evidence, table, "; while training"), 30 + 40 * len(names)), fontsize=10)
-    _foot(figure, frame, len(names))
-    return figure
-
-
-def _looks(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """How each setting is drawn, by label: a colour a method, a marker a setting of it; untrained grey and dashed."""
-    rows = frame.drop_duplicates("label").to_dict("records")
-    kinds = list(dict.fromkeys(row["method"].split(" (")[0] for row in rows if row["iterations"] != 0))
-    seen, looks = dict.fromkeys(kinds, 0), {}
-    for row in rows:
-        kind = row["method"].split(" (")[0]
-        if kind not in seen:
-            looks[row["label"]] = {"color": "#777777", "ls": "--", "marker": "x"}
-            continue
-        colour = COLOURS[kinds.index(kind) % len(COLOURS)]
-        looks[row["label"]] = {"color": colour, "ls": "-", "marker": "os^Dv*P"[seen[kind] % 7]}
-        seen[kind] += 1
-    return looks
 
 
 def sweep(evidence: Evidence, table: Table) -> Figure:
@@ -208,7 +138,7 @@ def _lines(evidence: Evidence, table: Table, over: str, line: pd.Series) -> Figu
     frame = frame[frame["metric"] == metric].copy()
     frame.loc[frame["stands_in_for"] != "", "reported"] = None
     groups, lines = (list(dict.fromkeys(frame[key])) for key in ("data", "line"))
-    figure, axes = _panels(len(groups), (0.6 + 3.8 * max(len(groups), 1), 3.1))
+    figure, axes = side_by_side(len(groups), (0.6 + 3.8 * max(len(groups), 1), 3.1))
     for axis, group in zip(axes, groups, strict=False):
         for name, own in zip(lines, COLOURS, strict=False):
             rows = frame[(frame["data"] == group) & (frame["line"] == name)]
@@ -228,8 +158,8 @@ def _lines(evidence: Evidence, table: Table, over: str, line: pd.Series) -> Figu
         )
     axes[0].legend(fontsize=8)
     published = "; crosses and dots: published" if frame["reported"].notna().any() else ""
-    figure.suptitle(_wrap(_title(evidence, table, published), 15 + 45 * len(groups)), fontsize=9)
-    _foot(figure, frame, len(groups))
+    figure.suptitle(wrapped(title_of(evidence, table, published), 15 + 45 * len(groups)), fontsize=9)
+    foot(figure, frame, len(groups))
     return figure
 
 
@@ -247,20 +177,20 @@ def costs(evidence: Evidence, table: Table) -> Figure:
         sections[part["panel"].iloc[0]] = about.join(numbers[["ratio", "token_ratio", "flop_ratio"]].astype(float))
     lines = all(section["sweep"].any() for section in sections.values())
     if lines:
-        figure, axes = _panels(len(sections), (0.6 + 3.6 * len(sections), 3.3))
+        figure, axes = side_by_side(len(sections), (0.6 + 3.6 * len(sections), 3.3))
         for axis, (name, section) in zip(axes, sections.items(), strict=True):
             _cost_lines(axis, name, section)
         axes[0].set_ylabel("time of a step, times next_token's")
     else:
         heights = [len(section) for section in sections.values()]
-        figure, axes = _panels(len(sections), (7.2, 0.7 + 0.32 * sum(heights)), heights)
+        figure, axes = side_by_side(len(sections), (7.2, 0.7 + 0.32 * sum(heights)), heights)
         for axis, (name, section) in zip(axes, sections.items(), strict=True):
             _cost_bars(axis, name, section)
         axes[-1].set_xlabel("time of a step, times next_token's")
         figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     wide = len(sections) if lines else 1
-    figure.suptitle(_wrap(f"{table.title} — scale {evidence.scale.name}", 20 + 40 * wide), fontsize=10)
-    _foot(figure, frame, wide, circumstances(evidence, table))
+    figure.suptitle(wrapped(f"{table.title} — scale {evidence.scale.name}", 20 + 40 * wide), fontsize=10)
+    foot(figure, frame, wide, circumstances(evidence, table))
     return figure
 
 
@@ -273,7 +203,7 @@ def _cost_lines(axis: Axes, name: str, section: pd.DataFrame) -> None:
             axis.plot(x, mine["ratio"], "o-", color=own, ms=4, lw=1.4, label=label)
             axis.plot(x, mine["flop_ratio"], "--", color=own, lw=1)
     axis.axhline(1, color="#555555", lw=0.8)
-    axis.set_title(_wrap(name, 42), fontsize=9)
+    axis.set_title(wrapped(name, 42), fontsize=9)
     axis.set(xlabel=next(filter(None, section["sweep"])), ylim=(0, None))
     if section["ratio"].notna().any():
         axis.set_xscale("log", base=2)
@@ -295,56 +225,7 @@ def _cost_bars(axis: Axes, name: str, section: pd.DataFrame) -> None:
     axis.invert_yaxis()
     widest = section[["ratio", "token_ratio", "flop_ratio"]].max().dropna()
     axis.set_xlim(0, 1.05 * max([1.0, *widest]))
-    axis.set_title(_wrap(name, 64), loc="left", fontsize=9)
-
-
-def decoding(evidence: Evidence, table: Table) -> Figure:
-    """Over the number of drafts, a row of panels a dataset: tokens a pass; speed-up by the clock, and dashed by FLOPs.
-
-    Every seed is a point. A method without drafts of its own is dashed grey: they are looked up in the text.
-    """
-    methods = [load(METHODS, cell.spec.method, "method") for cell in evidence.cells(table)]
-    frame = evidence.frame(table)
-    frame = frame.assign(looked_up=[method.drafter is Method.drafter for method in methods])
-    groups = list(dict.fromkeys(frame["data"]))
-    size = (10.5, 1 + 3.3 * len(groups))
-    figure, grid = plt.subplots(max(len(groups), 1), 2, figsize=size, squeeze=False, layout="constrained")
-    for axes, group in zip(grid, groups, strict=False):
-        number = 0
-        for label, rows in frame[frame["data"] == group].groupby("label", sort=False):
-            grey = bool(rows["looked_up"].all())
-            look = {"color": "#777777", "ls": "--"} if grey else {"color": (*COLOURS[:6], COLOURS[7])[number % 7]}
-            _draft_lines(axes, rows, str(label), {**look, "marker": "os"[number // 7 % 2]})
-            number += not grey
-        axes[1].axhline(1, color="#555555", lw=0.8)
-        for axis, name in zip(axes, ("tokens a verifying pass", "speed-up (dashed: by FLOPs)"), strict=True):
-            axis.set(xlabel="drafts a pass", ylabel=name)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        axes[0].set_title(group, loc="left")
-        if axes[0].lines:
-            axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        else:
-            axes[0].text(0.5, 0.5, "not run", transform=axes[0].transAxes, ha="center", color="#777777")
-    figure.suptitle(_wrap(_title(evidence, table, ""), 120), fontsize=10)
-    _foot(figure, frame, 2)
-    return figure
-
-
-def _draft_lines(axes: Sequence[Axes], rows: pd.DataFrame, label: str, look: dict[str, Any]) -> None:
-    """A method's line in both panels of `decoding`: means, every seed a point, and the ideal by FLOPs."""
-    cells = {row["metric"]: row for row in rows.to_dict("records")}
-    numbers = drafts(rows)
-    for axis, name in zip(axes, ("acceptance_length", "speedup"), strict=True):
-        found = [cells[f"{name}_draft_{k}"] for k in numbers]
-        for k, cell in zip(numbers, found, strict=True):
-            axis.plot([k] * len(cell["values"]), cell["values"], look["marker"], color=look["color"], ms=3.5, alpha=0.6)
-        if found:
-            axis.plot(numbers, [cell["mean"] for cell in found], **look, lw=1.4, ms=4, label=label)
-    plain, ideal = cells["flops_per_token_draft_0"]["values"], []
-    for k in numbers:
-        seeds = zip(plain, cells[f"flops_per_token_draft_{k}"]["values"], strict=True)
-        ideal.append(sum(without / with_drafts for without, with_drafts in seeds) / len(plain))
-    axes[1].plot(numbers, ideal, ".", color=look["color"], ls=(0, (2, 2)), lw=0.8, ms=3)
+    axis.set_title(wrapped(name, 64), loc="left", fontsize=9)
 
 
 def samples(evidence: Evidence, table: Table) -> Figure:
@@ -357,17 +238,17 @@ def samples(evidence: Evidence, table: Table) -> Figure:
         files = sorted((evidence.runs.runs / path).glob("seed*/samples-last.png"))
         if files:
             found[label] = files[0]
-    figure, axes = _panels(len(found), (3.2 * max(len(found), 1), 3.7))
+    figure, axes = side_by_side(len(found), (3.2 * max(len(found), 1), 3.7))
     for axis in axes:
         axis.axis("off")
     for axis, (label, file) in zip(axes, found.items(), strict=False):
         axis.imshow(plt.imread(file), cmap="gray", interpolation="nearest")
-        axis.set_title(_wrap(label, 40), fontsize=9)
+        axis.set_title(wrapped(label, 40), fontsize=9)
     if not found:
         axes[0].text(0.5, 0.5, "no pictures in the folder of runs", ha="center", color="#777777")
-    title = _title(evidence, table, "; samples of the last models")
-    figure.suptitle(_wrap(title, 45 * max(len(found), 1)), fontsize=9)
-    _foot(figure, frame, len(found))
+    title = title_of(evidence, table, "; samples of the last models")
+    figure.suptitle(wrapped(title, 45 * max(len(found), 1)), fontsize=9)
+    foot(figure, frame, len(found))
     return figure
 
 
@@ -398,8 +279,8 @@ def curves(evidence: Evidence, table: Table) -> Figure:
     drawn = {line.get_label(): line for axis in axes[:, 0] for line in axis.get_legend_handles_labels()[0]}
     if drawn:
         axes[0, 1].legend(handles=drawn.values(), fontsize=7)
-    figure.suptitle(_title(evidence, table, "; learning curves, a line a seed"), fontsize=10)
-    _foot(figure, evidence.frame(table), 3)
+    figure.suptitle(title_of(evidence, table, "; learning curves, a line a seed"), fontsize=10)
+    foot(figure, evidence.frame(table), 3)
     return figure
 
 
@@ -413,7 +294,7 @@ def _draw_curves(axes: Sequence[Axes], record: dict[str, Any], colour: str, labe
         axes[2].plot([e["step"] for e in losses], [e.get(key) for e in losses], color=colour, lw=0.9, ls=style)
 
 
-def _panels(
+def side_by_side(
     count: int, size: tuple[float, float], heights: Sequence[int] | None = None
 ) -> tuple[Figure, Sequence[Axes]]:
     """A figure of `count` panels, one at the least: side by side, or with `heights` one below the other."""
@@ -423,18 +304,18 @@ def _panels(
     return figure, list(axes.flat)
 
 
-def _title(evidence: Evidence, table: Table, more: str) -> str:
+def title_of(evidence: Evidence, table: Table, more: str) -> str:
     """What is shown, what ran, and at which scale."""
     ran = ", ".join(dict.fromkeys(evidence.frame(table)["ran"]))
     return f"{table.title}{more} — {ran} — scale {evidence.scale.name}"
 
 
-def _foot(figure: Figure, frame: pd.DataFrame, panels: int, about: Sequence[str] = ()) -> None:
+def foot(figure: Figure, frame: pd.DataFrame, panels: int, about: Sequence[str] = ()) -> None:
     """What stands in for what, all of it, and how the numbers were made, below a figure."""
     stands = stand_ins(frame)
     words = [*([f"Stands in for {'; '.join(stands)}."] if stands else []), *about]
     if words:
-        figure.supxlabel(_wrap(" ".join(words), 35 + 50 * panels), fontsize=7, color="#555555")
+        figure.supxlabel(wrapped(" ".join(words), 35 + 50 * panels), fontsize=7, color="#555555")
 
 
 def graph_name(name: str) -> str:
@@ -445,5 +326,6 @@ def graph_name(name: str) -> str:
     )
 
 
-def _wrap(text: str, width: int) -> str:
+def wrapped(text: str, width: int) -> str:
+    """Lines of at most so many characters."""
     return "\n".join(textwrap.wrap(text, width))
