@@ -8,7 +8,7 @@ setting.) v are the likeliest `candidates`, or all. Further ahead the sum is ove
 paths. What is left out is left out at every k, and the prediction is normalised over what is there.
 
 One pass serves all t and all v: the candidates stand behind the tokens as registers do, each seeing the tokens up to t
-and itself. Paths of two tokens and more take a row each, which costs t tokens where a candidate costs one.
+and itself. Paths of two tokens and more each have a copy of the text's cache.
 """
 
 from __future__ import annotations
@@ -133,11 +133,12 @@ class Marginal(Method):
     def _behind(self, model: Any, layout: Layout, index: Tensor, ids: Tensor) -> Tensor:
         """[n, K, d]: normed hidden states of the last token of each path; ids: int64 [n, K, m] behind each of `index`.
 
-        Paths of one token share a pass with the tokens that they see; longer ones take a row each.
+        Paths of one token share a pass with the tokens that they see; longer ones have a copy of the cache each.
         """
         import torch
 
-        from mutor.mtp.ahead import TOKENS, at_registers, registers_behind, rows_up_to
+        from mutor.mtp.ahead import TOKENS, at_registers, registers_behind
+        from mutor.mtp.drafts import text_parts
 
         if ids.shape[2] == 1:
             found = []
@@ -145,10 +146,7 @@ class Marginal(Method):
                 fed = registers_behind(layout, index, some, [2] * some.shape[1])
                 found.append(at_registers(self.trunk(model, fed).normed, fed, some.shape[1]))
             return torch.cat(found, dim=1)
-        found, paths = [], ids.flatten(0, 1)
-        rows = max(1, TOKENS // layout.ids.shape[1])
-        for where, some in zip(index.repeat_interleave(ids.shape[1]).split(rows), paths.split(rows), strict=True):
-            fed, at = rows_up_to(layout, where, some)
-            line = torch.arange(len(where), device=where.device)
-            found.append(self.trunk(model, fed).normed[line, at + some.shape[1]])
-        return torch.cat(found).unflatten(0, ids.shape[:2])
+        paths, where = ids.flatten(0, 1), index.repeat_interleave(ids.shape[1])
+        parts = list(text_parts(layout, where, TOKENS))
+        states = torch.cat([part.behind(self.trunk, model, paths[part.where]) for part in parts])
+        return states[torch.cat([part.where for part in parts]).argsort()].unflatten(0, ids.shape[:2])

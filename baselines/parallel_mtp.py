@@ -161,17 +161,19 @@ class ParallelMTP(Method):
         return (1 - a) * plain + a * extra, {"next_token": plain.detach(), **parts}
 
     def ahead(self, model: Any, layout: Layout) -> Iterator[Ahead]:
-        """Heads at t; with `injection` they read the model's own next token, not the true one.
-
-        Where a head is a layer, also the answer's earlier tokens, which it attends to, are read with the model's own.
-        """
+        """Heads at t; with `injection` they read the model's own next token there, not the true one."""
         from mutor.mtp.ahead import read_off
+        from mutor.mtp.drafts import along_text
 
         out = self.trunk(model, layout, all_states=self.config.hidden != "last")
         following = layout.ids.roll(-1, dims=1).flatten()
         for found in read_off(self.trunk, layout, 1, out.normed):
             following[found.index] = found.logits.argmax(-1)
             yield found
+        draft = len(self.config.further)
+        if self.config.injection is not None and self.config.leap == 1:  # tokens before t are read with the true ones
+            yield from along_text(self.trunk, model, self.drafter(draft), draft, layout, following)
+            return
         read = self._read(out, following.view_as(layout.ids))
         for number, k in enumerate(self.config.further):
             yield from read_off(self.trunk, layout, k, self._state(out, number, read))

@@ -122,20 +122,18 @@ class SequentialMTP(Method):
     def ahead(self, model: Any, layout: Layout) -> Iterator[Ahead]:
         """Module k at t, on the drafts of those before it: between t and x_(t+k+1) no true token is read.
 
-        So it is what drafting reaches, and below what the loss says, which is of true tokens. Also h of earlier tokens
-        is that of the tokens up to t. With a leap nothing is predicted ahead: a module would want the tokens between.
+        So it is what drafting reaches, and below what the loss says, which is of true tokens. With a leap nothing is
+        predicted ahead: a module would want the tokens between.
         """
-        from mutor.mtp.ahead import TOKENS, positions
+        from mutor.mtp.drafts import along_text
 
-        if self.config.leap > 1:
-            yield from super().ahead(model, layout)
-            return
-        yield from self._first_module(model, layout)
-        index = positions(layout, 3)
-        if self.config.d_max > 2 and len(index):
-            index = index[(index % layout.ids.shape[1]).argsort(stable=True)]  # rows of a part are about equally long
-            for part in index.split(max(1, TOKENS // layout.ids.shape[1])):
-                yield from self._further_modules(model, layout, part)
+        following = layout.ids.flatten().clone()
+        for found in super().ahead(model, layout):
+            following[found.index] = found.logits.argmax(-1)
+            yield found
+        if self.config.leap == 1:
+            draft = len(self.depths)
+            yield from along_text(self.trunk, model, self.drafter(draft), draft, layout, following)
 
     def drafter(self, draft: int) -> Drafter:
         """Modules at the last token, each on the drafts of those before it.
@@ -155,48 +153,3 @@ class SequentialMTP(Method):
                 step.choose(self.trunk.logits(self.trunk.norm(window.here(hidden))))
 
         return Drafter(propose, reads_layers=True, earlier=draft - 1)
-
-    def _first_module(self, model: Any, layout: Layout) -> Iterator[Ahead]:
-        """Next tokens, and the first module in the same pass: t once more behind the tokens, with a draft.
-
-        There it sees the tokens before t, whose next tokens are known, and itself.
-        """
-        from dataclasses import replace
-
-        import torch
-
-        from mutor.mtp.ahead import at_registers, positions, read_off, registers_behind
-
-        drafts = layout.ids.flatten().clone()
-        for found in super().ahead(model, layout):
-            drafts[found.index] = found.logits.argmax(-1)
-            yield found
-        index = positions(layout, 2)
-        if not len(index):
-            return
-        fed = registers_behind(layout, index, drafts[index, None], [1])
-        anchor = fed.causal_index
-        out = self.trunk(model, replace(fed, causal_index=anchor - fed.register.long()))
-        hidden = out.hidden.gather(1, anchor[..., None].expand_as(out.hidden))
-        ids = torch.where(fed.register, fed.ids, fed.ids.roll(-1, dims=1))
-        normed = self.trunk.norm(self._deeper(out, self.depths[0], hidden, ids))
-        yield from read_off(self.trunk, layout, 2, at_registers(normed, fed, 1)[:, 0], index)
-
-    def _further_modules(self, model: Any, layout: Layout, index: Tensor) -> Iterator[Ahead]:
-        """The modules from the second on, for the tokens of `index`, each in a row of its own that ends with it."""
-        import torch
-        import torch.nn.functional as F
-
-        from mutor.mtp.ahead import positions, read_off, rows_up_to
-
-        rows, at = rows_up_to(layout, index, index.new_zeros(len(index), 0))
-        out, line, length = self.trunk(model, rows), torch.arange(len(index), device=index.device), rows.ids.shape[1]
-        ids, hidden, normed = F.pad(rows.ids, (0, self.config.d_max - 1)), out.hidden, out.normed
-        for k, depth in enumerate(self.depths, start=1):
-            drafts = [found.logits.argmax(-1) for found in read_off(self.trunk, layout, k, normed[line, at], index)]
-            ids[line, at + k] = torch.cat(drafts)
-            hidden = self._deeper(out, depth, hidden, ids[:, k : k + length])
-            normed = self.trunk.norm(hidden)
-            if k > 1:
-                there = torch.isin(index, positions(layout, k + 1))
-                yield from read_off(self.trunk, layout, k + 1, normed[line, at][there], index[there])

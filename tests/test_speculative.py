@@ -150,10 +150,11 @@ def test_drafts_are_those_of_one_pass_over_the_text(tools, tiny, name, family, p
 
         return replace(inner, propose=propose)
 
-    method.drafter = logged
     for prompt in prompts:
         log.clear()
+        method.drafter = logged
         done = generate(model, method, [prompt], new_tokens=24, draft=3, prefix_lm=prefix_lm)
+        method.drafter = drafter
         (new,), (accepted,), ids = done.ids, done.accepted, torch.cat([prompt, done.ids[0]])
         assert new.tolist() == greedy(tools, model, prompt, 24, prefix_lm)
         layout = method.eval_layout(collate([Example(ids.numpy(), len(prompt))], 0), Context(prefix_lm=prefix_lm))

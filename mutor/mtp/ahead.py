@@ -104,33 +104,6 @@ def at_registers(values: Tensor, layout: Layout, count: int) -> Tensor:
     return values[:, width:].unflatten(1, (-1, count))[present]
 
 
-def rows_up_to(layout: Layout, index: Tensor, ids: Tensor) -> tuple[Layout, Tensor]:
-    """A row for each token of `index`: the tokens up to it, and others behind it, so that nothing later can be read.
-
-    index: int64 [n] in the flattened [B x T]; ids: int64 [n, m] what stands behind each. Returns the layout, padded on
-    the right, and int64 [n] the column of each row's token of `index`.
-    """
-    row, column = index // layout.ids.shape[1], index % layout.ids.shape[1]
-    at, more = column[:, None], ids.shape[1]
-    here = torch.arange(int(column.max()) + 1 + more, device=index.device).expand(len(index), -1)
-
-    def pick(values: Tensor) -> Tensor:
-        return values[row].gather(1, here.minimum(at))
-
-    put = (here - at - 1).clamp(0, max(0, more - 1))
-    behind = ids.gather(1, put) if more else torch.zeros_like(here)
-    rows = Layout(
-        ids=torch.where(here <= at, pick(layout.ids), behind),
-        position=pick(layout.position) + (here - at).clamp(0, more),
-        segment=pick(layout.segment).masked_fill(here > at + more, -1),
-        causal_index=here,
-        prefix=pick(layout.prefix) & (here <= at),
-        register=torch.zeros_like(here, dtype=torch.bool),
-        target=torch.full_like(here, IGNORE),
-    )
-    return rows, column
-
-
 def on_drafts(
     trunk: Backbone, layout: Layout, normed: Tensor, furthest: int, state: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Iterator[Ahead]:

@@ -10,8 +10,9 @@ those of registers behind t, and x_(t+1), which is known. It draws x_(t+2), x_(t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache
 
-from mutor.mtp.backbone import BackboneOutput, first
+from mutor.mtp.ahead import TOKENS, Ahead, positions
+from mutor.mtp.backbone import Backbone, BackboneOutput, first
+from mutor.mtp.layout import Layout
 from mutor.mtp.slots import Slots
 
 
@@ -67,7 +70,7 @@ class Step:
     normed: Tensor
     at_registers: Tensor
     choose: Callable[[Tensor], Tensor]
-    put: Callable[[Tensor], None]
+    put: Callable[[Tensor], Any]
     window: Callable[[], Window]
 
     @property
@@ -91,6 +94,13 @@ class Window:
     def here(self, values: Tensor) -> Tensor:
         """[B, d]: values [B, n, d] at t."""
         return values[torch.arange(len(values), device=values.device), self.column]
+
+
+def as_taken(seen: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+    """[B, 1, n, keys] of bool [B, n, keys], as the attention under way takes a mask."""
+    if config._attn_implementation == "eager":
+        return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+    return seen[:, None]
 
 
 class Beside:
@@ -151,3 +161,97 @@ class Beside:
         if number in self.given:
             return self.given[number].read(at)
         return self.mask(at, used) if isinstance(leaf, Tensor) and leaf.ndim == 4 else leaf
+
+
+@dataclass
+class TextPart:
+    """Tokens of one text in a layout. ids: int64 [T] the whole text; prefix: int64 [1] tokens of it that see each other
+    in both directions; where: int64 [n] which of the tokens asked for these are; last: int64 [n] their places in it.
+    """
+
+    ids: Tensor
+    prefix: Tensor
+    where: Tensor
+    last: Tensor
+
+    def read(self, trunk: Backbone, model: Any, more: int, **options: Any) -> tuple[Slots, Cache, BackboneOutput]:
+        """One pass over the text; its cache, with room for so many tokens more."""
+        slots = Slots(self.prefix, len(self.ids) + more)
+        cache, at = slots.cache(len(trunk.layers)), torch.arange(len(self.ids), device=self.ids.device)[None]
+        return slots, cache, _fed(trunk, model, slots, cache, self.ids[None], at, **options)
+
+    def behind(self, trunk: Backbone, model: Any, ids: Tensor) -> Tensor:
+        """[n, d]: normed hidden states of the last of some tokens, int64 [n, m], each behind the text up to `last`."""
+        slots, cache, _ = self.read(trunk, model, ids.shape[1])
+        slots.select(torch.zeros_like(self.last))
+        at = self.last[:, None] + 1 + torch.arange(ids.shape[1], device=ids.device)
+        return _fed(trunk, model, slots, cache, ids, at).normed[:, -1]
+
+
+def _fed(
+    trunk: Backbone, model: Any, slots: Slots, cache: Cache, ids: Tensor, at: Tensor, **options: Any
+) -> BackboneOutput:
+    used = int(at.max()) + 1
+    slots.place(at, used)
+    mask = _mask(trunk, slots, at, used)
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": at, "attention_mask": mask, "past_key_values": cache}
+    return trunk.run(model, **inputs, use_cache=True, logits_to_keep=1, **options)
+
+
+def text_parts(layout: Layout, index: Tensor, tokens: int = TOKENS) -> Iterator[TextPart]:
+    """The texts that have tokens of `index`, int64 [n] in the flattened [B x L], with these tokens.
+
+    In parts, as each of them takes a copy of the text's cache: `tokens` in all.
+    """
+    row, length = index // layout.ids.shape[1], layout.ids.shape[1]
+    number = layout.segment.flatten()[index]
+    for r, s in torch.stack([row, number], 1).unique(dim=0).tolist():
+        columns = (layout.segment[r] == s).nonzero()[:, 0]
+        where = ((row == r) & (number == s)).nonzero()[:, 0]
+        for part in where.split(max(1, tokens // len(columns))):
+            last = index[part] - r * length - columns[0]
+            yield TextPart(layout.ids[r, columns], layout.prefix[r, columns].sum()[None], part, last)
+
+
+def along_text(
+    trunk: Backbone, model: Any, drafter: Drafter, draft: int, layout: Layout, following: Tensor
+) -> Iterator[Ahead]:
+    """What a drafter proposes behind each token of a text, as it would in decoding: x_(t+2) .. x_(t+1+draft).
+
+    Up to t a text's own tokens are read, then x_(t+1) as the model says it, then drafts. following: int64 [B x L] what
+    the model says behind each token of the layout.
+    """
+    index = positions(layout, 2)
+    for part in text_parts(layout, index):
+        slots, _, out = part.read(trunk, model, draft + 1, all_states=drafter.all_states)
+        beside = Beside(slots, len(trunk.layers), partial(_mask, trunk, slots), drafter)
+        at = torch.arange(len(part.ids), device=index.device)[None]
+        beside.write(out, at)
+        text = torch.cat([part.ids, part.ids.new_zeros(draft + 1)])[None]
+        _proposed(drafter, beside, text, at[:, -1], out, len(part.ids))  # of the whole text, into the caches
+        slots.select(torch.zeros_like(part.last))
+        rows = text.repeat(len(part.last), 1).scatter_(1, part.last[:, None] + 1, following[index[part.where], None])
+        for k, logits in enumerate(_proposed(drafter, beside, rows, part.last, out, 1), start=2):
+            there = torch.isin(index[part.where], positions(layout, k))
+            yield Ahead(k, index[part.where[there]], logits[there])
+
+
+def _mask(trunk: Backbone, slots: Slots, at: Tensor, used: int) -> Tensor:
+    return as_taken(slots.sees(at, used), trunk.config, trunk.dtype)
+
+
+def _proposed(
+    drafter: Drafter, beside: Beside, text: Tensor, last: Tensor, out: BackboneOutput, new: int
+) -> list[Tensor]:
+    """Logits [n, V] of each draft behind the tokens `last`, int64 [n], of texts, int64 [n, T], which get the drafts."""
+    found: list[Tensor] = []
+
+    def choose(logits: Tensor) -> Tensor:
+        token, slot = logits.argmax(-1), last[:, None] + 2 + len(found)
+        text.scatter_(1, slot.clamp(max=text.shape[1] - 1), token[:, None])
+        found.append(logits)
+        return token
+
+    normed = out.normed[0, last]
+    drafter.propose(Step(text, last, normed, normed[:, :0], choose, choose, partial(beside.window, last, new)))
+    return found

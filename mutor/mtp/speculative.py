@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mutor.mtp.backbone import Backbone, BackboneOutput
-from mutor.mtp.drafts import Beside, Drafter, Step
+from mutor.mtp.drafts import Beside, Drafter, Step, as_taken
 from mutor.mtp.slots import Slots
 
 
@@ -148,10 +148,7 @@ class Loop:
         return self._as_taken(self.slots.sees(at, used))
 
     def _as_taken(self, seen: Tensor) -> Tensor:
-        """[B, 1, n, keys] of bool [B, n, keys], as the attention under way takes a mask."""
-        if self.config._attn_implementation == "eager":
-            return torch.where(seen, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)[:, None]
-        return seen[:, None]
+        return as_taken(seen, self.config, self.model.dtype)
 
     def _likely(self, logits: Tensor, slot: Tensor) -> Tensor:
         """Logits [B, V] behind the text up to the slots [B], processed; as probabilities where tokens are drawn."""
