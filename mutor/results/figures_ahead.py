@@ -94,16 +94,13 @@ def decoding(evidence: Evidence, table: Table) -> Figure:
     methods = [load(METHODS, cell.spec.method, "method") for cell in evidence.cells(table)]
     frame = evidence.frame(table)
     frame = frame.assign(looked_up=[method.drafter is Method.drafter for method in methods])
-    groups = list(dict.fromkeys(frame["data"]))
+    groups, looks = list(dict.fromkeys(frame["data"])), _looks(frame)
     size = (10.5, 1 + 3.3 * len(groups))
     figure, grid = plt.subplots(max(len(groups), 1), 2, figsize=size, squeeze=False, layout="constrained")
     for axes, group in zip(grid, groups, strict=False):
-        number = 0
         for label, rows in frame[frame["data"] == group].groupby("label", sort=False):
-            grey = bool(rows["looked_up"].all())
-            look = {"color": "#777777", "ls": "--"} if grey else {"color": (*COLOURS[:6], COLOURS[7])[number % 7]}
-            _draft_lines(axes, rows, str(label), {**look, "marker": "os"[number // 7 % 2]})
-            number += not grey
+            grey = {"color": "#777777", "ls": "--"} if rows["looked_up"].all() else {}
+            _draft_lines(axes, rows, str(label), looks[str(label)] | grey)
         axes[1].axhline(1, color="#555555", lw=0.8)
         for axis, name in zip(axes, ("tokens a verifying pass", "speed-up (dashed: by FLOPs)"), strict=True):
             axis.set(xlabel="drafts a pass", ylabel=name)
