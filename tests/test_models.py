@@ -121,11 +121,13 @@ def small(spec, folder):
     size = {"valid_size": 6, "test_size": 8}
     if spec.dataset.task == "text":
         corpus = "gsm8k" if spec.task_config.corpus == "own" else spec.task_config.corpus
+        source = "installed" if corpus == "python" else "generated"
         tokens = spec.task_config.tokens
         task = TextConfig(
-            corpus=corpus, source="generated", tokens=tokens, train_size=24, max_tokens=250, new_tokens=8, **size
+            corpus=corpus, source=source, tokens=tokens, train_size=24, max_tokens=250, new_tokens=8, **size
         )
-        batch |= {"accumulate": 2, "epochs": None}
+        batch |= {"accumulate": 2, "epochs": None, "decode_prompts": min(1, spec.recipe.decode_prompts)}
+        batch |= {"decode_tokens": 8}
     elif spec.dataset.task == "images":
         task = ImagesConfig(
             pixels=8,

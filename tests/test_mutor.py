@@ -236,7 +236,7 @@ def test_export_is_the_plain_model(tiny, tools, family, batch, tmp_path, tied):
     method.export(model, tmp_path / "ours")
     tiny(family, tie_word_embeddings=tied).save_pretrained(tmp_path / "stock")
     ours, stock = ({file.name: file for file in (tmp_path / name).iterdir()} for name in ("ours", "stock"))
-    assert set(ours) == set(stock) and ours["config.json"].read_text() == stock["config.json"].read_text()
+    assert set(ours) == {*stock, "method"} and ours["config.json"].read_text() == stock["config.json"].read_text()
     assert set(load_file(ours["model.safetensors"])) == set(load_file(stock["model.safetensors"]))
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
