@@ -137,7 +137,7 @@ class Marginal(Method):
         """
         import torch
 
-        from mutor.mtp.ahead import TOKENS, at_registers, registers_behind
+        from mutor.mtp.ahead import at_registers, registers_behind
         from mutor.mtp.drafts import text_parts
 
         if ids.shape[2] == 1:
@@ -147,6 +147,6 @@ class Marginal(Method):
                 found.append(at_registers(self.trunk(model, fed).normed, fed, some.shape[1]))
             return torch.cat(found, dim=1)
         paths, where = ids.flatten(0, 1), index.repeat_interleave(ids.shape[1])
-        parts = list(text_parts(layout, where, TOKENS))
+        parts = list(text_parts(layout, where))
         states = torch.cat([part.behind(self.trunk, model, paths[part.where]) for part in parts])
         return states[torch.cat([part.where for part in parts]).argsort()].unflatten(0, ids.shape[:2])

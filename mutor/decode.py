@@ -136,10 +136,9 @@ def generate(
     can't draft so many tokens, or whose plain model does not answer alone, a text beyond the model's positions or its
     sliding window, and a model that does not compute the same with such a cache.
     """
-    ends = () if end_id is None else (end_id,) if isinstance(end_id, int) else tuple(end_id)
     if not temperature >= 0:
         raise ValueError(f"temperature: {temperature} is out of range, allowed: 0 or more")
-    choice = Choice(temperature, seed, ends=ends)
+    choice = Choice(temperature, seed, ends=_ends(end_id))
     return _generate(model, method, prompts, new_tokens, draft, prefix_lm=prefix_lm, choice=choice)
 
 
@@ -173,8 +172,7 @@ def speculative(method: Method | PromptLookup | None, draft: int) -> Callable[..
         _check_given_cache(options.get("past_key_values"))
         mask = options.get("attention_mask")
         there = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-        ends = generation_config.eos_token_id
-        ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+        ends = _ends(generation_config.eos_token_id)
         others = StoppingCriteriaList(
             [each for each in stopping_criteria if not isinstance(each, (EosTokenCriteria, MaxLengthCriteria))]
         )
@@ -201,6 +199,19 @@ def speculative(method: Method | PromptLookup | None, draft: int) -> Callable[..
         return torch.cat([input_ids, new], dim=1)
 
     return custom_generate
+
+
+def _ends(end_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    return () if end_id is None else (end_id,) if isinstance(end_id, int) else tuple(end_id)
+
+
+def rooms(config: Any) -> dict[str, int]:
+    """By its name in the model's configuration, how many tokens a text may have."""
+    most = {
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "sliding_window": sliding_window(config),
+    }
+    return {key: int(room) for key, room in most.items() if room}
 
 
 def _generate(
@@ -240,12 +251,9 @@ def _check(model: Any, method: Any, texts: list[Tensor], new_tokens: int, draft:
             raise ValueError(
                 f"{type(method).__name__}: is not attached to this model; attach it, or `load` a checkpoint"
             )
-    config = model.config.get_text_config()
     tokens = max(map(len, texts)) + new_tokens
-    room = {"max_position_embeddings": getattr(config, "max_position_embeddings", None), "sliding_window": None}
-    room["sliding_window"] = sliding_window(config)
-    for key, most in room.items():
-        if most and tokens > most:
+    for key, most in rooms(model.config.get_text_config()).items():
+        if tokens > most:
             raise ValueError(f"{key}: {most}, and prompt and new tokens are {tokens}; allowed: up to {most} together")
 
 

@@ -88,7 +88,12 @@ def dense(key: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def additive_mask(layout: Layout, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """The same rule as floats [B, 1, L, L] to add to the scores: a bool would be added as 0 and 1, silently wrong."""
-    return torch.where(dense_mask(layout, window=window), 0.0, torch.finfo(dtype).min).to(dtype)
+    return additive(dense_mask(layout, window=window), dtype)
+
+
+def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as floats: 0 where a key is seen, else the least of the dtype."""
+    return torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 def mask_mod(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

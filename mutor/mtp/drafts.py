@@ -96,13 +96,6 @@ class Window:
         return values[torch.arange(len(values), device=values.device), self.column]
 
 
-def as_taken(seen: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
-    """[B, 1, n, keys] of bool [B, n, keys], as the attention under way takes a mask."""
-    if config._attn_implementation == "eager":
-        return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
-    return seen[:, None]
-
-
 class Beside:
     """Runs layers beside the trunk's on the newest tokens, each with a cache of its own.
 
@@ -110,9 +103,8 @@ class Beside:
     earlier passes can be read anew.
     """
 
-    def __init__(self, slots: Slots, layers: int, mask: Callable[[Tensor, int], Any], drafter: Drafter):
-        """layers: of the trunk; mask: what it takes as such, for queries at slots int64 [B, n] and so many keys."""
-        self.slots, self.layers, self.mask, self.drafter = slots, layers, mask, drafter
+    def __init__(self, slots: Slots, drafter: Drafter):
+        self.slots, self.drafter = slots, drafter
         self.states: list[Any] = []
         self.given: dict[int, Any] = {}
         self.caches: dict[int, Cache] = {}
@@ -148,7 +140,7 @@ class Beside:
         def apply_layer(layer: nn.Module, x: Tensor) -> Tensor:
             self.slots.place(at, used)
             if id(layer) not in self.caches:
-                self.caches[id(layer)] = self.slots.cache(self.layers)
+                self.caches[id(layer)] = self.slots.cache()
             cache = self.caches[id(layer)]
             own = [cache if isinstance(value, Cache) else value for value in given.values()]
             args, kwargs = tree_unflatten(own, self.tree)
@@ -160,7 +152,7 @@ class Beside:
     def _given(self, number: int, leaf: Any, at: Tensor, used: int) -> Any:
         if number in self.given:
             return self.given[number].read(at)
-        return self.mask(at, used) if isinstance(leaf, Tensor) and leaf.ndim == 4 else leaf
+        return self.slots.mask(at, used) if isinstance(leaf, Tensor) and leaf.ndim == 4 else leaf
 
 
 @dataclass
@@ -176,8 +168,8 @@ class TextPart:
 
     def read(self, trunk: Backbone, model: Any, more: int, **options: Any) -> tuple[Slots, Cache, BackboneOutput]:
         """One pass over the text; its cache, with room for so many tokens more."""
-        slots = Slots(self.prefix, len(self.ids) + more)
-        cache, at = slots.cache(len(trunk.layers)), torch.arange(len(self.ids), device=self.ids.device)[None]
+        slots = Slots(self.prefix, len(self.ids) + more, trunk.config, trunk.dtype)
+        cache, at = slots.cache(), torch.arange(len(self.ids), device=self.ids.device)[None]
         return slots, cache, _fed(trunk, model, slots, cache, self.ids[None], at, **options)
 
     def behind(self, trunk: Backbone, model: Any, ids: Tensor) -> Tensor:
@@ -193,22 +185,29 @@ def _fed(
 ) -> BackboneOutput:
     used = int(at.max()) + 1
     slots.place(at, used)
-    mask = _mask(trunk, slots, at, used)
-    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": at, "attention_mask": mask, "past_key_values": cache}
-    return trunk.run(model, **inputs, use_cache=True, logits_to_keep=1, **options)
+    return trunk.run(
+        model,
+        input_ids=ids,
+        position_ids=at,
+        attention_mask=slots.mask(at, used),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **options,
+    )
 
 
-def text_parts(layout: Layout, index: Tensor, tokens: int = TOKENS) -> Iterator[TextPart]:
+def text_parts(layout: Layout, index: Tensor) -> Iterator[TextPart]:
     """The texts that have tokens of `index`, int64 [n] in the flattened [B x L], with these tokens.
 
-    In parts, as each of them takes a copy of the text's cache: `tokens` in all.
+    In parts, as each of them takes a copy of the text's cache: TOKENS in all.
     """
     row, length = index // layout.ids.shape[1], layout.ids.shape[1]
     number = layout.segment.flatten()[index]
     for r, s in torch.stack([row, number], 1).unique(dim=0).tolist():
         columns = (layout.segment[r] == s).nonzero()[:, 0]
         where = ((row == r) & (number == s)).nonzero()[:, 0]
-        for part in where.split(max(1, tokens // len(columns))):
+        for part in where.split(max(1, TOKENS // len(columns))):
             last = index[part] - r * length - columns[0]
             yield TextPart(layout.ids[r, columns], layout.prefix[r, columns].sum()[None], part, last)
 
@@ -224,7 +223,7 @@ def along_text(
     index = positions(layout, 2)
     for part in text_parts(layout, index):
         slots, _, out = part.read(trunk, model, draft + 1, all_states=drafter.all_states)
-        beside = Beside(slots, len(trunk.layers), partial(_mask, trunk, slots), drafter)
+        beside = Beside(slots, drafter)
         at = torch.arange(len(part.ids), device=index.device)[None]
         beside.write(out, at)
         text = torch.cat([part.ids, part.ids.new_zeros(draft + 1)])[None]
@@ -234,10 +233,6 @@ def along_text(
         for k, logits in enumerate(_proposed(drafter, beside, rows, part.last, out, 1), start=2):
             there = torch.isin(index[part.where], positions(layout, k))
             yield Ahead(k, index[part.where[there]], logits[there])
-
-
-def _mask(trunk: Backbone, slots: Slots, at: Tensor, used: int) -> Tensor:
-    return as_taken(slots.sees(at, used), trunk.config, trunk.dtype)
 
 
 def _proposed(

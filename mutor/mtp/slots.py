@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from mutor.mtp.attention import additive
+
 
 class Slots:
     """Where the tokens of a pass stand in the caches, and what each may see.
@@ -27,9 +29,10 @@ class Slots:
     run. prefix: int64 [B] tokens of each prompt that see each other in both directions, 0 for none.
     """
 
-    def __init__(self, prefix: Tensor, capacity: int):
-        """capacity: slots of a row, for text, drafts and registers."""
+    def __init__(self, prefix: Tensor, capacity: int, config: Any, dtype: torch.dtype):
+        """capacity: slots of a row, for text, drafts and registers; config: the model's, dtype: of its weights."""
         self.batch, self.capacity, self.prefix = len(prefix), capacity, prefix
+        self.config, self.dtype = config, dtype
         self.at, self.used = prefix.new_zeros(len(prefix), 0), 0
         self._kept: list[_Kept] = []
 
@@ -43,14 +46,22 @@ class Slots:
         queries = at[..., None]
         return (keys <= queries) | ((keys < prefix) & (queries < prefix))
 
+    def mask(self, at: Tensor, used: int) -> Tensor:
+        """The same as the model's attention takes it, [B, 1, n, used]."""
+        return self.as_taken(self.sees(at, used))
+
+    def as_taken(self, seen: Tensor) -> Tensor:
+        """[B, 1, n, keys] of bool [B, n, keys], as the attention under way takes a mask."""
+        return (additive(seen, self.dtype) if self.config._attn_implementation == "eager" else seen)[:, None]
+
     def keep(self) -> _Kept:
         """A new store of one value for each slot."""
         self._kept.append(_Kept(self))
         return self._kept[-1]
 
-    def cache(self, layers: int) -> Cache:
-        """A new cache for so many layers, which takes memory for a layer when that one first writes."""
-        return Cache(layers=[_SlotLayer(self) for _ in range(layers)])
+    def cache(self) -> Cache:
+        """A new cache for as many layers as the model has; one takes memory when it first writes."""
+        return Cache(layers=[_SlotLayer(self) for _ in range(self.config.num_hidden_layers)])
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of all caches and stores. rows: int64 [n]."""

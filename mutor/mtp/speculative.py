@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mutor.mtp.backbone import Backbone, BackboneOutput
-from mutor.mtp.drafts import Beside, Drafter, Step, as_taken
+from mutor.mtp.drafts import Beside, Drafter, Step
 from mutor.mtp.slots import Slots
 
 
@@ -61,9 +61,9 @@ class Loop:
         self.sizes, longest = [len(prompt) for prompt in prompts], max(map(len, prompts))
         # a row that ends may have got a whole pass too many, with drafts behind it
         capacity = longest + new_tokens + (draft + 1) * (2 + len(registers))
-        self.slots = Slots(self._numbers(size if prefix_lm else 0 for size in self.sizes), capacity)
-        self.cache = self.slots.cache(self.config.num_hidden_layers)
-        self.beside = Beside(self.slots, self.config.num_hidden_layers, self._mask, drafter) if drafter else None
+        prefix = self._numbers(size if prefix_lm else 0 for size in self.sizes)
+        self.slots = Slots(prefix, capacity, self.config, model.dtype)
+        self.cache, self.beside = self.slots.cache(), Beside(self.slots, drafter) if drafter else None
         self.text = torch.zeros(len(prompts), capacity, dtype=torch.long, device=self.device)
         for row, prompt in enumerate(prompts):
             self.text[row, : len(prompt)] = prompt
@@ -117,11 +117,11 @@ class Loop:
             keys = torch.arange(end + behind.shape[1], device=self.device)
             limit = anchors.expand(shape).flatten(1)[..., None]
             seen = self.slots.sees(at, len(keys))
-            mask = self._as_taken(torch.cat([seen, (keys <= limit) | (keys == behind[..., None])], 1))
+            mask = self.slots.as_taken(torch.cat([seen, (keys <= limit) | (keys == behind[..., None])], 1))
             self.slots.place(torch.cat([at, behind], 1), len(keys))
         else:
             if at.shape != (1, 1):  # one token sees all there is, as without a mask, which is faster
-                mask = self._mask(at, end)
+                mask = self.slots.mask(at, end)
             self.slots.place(at, end)
         room = self.config.max_position_embeddings
         if end + self.k >= room:
@@ -143,12 +143,6 @@ class Loop:
         if column is not None:
             logits = logits[torch.arange(len(at), device=self.device), column][:, None]
         return out, logits.float()
-
-    def _mask(self, at: Tensor, used: int) -> Tensor:
-        return self._as_taken(self.slots.sees(at, used))
-
-    def _as_taken(self, seen: Tensor) -> Tensor:
-        return as_taken(seen, self.config, self.model.dtype)
 
     def _likely(self, logits: Tensor, slot: Tensor) -> Tensor:
         """Logits [B, V] behind the text up to the slots [B], processed; as probabilities where tokens are drawn."""

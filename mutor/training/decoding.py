@@ -20,8 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mutor.decode import Generated, PromptLookup, generate
-from mutor.mtp.attention import sliding_window
+from mutor.decode import Generated, PromptLookup, generate, rooms
 from mutor.mtp.method import Method
 from mutor.tasks.task import Log
 
@@ -115,9 +114,8 @@ def measure(
 
 def fitting(model: Any, prompts: Sequence[np.ndarray], new_tokens: int) -> list[np.ndarray]:
     """The prompts [t] that leave room for so many new tokens in the model's positions and its sliding window."""
-    config = model.config.get_text_config()
-    most = [getattr(config, "max_position_embeddings", None), sliding_window(config)]
-    return [prompt for prompt in prompts if all(len(prompt) + new_tokens <= room for room in most if room)]
+    most = rooms(model.config.get_text_config()).values()
+    return [prompt for prompt in prompts if all(len(prompt) + new_tokens <= room for room in most)]
 
 
 def _text(model: Any, source: Method | PromptLookup, prompt: np.ndarray, draft: int, **options: Any) -> Generated:
