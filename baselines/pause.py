@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mutor.mtp.decode import Prompts
+    from mutor.mtp.answers import Prompts
     from mutor.mtp.layout import Example, Layout, TokenBatch
 
 
@@ -99,7 +99,7 @@ class Pause(Method):
 
         import torch
 
-        from mutor.mtp.decode import decode
+        from mutor.mtp.answers import decode
 
         if not self.config.pauses:
             return decode(model, prompts)

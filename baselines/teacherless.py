@@ -14,7 +14,7 @@ from mutor.mtp.method import Context, Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mutor.mtp.decode import Prompts
+    from mutor.mtp.answers import Prompts
     from mutor.mtp.layout import Layout, TokenBatch
 
 
@@ -41,6 +41,6 @@ class Teacherless(Method):
 
     def answer(self, model: Any, prompts: Prompts) -> Tensor:
         """int64 [B, length]: the argmax at the last prompt token and at length - 1 dummies after it."""
-        from mutor.mtp.decode import decode_in_one_pass
+        from mutor.mtp.answers import decode_in_one_pass
 
         return decode_in_one_pass(model, prompts)

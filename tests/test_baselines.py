@@ -16,7 +16,7 @@ from baselines.same_logits import SameLogits, SameLogitsConfig
 from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
 from baselines.teacherless import Teacherless, TeacherlessConfig
 from baselines.token_masking import TokenMasking, TokenMaskingConfig
-from mutor.mtp.decode import Prompts, decode, decode_in_one_pass
+from mutor.mtp.answers import Prompts, decode, decode_in_one_pass
 from mutor.mtp.layout import IGNORE, Example, collate, regular, targets_ahead
 from mutor.mtp.loss import one_at_a_time
 from mutor.mtp.method import Context

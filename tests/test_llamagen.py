@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mutor.models.llamagen import SIZES, LlamaGenConfig, LlamaGenForCausalLM, convert, image_prompts
-from mutor.mtp.decode import decode
+from mutor.mtp.answers import decode
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR

@@ -15,7 +15,7 @@ from mutor.checks import from_mapping
 from mutor.config.load import load_scale
 from mutor.config.runs import make_spec
 from mutor.models.llamagen import LlamaGenConfig, LlamaGenForCausalLM
-from mutor.mtp.decode import Prompts
+from mutor.mtp.answers import Prompts
 from mutor.mtp.layout import IGNORE, Example, collate
 from mutor.mtp.method import Context
 from mutor.mtp.teacher_forcing import teacher_forced_scores

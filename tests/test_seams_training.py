@@ -22,7 +22,7 @@ from mutor.checks import from_mapping, setting
 from mutor.config.load import load_scale
 from mutor.config.recipe import Recipe
 from mutor.config.runs import make_spec
-from mutor.mtp.decode import Prompts, decode
+from mutor.mtp.answers import Prompts, decode
 from mutor.mtp.layout import IGNORE, Example, collate, targets_ahead
 from mutor.mtp.method import Context, Method
 from mutor.registry import METHODS, TASKS, register

@@ -203,7 +203,7 @@ def test_batched_answers_equal_one_by_one_without_cache(tiny, tools, family, wor
 @pytest.mark.parametrize("prefix_lm", [True, False])
 def test_answers_that_end_leave_the_batch_and_the_others_do_not_notice(tiny, family, prefix_lm):
     """A token that one of four prompts leads to serves as the end token, so that others end elsewhere or never."""
-    from mutor.mtp.decode import Prompts, decode
+    from mutor.mtp.answers import Prompts, decode
 
     def answers(end):
         return decode(model, Prompts(ids, attended, 12, end_id=end, prefix_lm=prefix_lm))

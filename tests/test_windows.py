@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mutor.mtp.answers import Prompts, decode_in_one_pass
 from mutor.mtp.attention import attention_mask, dense_mask, mask_mod
 from mutor.mtp.backbone import Backbone
 from mutor.mtp.blockwise import bounds_mask
-from mutor.mtp.decode import Prompts, decode_in_one_pass
 from mutor.mtp.layout import Example, collate, regular
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR

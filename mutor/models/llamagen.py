@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mutor.mtp.decode import Prompts
+from mutor.mtp.answers import Prompts
 
 # layers, heads, width and inner width as published
 SIZES: dict[str, dict[str, int]] = {

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mutor.mtp.ahead import Ahead
+    from mutor.mtp.answers import Prompts
     from mutor.mtp.backbone import Backbone
-    from mutor.mtp.decode import Prompts
     from mutor.mtp.drafts import Drafter
     from mutor.mtp.layout import Example, Layout, TokenBatch
     from mutor.mtp.loss import LossTargets
@@ -332,7 +332,7 @@ class Method:
 
         model: the plain one, with nothing attached, unless the method `keeps_at_inference`.
         """
-        from mutor.mtp.decode import decode
+        from mutor.mtp.answers import decode
 
         return decode(model, prompts)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from mutor.mtp.decode import Prompts
+from mutor.mtp.answers import Prompts
 from mutor.mtp.method import Method
 from mutor.tasks.formats import Problem
 from mutor.tasks.task import Log

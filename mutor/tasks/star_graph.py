@@ -286,7 +286,7 @@ class StarGraph(Task):
         """int64 [N, l]: the labels that the model answers with, -1 for whatever is no label."""
         import torch
 
-        from mutor.mtp.decode import Prompts
+        from mutor.mtp.answers import Prompts
 
         found = np.full((len(examples), self.config.l), -1)
         longest = max(len(ids) - prefix for ids, prefix in examples)  # of all, so that no score depends on a batch

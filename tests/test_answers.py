@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mutor.mtp.decode import Prompts, decode, decode_in_one_pass
+from mutor.mtp.answers import Prompts, decode, decode_in_one_pass
 
 PADS, LENGTH, NEW = (0, 3, 5, 6), 7, 5
 ATTENDED = (torch.arange(LENGTH) >= torch.tensor(PADS)[:, None]).long()
