@@ -42,7 +42,6 @@ COLUMNS = [
     "ci_low",
     "ci_high",
     "covers",
-    "p",
     "n_seeds",
     "verdict",
     "to_decide",

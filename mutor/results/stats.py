@@ -174,43 +174,9 @@ def needed(
     return f"more than {max_seeds} seeds"
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Difference of two methods on the same seeds and problems, its interval and a two-sided p-value."""
-
-    difference: Interval
-    p: float
-    test: str
-
-
-def paired(ours: np.ndarray, theirs: np.ndarray, rng: np.random.Generator, draws: int = 10_000) -> Paired:
-    """Compare scores [S, N] of two methods, seed by seed and problem by problem.
-
-    p: with several seeds, how often a difference as large comes up when the two methods' scores of a problem change
-    places at random, within each seed (`draws` times, from `rng`); with one seed and right-or-wrong scores, McNemar's
-    exact test.
-    """
+def paired(ours: np.ndarray, theirs: np.ndarray, level: float = 0.95) -> Interval:
+    """Interval of the difference of two methods' scores [S, N] of the same seeds and problems. Raises ValueError."""
     ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if ours.shape != theirs.shape:
         raise ValueError(f"scores: shapes {ours.shape} and {theirs.shape} differ; allowed: the same seeds and problems")
-    change = ours - theirs
-    found = interval(change, difference=True)
-    if len(change) == 1 and np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
-        return Paired(found, mcnemar(ours[0], theirs[0]), "McNemar, exact")
-    cells = change[change != 0]
-    if not len(cells):
-        return Paired(found, 1.0, "permutation of problems within seeds")
-    total, extreme = cells.sum(), 0
-    for start in range(0, draws, 500):  # bits say which changes keep their sign
-        bits = rng.integers(0, 256, size=(min(500, draws - start), -(-len(cells) // 8)), dtype=np.uint8)
-        sums = 2 * (np.unpackbits(bits, axis=1, count=len(cells)) @ cells) - total
-        extreme += int((np.abs(sums) >= abs(total) - 1e-9).sum())
-    return Paired(found, (extreme + 1) / (draws + 1), "permutation of problems within seeds")
-
-
-def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Exact two-sided p-value of McNemar's test: right-or-wrong scores [N] of two models on the same problems."""
-    only_ours, only_theirs = int(((ours == 1) & (theirs == 0)).sum()), int(((ours == 0) & (theirs == 1)).sum())
-    if only_ours + only_theirs == 0:
-        return 1.0
-    return float(stats.binomtest(only_ours, only_ours + only_theirs, 0.5).pvalue)
+    return interval(ours - theirs, level, difference=True)

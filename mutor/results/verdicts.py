@@ -21,7 +21,8 @@ takes the place of zero. `equal` with margin m: reproduced if the whole interval
 lies outside as a whole, else inconclusive. Where `theirs` names several cells, each is compared; the claim is
 reproduced if it is against all of them and contradicted if it is against any; the least favourable is shown. Where
 anything stands in for the published model or data, the words are: same direction, opposite direction, undecided.
-"To decide" assumes that the measured difference is the true one and that more seeds spread as these do.
+A single seed decides nothing: its interval covers problems alone, and another seed may come out the other way. "To
+decide" assumes that the measured difference is the true one and that more seeds spread as these do.
 
 An interval is for other seeds and other problems of the same kind, and is cut to what is possible. Its part for seeds
 is Student's t. Its part for problems, where answers are right or wrong, is Wilson's for a rate and Bonett and Price's
@@ -57,7 +58,6 @@ class Found:
     """A measured difference ours - theirs in the metric's unit; low and high are NaN where nothing tells them."""
 
     difference: Interval
-    p: float | None
     seeds: int
 
 
@@ -90,8 +90,8 @@ def compare(
 
 
 def judge(direction: str, margin: float, found: Interval) -> str:
-    """The verdict on a difference, by RULE; without an interval, inconclusive."""
-    if np.isnan(found.low):
+    """The verdict on a difference, by RULE; without an interval or with one seed, inconclusive."""
+    if np.isnan(found.low) or found.covers == "problems":
         return "inconclusive"
     low, high, m = found.low, found.high, margin
     if direction == "below":
@@ -110,14 +110,13 @@ def difference(ours: dict[int, Scored], theirs: dict[int, Scored] | float, *, pe
     if not isinstance(theirs, dict):
         table = _table(ours, sorted(ours)) if percent else None
         if table is not None:
-            return Found(interval(table).times(100).minus(theirs), None, len(ours))
+            return Found(interval(table).times(100).minus(theirs), len(ours))
         return _by_seeds([scored.value - theirs for scored in ours.values()], None, (-theirs, 100 - theirs), percent)
     common = sorted(ours.keys() & theirs.keys())
     one, other = (_table(side, common) if percent and common else None for side in (ours, theirs))
     alike = all(same_problems(ours[s].test_data_hash, theirs[s].test_data_hash) for s in common)
     if alike and one is not None and other is not None and one.shape == other.shape:
-        result = paired(one, other, np.random.default_rng(0))
-        return Found(result.difference.times(100), result.p, len(common))
+        return Found(paired(one, other).times(100), len(common))
     each, others = ([scored.value for scored in side.values()] for side in (ours, theirs))
     return _by_seeds(each, others, (-100, 100), percent)
 
@@ -139,7 +138,7 @@ def _by_seeds(ours: list[float], theirs: list[float] | None, possible: tuple[flo
         found = Interval(mean, np.nan, np.nan, "nothing")
     elif percent:
         found = replace(found, low=max(found.low, possible[0]), high=min(found.high, possible[1]))
-    return Found(found, None, min(len(ours), len(theirs or ours)))
+    return Found(found, min(len(ours), len(theirs or ours)))
 
 
 def _to_decide(direction: str, margin: float, found: Interval, verdict: str) -> str:
@@ -172,7 +171,6 @@ def least_favourable(direction: str, compared: Sequence[Compared], stands_in: bo
             "ci_low": d.low,
             "ci_high": d.high,
             "covers": d.covers,
-            "p": shown.found.p,
             "n_seeds": shown.found.seeds,
         }
     return row
