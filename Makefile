@@ -42,11 +42,12 @@ format: env  ## write files as check wants them, where a tool can
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
 
-benchmark: env  ## what a training step, the training loop and decoding cost, at SCALE (default: laptop)
+benchmark: env  ## what steps at SCALE, the training loop, decoding and many records cost
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_loop.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decoding.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ahead.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py --scale $(SCALE)
+	$(BIN)/python benchmarks/records.py
 	$(BIN)/python -m mutor collect rebuttal_latency cost_curves --scale $(SCALE)
 
 reference: env  ## keep SCALE's finished runs and their artifacts in results/reference, for a commit

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mutor.config.load import load_scale
+from mutor.files import write_json
 from mutor.results import figures_ahead
 from mutor.results.cells import Evidence
 from mutor.results.records import Records
@@ -62,14 +63,16 @@ def test_what_a_method_does_not_predict_is_blank(drawn):
     assert set(shape.loc["mutor"]) == {"not run"}
 
 
-def test_curves_of_acceptance(drawn, monkeypatch):
+def test_curves_of_acceptance(drawn, monkeypatch, tmp_path):
     evidence, table = drawn
     curve = [
         {"step": 60, "eval_accepted_ahead_2": 5.0},
         {"step": 80, "loss": 1.0},
         {"step": 120, "eval_accepted_ahead_2": 9.0},
     ]
-    monkeypatch.setattr(Records, "of", lambda self, spec: [{"curve": curve}] if spec.method == "parallel_mtp" else [])
+    file = tmp_path / "metrics.json"
+    write_json(file, {"curve": curve})
+    monkeypatch.setattr(Records, "of", lambda self, spec: [{"file": file}] if spec.method == "parallel_mtp" else [])
     figure = figures_ahead.ahead_curves(evidence, table)
     assert [axis.get_ylabel().split(" (")[0] for axis in figure.axes] == [f"accepted ahead {k}" for k in (2, 3, 4)]
     assert [line.get_xydata().tolist() for line in figure.axes[0].lines] == [[[60, 5], [120, 9]]]

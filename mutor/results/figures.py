@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from mutor.files import write
 from mutor.registry import TASKS, load
 from mutor.results.cells import Evidence, stand_ins
 from mutor.results.numbers import is_missing
+from mutor.results.records import curve
 from mutor.results.render import circumstances
 
 STYLE: Any = {
@@ -264,8 +266,7 @@ def curves(evidence: Evidence, table: Table) -> Figure:
         for cell in own:
             label = cell.row.label or cell.row.method
             colour = COLOURS[labels.index(label) % len(COLOURS)]
-            for number, record in enumerate(evidence.runs.of(cell.spec)):
-                _draw_curves(row, record, colour, label if number == 0 else None)
+            _draw_curves(row, [curve(record) for record in evidence.runs.of(cell.spec)], colour, label)
         names = ("solve rate (%, validation)", "next-token loss (nats)", "auxiliary losses (nats)")
         for axis, name in zip(row, names, strict=True):
             axis.set(xlabel="step", ylabel=name)
@@ -284,14 +285,26 @@ def curves(evidence: Evidence, table: Table) -> Figure:
     return figure
 
 
-def _draw_curves(axes: Sequence[Axes], record: dict[str, Any], colour: str, label: str | None) -> None:
+def _draw_curves(axes: Sequence[Axes], runs: list[list[dict[str, float]]], colour: str, label: str) -> None:
+    """The learning curves of a setting's seeds."""
+    if not runs:
+        return
     known = {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch", "step", "next_token"}
-    scores = [(e["step"], e["eval_solve_rate"]) for e in record["curve"] if "eval_solve_rate" in e]
-    losses = [e for e in record["curve"] if "next_token" in e]
-    axes[0].plot(*zip(*scores, strict=True), color=colour, lw=1.2, marker=".", ms=4, label=label)
-    axes[1].plot([e["step"] for e in losses], [e["next_token"] for e in losses], color=colour, lw=0.9)
-    for style, key in zip(("-", "--", ":", "-."), sorted({k for e in losses for k in e} - known), strict=False):
-        axes[2].plot([e["step"] for e in losses], [e.get(key) for e in losses], color=colour, lw=0.9, ls=style)
+
+    def points(key: str) -> list[list[tuple[float, float]]]:
+        return [[(e["step"], e[key]) for e in curve if key in e] for curve in runs]
+
+    axes[0].plot(*broken_line(points("eval_solve_rate")), color=colour, lw=1.2, marker=".", ms=4, label=label)
+    axes[1].plot(*broken_line(points("next_token")), color=colour, lw=0.9)
+    others = {key for curve in runs for e in curve if "next_token" in e for key in e}
+    for style, key in zip(("-", "--", ":", "-."), sorted(others - known), strict=False):
+        axes[2].plot(*broken_line(points(key)), color=colour, lw=0.9, ls=style)
+
+
+def broken_line(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """x and y of several lines as those of one that is drawn at once, with a gap between them."""
+    broken = [point for run in runs for point in ((math.nan, math.nan), *run)][1:]
+    return [x for x, _ in broken], [y for _, y in broken]
 
 
 def side_by_side(

@@ -15,7 +15,8 @@ from mutor.mtp.method import Method
 from mutor.registry import METHODS, load
 from mutor.results.cells import Evidence
 from mutor.results.decoding import drafts
-from mutor.results.figures import COLOURS, foot, side_by_side, title_of, wrapped
+from mutor.results.figures import COLOURS, broken_line, foot, side_by_side, title_of, wrapped
+from mutor.results.records import curve
 
 
 def ahead(evidence: Evidence, table: Table) -> Figure:
@@ -52,13 +53,13 @@ def ahead_curves(evidence: Evidence, table: Table) -> Figure:
     figure, axes = side_by_side(len(names), (2.6 + 3.2 * len(names), 3.4))
     looks = _looks(frame)
     cells = {frame["label"].iloc[number]: cell for number, cell in enumerate(evidence.cells(table))}
+    curves = {label: [curve(record) for record in evidence.runs.of(cell.spec)] for label, cell in cells.items()}
     for axis, name in zip(axes, names, strict=False):
-        for label, cell in cells.items():
+        for label in cells:
             look = {**looks[label], "lw": 1.1, "ms": 4}
-            for number, record in enumerate(evidence.runs.of(cell.spec)):
-                points = [(e["step"], e[f"eval_{name}"]) for e in record["curve"] if f"eval_{name}" in e]
-                if points:
-                    axis.plot(*zip(*points, strict=True), label=None if number else label, **look)
+            runs = [[(e["step"], e[f"eval_{name}"]) for e in curve if f"eval_{name}" in e] for curve in curves[label]]
+            if any(runs):
+                axis.plot(*broken_line(runs), label=label, **look)
         axis.update_datalim([(0, 0), (0, 1)])
         axis.autoscale_view()
         axis.set(xlabel="step", ylabel=f"{name.replace('_', ' ')} (%, validation)", ylim=(0, None))

@@ -7,6 +7,7 @@ metrics, the learning curve, the scores of every problem, and what made it: code
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 class Records:
-    """The run records below a folder, each read once.
+    """The run records below a folder, each read once and kept without its learning curve, which `curve` reads.
 
     Records(Path("runs")).of(spec) lists a setting's; .of_scale("laptop") all of a scale, broken ones left out. What was
     left out, and why, stands in `problems`: broken records, copies in another run's folder, and records of the same run
@@ -116,6 +117,7 @@ class Records:
         self.runs = Path(runs)
         self.problems: list[str] = []
         self._settings: dict[str, list[dict[str, Any]]] = {}
+        self._alike: dict[str, Any] = {}  # what many records have, once
 
     def of(self, spec: Spec) -> list[dict[str, Any]]:
         """The records of a setting whose configuration is the one asked for, by seed."""
@@ -134,7 +136,7 @@ class Records:
             files = (self.runs / path).glob("seed*/metrics.json")
             for file in sorted(files, key=_number):
                 try:
-                    record = read(file) | {"path": path, "file": file}
+                    record = self._slim(read(file)) | {"path": path, "file": file}
                     _belongs(record, file, path)
                     same = found.get((record["seed"], record["config_hash"]))
                     if same:
@@ -146,6 +148,20 @@ class Records:
                     self.problems.append(str(error))
             self._settings[path] = [found[key] for key in sorted(found)]
         return self._settings[path]
+
+    def _slim(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record as it is kept: a curve is most of it, and thousands share their settings and their code."""
+        shared = {
+            key: value for key, value in record.items() if isinstance(value, (dict, list)) and key != "checkpoints"
+        }
+        shared.pop("curve")
+        alike = {key: self._alike.setdefault(json.dumps(value), value) for key, value in shared.items()}
+        return {key: alike.get(key, value) for key, value in record.items() if key != "curve"}
+
+
+def curve(record: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The learning curve of one of `Records`: numbers by name of each step that is logged or scored."""
+    return list(read_json(record["file"])["curve"])
 
 
 def _number(file: Path) -> tuple[int, str]:

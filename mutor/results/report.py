@@ -6,13 +6,16 @@ Jinja2 fills mutor/results/report.html; DataTables, as the package itables bring
 from __future__ import annotations
 
 import base64
+import gzip
 import importlib.resources
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from mutor.config.schema import Table
 from mutor.files import write_text
@@ -24,6 +27,7 @@ from mutor.results.records import checkpoint_metrics, problem_scores
 from mutor.results.render import caption, circumstances, published_shape
 from mutor.results.verdicts import RULE
 
+PAGE = 100  # rows of a table that are shown at once
 SAID_ONCE = ("artifact", "scale", "stands_in_for", "role")  # of a cell, above its table
 
 
@@ -37,6 +41,7 @@ def collect_report(evidence: Evidence, artifacts: list[str], folder: Path) -> li
     bundle = importlib.resources.files("itables") / "html"
     html = page.render(
         scale=evidence.scale,
+        page=PAGE,
         runs=found,
         artifacts=[_artifact(evidence, table, folder) for table in tables],
         stands_in=sorted({s.stands_in_for for s in specs if s.stands_in_for}),
@@ -62,11 +67,23 @@ def _environment() -> jinja2.Environment:
 def _grid(frame: pd.DataFrame, mark: str | None = None) -> dict[str, Any]:
     """Columns, and rows of (text, value to sort by, class); empty columns are left out."""
     columns = {name: values for name in frame if not all(map(is_missing, values := frame[name].tolist()))}
+    orders = {name: [v if isinstance(v, float) and v == v else None for v in columns[name]] for name in columns}
+    marks = {name: [str(v).split()[0] if name == mark else "" for v in columns[name]] for name in columns}
+    cells = [list(zip(map(text, columns[name]), orders[name], marks[name], strict=True)) for name in columns]
+    rows = list(zip(*cells, strict=True))
+    return {"columns": list(columns), "rows": rows[:PAGE], "more": _packed(rows[PAGE:])}
+
+
+def _packed(rows: Sequence[Sequence[tuple[str, float | None, str]]]) -> str:
+    """Rows beyond a page's first, as DataTables adds them: JSON, compressed, in base64; empty without any."""
+    if not rows:
+        return ""
+    sorted_by = [any(order is not None for _, order, _ in column) for column in zip(*rows, strict=True)]
     cells = [
-        [(text(v), v if isinstance(v, float) else None, str(v).split()[0] if name == mark else "") for v in values]
-        for name, values in columns.items()
+        [{"display": escape(words), "@data-order": order} if by else escape(words) for (words, order, _), by in pairs]
+        for pairs in (zip(row, sorted_by, strict=True) for row in rows)
     ]
-    return {"columns": list(columns), "rows": list(zip(*cells, strict=True))}
+    return base64.b64encode(gzip.compress(json.dumps(cells).encode(), mtime=0)).decode()
 
 
 def _artifact(evidence: Evidence, table: Table, folder: Path) -> dict[str, Any]:
