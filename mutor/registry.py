@@ -191,7 +191,7 @@ register(
         rows="mutor.results.cost:rows",
         printed="mutor.results.cost:printed",
         about="mutor.results.cost:circumstances",
-        figures=(Figure(draw="mutor.results.figures:costs"),),
+        figures=(Figure(draw="mutor.results.figures_cost:costs"),),
     ),
 )
 register(

@@ -213,13 +213,14 @@ def test_the_figure_has_a_line_a_method(evidence):
     table = evidence.table("decoding")
     drawn = resolve(table.drawing.figures[0].draw)(evidence, table)
     left, right = drawn.axes[-2:]
-    lines = {line.get_label(): line for line in left.get_lines() if not line.get_label().startswith("_")}
+    labels = {line: line.get_label().split(" (n=")[0] for line in left.get_lines()}
+    lines = {label: line for line, label in labels.items() if not label.startswith("_")}
     if not evidence.runs.of(evidence.cells(table)[0].spec):
         assert not lines and "not run" in [text.get_text() for text in left.texts]
         return
     looked_up = lines.pop("next_token, drafts looked up in the text")
     assert looked_up.get_linestyle() == "--" and looked_up.get_color() == "#777777"
-    assert {line.get_linestyle() for line in lines.values()} == {"-"} and len(lines) == 8
+    assert "#777777" not in {line.get_color() for line in lines.values()} and len(lines) == 8
     assert lines["mutor"].get_xydata().tolist() == [[1, 1.5], [2, 2], [3, 2.5]]
     ideal = [line.get_ydata().tolist() for line in right.get_lines() if line.get_marker() == "."]
     by_hand = [(1.5 / 2 + 1.5 / 3) / 2, (2 / 3 + 2 / 4) / 2, (2.5 / 4 + 2.5 / 5) / 2]

@@ -37,15 +37,15 @@ def drawn(tmp_path):
 def test_a_line_for_each_setting_over_k(drawn):
     figure = figures_ahead.ahead(*drawn)
     accuracy, accepted = figure.axes
-    lines = {line.get_label(): line for line in accuracy.lines if not line.get_label().startswith("_")}
+    lines = {line.get_label().split(" (n=")[0]: line for line in accuracy.lines if not line.get_label().startswith("_")}
     assert lines["parallel_mtp"].get_xydata().tolist() == [[k, 10 * k + 1] for k in (1, 2, 3, 4)]
     assert lines["next_token"].get_xydata().tolist() == [[1, 11]] and not len(lines["sequential_mtp"].get_xydata())
     summed = lines["next_token, summed over tokens between"]
     assert (summed.get_linestyle(), summed.get_color()) == ("--", GREY)
-    assert [name for name, line in lines.items() if line.get_color() == GREY] == [summed.get_label()]
+    assert [line for line in lines.values() if line.get_color() == GREY] == [summed]
     looks = [(line.get_color(), line.get_marker()) for line in lines.values()]
     assert len(set(looks)) == len(looks) == 10
-    lines = {line.get_label(): line for line in accepted.lines if not line.get_label().startswith("_")}
+    lines = {line.get_label().split(" (n=")[0]: line for line in accepted.lines if not line.get_label().startswith("_")}
     assert lines["mutor, all offsets"].get_xydata().tolist() == [[k, 10 * k + 1] for k in (2, 3, 4)]
     points = [line.get_xydata().tolist() for line in accepted.lines if line.get_label().startswith("_")]
     assert [[2, 20], [2, 22]] in points

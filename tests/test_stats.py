@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mutor.config.runs import possible
 from mutor.results.stats import (
     Interval,
     Summary,
@@ -15,6 +16,8 @@ from mutor.results.stats import (
     summarise,
     wilson,
 )
+
+ANY = (-np.inf, np.inf)
 
 
 def rng(seed=0):
@@ -212,7 +215,7 @@ def test_summary_by_hand():
     assert (three.ci_low, three.ci_high) == pytest.approx((60 - half, 60 + half), abs=1e-4)
     assert summarise([99.0, 100.0, 100.0]).ci_high == 100.0
     low, high = stats.t.interval(0.95, 4, loc=np.mean([1, 2, 3, 4, 5]), scale=stats.sem([1, 2, 3, 4, 5]))
-    five = summarise([1.0, 2.0, 3.0, 4.0, 5.0], rate=False)
+    five = summarise([1.0, 2.0, 3.0, 4.0, 5.0], possible=ANY)
     assert (five.ci_low, five.ci_high) == pytest.approx((low, high))
 
 
@@ -224,7 +227,7 @@ def test_one_seed_has_an_interval_over_problems():
     assert wilson(p, n) == pytest.approx(((centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)))
     assert one.covers == "problems" and one.n_seeds == 1 and one.mean == 25.0
     assert summarise([25.0], [np.arange(200) < 50], level=0.5).ci_high < one.ci_high
-    assert summarise([]) == Summary(0) and summarise([3.0], rate=False) == summarise([3.0], [None]) == Summary(1, 3.0)
+    assert summarise([]) == Summary(0) and summarise([3.0], possible=ANY) == summarise([3.0], [None]) == Summary(1, 3.0)
 
 
 def test_one_seed_of_graded_scores_has_students_t():
@@ -257,9 +260,13 @@ def test_seeds_and_problems_vary_together():
 
 def test_what_is_no_rate_is_not_cut():
     """A log-likelihood may be below 0, a distance above 100."""
-    below, above = summarise([-2.4, -2.0], rate=False), summarise([140.0, 200.0], rate=False)
+    below, above = summarise([-2.4, -2.0], possible=ANY), summarise([140.0, 200.0], possible=ANY)
     assert below.ci_low < below.ci_high < 0.5 and below.ci_low < -2.4 and above.ci_high > 200
     assert summarise([-2.4, -2.0]).ci_low == 0
+    fids = summarise([140.0, 200.0], possible=possible("score"))
+    assert (fids.ci_low, fids.ci_high) == (0, above.ci_high) and fids.mean == 170
+    assert summarise([0.9, 0.99], possible=possible("fraction")).ci_high == 1
+    assert summarise([-2.4, -2.0], possible=possible("nats")) == below
 
 
 def test_seeds_differ_unless_by_rounding():

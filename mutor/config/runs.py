@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -27,6 +28,11 @@ UNITS = {
     "flops_per_token": "1e6 FLOP",
     "speedup": "times",
 }
+
+
+def possible(unit: str) -> tuple[float, float]:
+    """The range of a metric in this unit: no interval goes beyond. Log-likelihoods, in nats, have any sign."""
+    return {"percent": (0.0, 100.0), "fraction": (0.0, 1.0), "nats": (-math.inf, math.inf)}.get(unit, (0.0, math.inf))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from mutor.checks import choose
 from mutor.config.load import load_table
-from mutor.config.runs import Cell, Spec, cells_of
+from mutor.config.runs import Cell, Spec, cells_of, possible
 from mutor.config.schema import Scale, Table
 from mutor.registry import TASKS, load, resolve
 from mutor.results.published import Published, read_reported
@@ -147,7 +147,7 @@ def run_rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
         values = [checkpoint_metrics(record, cell.checkpoint)[cell.measured] for record in found]
         alike = len(found) == 1 or same_problems(*(record.get("test_data_hash") for record in found))
         scores = [problem_scores(record, cell.checkpoint, cell.measured) for record in found if alike]
-        summary = summarise(values, scores, rate=cell.unit == "percent")
+        summary = summarise(values, scores, possible=possible(cell.unit))
         row = _described(cell)
         task = load(TASKS, cell.spec.dataset.task, "task")
         yield row | {

@@ -272,6 +272,24 @@ def here_and_elsewhere(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[st
     return frame[here], list(dict.fromkeys(names))
 
 
+def summary(frame: pd.DataFrame) -> list[str]:
+    """What came out, in sentences: how many comparisons got which verdict, which claims are decided by all theirs."""
+    here, _ = here_and_elsewhere(frame)
+    counts = here["verdict"].value_counts()
+    if here.empty:
+        return []
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    out = [f"{len(here)} comparisons of {here['claim'].nunique()} claims: {told}."]
+    agreed = {
+        "Came out as claimed": ("reproduced", "same direction"),
+        "The other way": ("contradicted", "opposite direction"),
+    }
+    for words, verdicts in agreed.items():
+        claims = [str(name) for name, own in here.groupby("claim", sort=False) if own["verdict"].isin(verdicts).all()]
+        out.append(f"{words}, wherever compared: {'; '.join(claims) or 'none'}.")
+    return out
+
+
 def markdown(frame: pd.DataFrame, scale: Scale) -> str:
     """The claims that this scale has runs for, then the others by name, and the rule."""
     here, elsewhere = here_and_elsewhere(frame)

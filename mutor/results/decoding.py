@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,5 +52,5 @@ def _flops_ratio(cells: dict[str, dict[Any, Any]], most: int) -> dict[Any, Any]:
     """FLOPs of a token with drafts, times those without, seed by seed."""
     plain, with_drafts = cells["flops_per_token_draft_0"], cells[f"flops_per_token_draft_{most or 1}"]
     values = [a / b for a, b in zip(with_drafts["values"], plain["values"], strict=True)] if most else []
-    summary = summarise(values, rate=False)
+    summary = summarise(values, possible=(0, math.inf))
     return with_drafts | {"values": values, "mean": summary.mean, "std": summary.std, "unit": "times"}

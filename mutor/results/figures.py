@@ -17,14 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from mutor.config.schema import Table
 from mutor.files import write
-from mutor.registry import TASKS, load
+from mutor.registry import METHODS, TASKS, load
 from mutor.results.cells import Evidence, stand_ins
 from mutor.results.numbers import is_missing
 from mutor.results.records import curve
-from mutor.results.render import circumstances
 
 STYLE: Any = {
     "font.size": 9,
@@ -34,9 +34,18 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "figure.dpi": 160,
     "legend.frameon": False,
+    "legend.handlelength": 3,
 }
-# Okabe and Ito's palette, told apart by colour-blind readers
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000"]
+# A method has one colour in all figures, by its place in METHODS: Okabe and Ito's, then Tol's, which colour-blind
+# readers tell apart.
+COLOURS = [
+    "#0072B2", "#E69F00", "#009E73", "#000000", "#AA4499", "#999933", "#882255", "#44AA99", "#777777",
+    "#D55E00", "#CC79A7", "#56B4E9", "#6699CC", "#994455", "#117733", "#B8860B", "#332288", "#88CCEE",
+]  # fmt: skip
+MARKERS = "os^Dv*P"  # of settings of a method
+DASHES = ("-", "--", ":", "-.")
+ROW = 3  # panels side by side
+SOLVED = 95.0  # percent of a test set from which a seed counts as one that solves the task
 
 
 def save(draw: Callable[[Evidence, Table], Figure], evidence: Evidence, table: Table, stem: Path) -> list[Path]:
@@ -52,40 +61,65 @@ def save(draw: Callable[[Evidence, Table], Figure], evidence: Evidence, table: T
     return files
 
 
+def kind(method: str) -> str:
+    """The registered name in a frame's column `method`, which has settings behind it."""
+    return method.split(" (")[0]
+
+
+def colour_of(method: str) -> str:
+    """A method's colour in all figures."""
+    return COLOURS[list(METHODS).index(kind(method)) % len(COLOURS)]
+
+
+def counted(label: str, rows: pd.DataFrame) -> str:
+    """A label with the number of seeds behind it: "mutor (n=3)", "mutor (n=1 to 3)"."""
+    seeds = sorted({int(n) for n in rows["n_seeds"] if n}) or [0]
+    return f"{label} (n={seeds[0]}{f' to {seeds[-1]}' if len(seeds) > 1 else ''})"
+
+
 def solve_rates(evidence: Evidence, table: Table) -> Figure:
-    """One panel a graph: every seed a point, mean and interval a bar, chance a dashed line, published a cross."""
+    """One panel a graph: every seed a point, how many solve it, chance a dashed line, published a cross.
+
+    A seed either learns the task or does not, so that a mean over seeds is no seed's rate: none is drawn.
+    """
     frame = evidence.frame(table)
     frame = frame[frame["metric"] == table.metrics[0]]
     groups = list(dict.fromkeys(frame["train_data"].str.replace(" reversed", "")))
     panels = [frame[frame["train_data"].str.replace(" reversed", "") == group].to_dict("records") for group in groups]
-    labels = list(dict.fromkeys(label.split(", d_max")[0] for label in frame["label"]))
-    colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    size = (1.2 + 4.1 * max(len(groups), 1), 1.3 + 0.38 * max(map(len, panels), default=1))
-    figure, axes = side_by_side(len(groups), size)
+    figure, axes = side_by_side(len(groups), (4.1, 1 + 0.3 * max(map(len, panels), default=1)), 1.2)
     for axis, group, rows in zip(axes, groups, panels, strict=False):
         for y, row in enumerate(rows):
-            _solve_rate(axis, y, row, colour[row["label"].split(", d_max")[0]])
+            _setting(axis, y, row, means=False)
         if rows:
             axis.axvline(rows[0]["chance"], color="#555555", ls="--", lw=1)
             axis.text(rows[0]["chance"], -0.75, " chance 1/n", color="#555555", fontsize=7.5, va="center")
         axis.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -1.05), xlabel="solve rate (%)", title=graph_name(group))
-        axis.set_yticks(range(len(rows)), [f"{r['label']}  (n={r['n_seeds']})" for r in rows])
+        solved = [sum(value >= SOLVED for value in row["values"]) for row in rows]
+        brackets = [f"  ({k} of {r['n_seeds']})" if r["n_seeds"] else "" for r, k in zip(rows, solved, strict=True)]
+        names = [row["label"] + seeds for row, seeds in zip(rows, brackets, strict=True)]
+        axis.set_yticks(range(len(rows)), names)
+    said = f"; in brackets: seeds that solve {SOLVED:.0f}% or more"
     published = "; crosses: published" if frame["reported"].notna().any() else ""
-    figure.suptitle(wrapped(title_of(evidence, table, published), 20 + 45 * len(groups)), fontsize=10)
-    foot(figure, frame, len(groups))
+    figure.suptitle(wrapped(title_of(evidence, table, said + published), 20 + 45 * min(len(groups), ROW)), fontsize=10)
+    foot(figure, frame, min(len(groups), ROW))
     return figure
 
 
-def _solve_rate(axis: Axes, y: int, row: dict[Any, Any], colour: str) -> None:
-    """One setting's line of a panel of solve rates."""
+def _setting(axis: Axes, y: int, row: dict[Any, Any], *, means: bool) -> None:
+    """One setting's line of a panel: every seed a point, and with `means` the mean a bar with its interval."""
     if row["n_seeds"]:
-        mean, values = row["mean"], row["values"]
-        axis.barh(y, mean, color=colour, alpha=0.25, height=0.7)
-        low, high = (mean if is_missing(row[end]) else row[end] for end in ("ci_low", "ci_high"))
-        axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color=colour, capsize=3, lw=1)
+        colour, mean, values = colour_of(row["method"]), row["mean"], row["values"]
+        if means:
+            axis.barh(y, mean, color=colour, alpha=0.25, height=0.7)
+            low, high = (mean if is_missing(row[end]) else row[end] for end in ("ci_low", "ci_high"))
+            axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color=colour, capsize=3, lw=1)
+        else:
+            axis.axhline(y, color=colour, alpha=0.25, lw=1, zorder=0)
         between = min(0.16, 0.6 / len(values))
         spread = [y + between * (i - (len(values) - 1) / 2) for i in range(len(values))]
-        axis.plot(values, spread, "o", color=colour, ms=4, mec="white", mew=0.4, clip_on=False, zorder=3)
+        axis.plot(
+            values, spread, "o", color=colour, ms=4 if means else 5, mec="white", mew=0.4, clip_on=False, zorder=3
+        )
     else:
         where = axis.get_yaxis_transform()
         axis.text(0.01, y, "not run", va="center", color="#777777", style="italic", transform=where)
@@ -98,11 +132,10 @@ def methods(evidence: Evidence, table: Table) -> Figure:
     frame = evidence.frame(table)
     shown = [metric for metric in table.metrics if metric in set(frame["metric"])][:2]
     panels = [frame[frame["metric"] == metric].to_dict("records") for metric in shown]
-    figure, axes = side_by_side(len(shown), (2.2 + 3.6 * len(shown), 1.3 + 0.3 * max(map(len, panels), default=1)))
+    figure, axes = side_by_side(len(shown), (3.6, 1.3 + 0.3 * max(map(len, panels), default=1)), 2.2)
     for axis, metric, rows in zip(axes, shown, panels, strict=False):
-        kinds = list(dict.fromkeys(row["method"] for row in rows))
         for y, row in enumerate(rows):
-            _solve_rate(axis, y, row, COLOURS[kinds.index(row["method"]) % len(COLOURS)])
+            _setting(axis, y, row, means=True)
         unit = rows[0]["unit"]
         axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{metric.replace('_', ' ')} ({unit})")
         axis.set_yticks(range(len(rows)), [f"{r['label']}  (n={r['n_seeds']})" for r in rows])
@@ -130,7 +163,7 @@ def progress(evidence: Evidence, table: Table) -> Figure:
 
 
 def _lines(evidence: Evidence, table: Table, over: str, line: pd.Series) -> Figure:
-    """One panel a training set: mean a line, every seed a point, published dotted.
+    """One panel a training set: mean a line with its interval, every seed a point, published dotted.
 
     A method without the setting (next-token prediction) is a horizontal line; published values are only drawn where
     nothing stands in.
@@ -140,94 +173,38 @@ def _lines(evidence: Evidence, table: Table, over: str, line: pd.Series) -> Figu
     frame = frame[frame["metric"] == metric].copy()
     frame.loc[frame["stands_in_for"] != "", "reported"] = None
     groups, lines = (list(dict.fromkeys(frame[key])) for key in ("data", "line"))
-    figure, axes = side_by_side(len(groups), (0.6 + 3.8 * max(len(groups), 1), 3.1))
+    figure, axes = side_by_side(len(groups), (3.8, 3.1), 0.6)
     for axis, group in zip(axes, groups, strict=False):
-        for name, own in zip(lines, COLOURS, strict=False):
+        for number, name in enumerate(lines):
             rows = frame[(frame["data"] == group) & (frame["line"] == name)]
+            if rows.empty:
+                continue
+            own = colour_of(rows["method"].iloc[0])
             x = pd.to_numeric(rows[over], errors="coerce").fillna(table.x_if_absent).tolist()
             if len(x) == 1 and over == table.sweep_over:
                 for column, style in (("mean", "-"), ("reported", ":")):
                     for value in rows[column].dropna():
                         axis.axhline(value, color=own, ls=style, lw=1.2)
-            axis.plot(x, rows["mean"].astype(float), "-", color=own, label=name, lw=1.4)
+            mean = rows["mean"].astype(float)
+            axis.plot(x, mean, "-", color=own, label=counted(name, rows), lw=1.4)
             axis.plot(x, rows["reported"].astype(float), "x:", color=own, lw=1, ms=5)
+            apart = (number - (len(lines) - 1) / 2) * 0.012 * (max(x) - min(x))  # so that no interval hides another
+            ends = [(mean - rows["ci_low"].astype(float)).fillna(0), (rows["ci_high"].astype(float) - mean).fillna(0)]
+            axis.errorbar(
+                [at + apart for at in x], mean, yerr=ends, fmt="none", color=own, capsize=2, lw=0.9, alpha=0.7
+            )
             for at, values in zip(x, rows["values"], strict=True):
-                axis.plot([at] * len(values), values, "o", color=own, ms=4, mec="white", mew=0.4)
+                axis.plot([at + apart] * len(values), values, "o", color=own, ms=4, mec="white", mew=0.4)
         axis.set(
             title=group,
             xlabel=over.replace("iterations", "training steps"),
             ylabel=f"{metric} ({'%' if unit == 'percent' else unit})",
         )
-    axes[0].legend(fontsize=8)
-    published = "; crosses and dots: published" if frame["reported"].notna().any() else ""
-    figure.suptitle(wrapped(title_of(evidence, table, published), 15 + 45 * len(groups)), fontsize=9)
-    foot(figure, frame, len(groups))
-    return figure
-
-
-def costs(evidence: Evidence, table: Table) -> Figure:
-    """One panel a section: the time of a step, times its reference's; bars, or lines where it is measured over a value.
-
-    The ratio of FLOPs is a dashed line, that of tokens a tick: what a method's tokens alone would cost.
-    """
-    frame = evidence.frame(table)
-    sections = {}
-    for name in dict.fromkeys(frame["benchmark"]):
-        part = frame[frame["benchmark"] == name]
-        about = part.drop_duplicates("train_data").set_index("train_data")[["label", "sweep", "x"]]
-        numbers = part.pivot(index="train_data", columns="metric", values="mean")
-        sections[part["panel"].iloc[0]] = about.join(numbers[["ratio", "token_ratio", "flop_ratio"]].astype(float))
-    lines = all(section["sweep"].any() for section in sections.values())
-    if lines:
-        figure, axes = side_by_side(len(sections), (0.6 + 3.6 * len(sections), 3.3))
-        for axis, (name, section) in zip(axes, sections.items(), strict=True):
-            _cost_lines(axis, name, section)
-        axes[0].set_ylabel("time of a step, times next_token's")
-    else:
-        heights = [len(section) for section in sections.values()]
-        figure, axes = side_by_side(len(sections), (7.2, 0.7 + 0.32 * sum(heights)), heights)
-        for axis, (name, section) in zip(axes, sections.items(), strict=True):
-            _cost_bars(axis, name, section)
-        axes[-1].set_xlabel("time of a step, times next_token's")
-        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    wide = len(sections) if lines else 1
-    figure.suptitle(wrapped(f"{table.title} — scale {evidence.scale.name}", 20 + 40 * wide), fontsize=10)
-    foot(figure, frame, wide, circumstances(evidence, table))
-    return figure
-
-
-def _cost_lines(axis: Axes, name: str, section: pd.DataFrame) -> None:
-    """A section's ratios over the value that it is swept over."""
-    for label, own in zip(dict.fromkeys(section["label"]), COLOURS, strict=False):
-        mine = section[section["label"] == label]
-        x = pd.to_numeric(mine["x"])
-        if x.notna().any():
-            axis.plot(x, mine["ratio"], "o-", color=own, ms=4, lw=1.4, label=label)
-            axis.plot(x, mine["flop_ratio"], "--", color=own, lw=1)
-    axis.axhline(1, color="#555555", lw=0.8)
-    axis.set_title(wrapped(name, 42), fontsize=9)
-    axis.set(xlabel=next(filter(None, section["sweep"])), ylim=(0, None))
-    if section["ratio"].notna().any():
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
         axis.legend(fontsize=7)
-    else:
-        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", fontsize=7.5)
-
-
-def _cost_bars(axis: Axes, name: str, section: pd.DataFrame) -> None:
-    """A section's ratios, a bar a case."""
-    y = range(len(section))
-    axis.barh(y, section["ratio"].fillna(0), color=COLOURS[0], alpha=0.35, height=0.65)
-    axis.plot(section["token_ratio"], y, "|", color="black", ms=12, mew=1.6, label="tokens alone")
-    axis.plot(section["flop_ratio"], y, "x", color=COLOURS[5], ms=6, label="FLOPs alone")
-    for at, ratio in zip(y, section["ratio"], strict=True):
-        axis.text(0.02, at, "not measured" if is_missing(ratio) else f"{ratio:.2f}", va="center", fontsize=7.5)
-    axis.set_yticks(y, list(section.index))
-    axis.invert_yaxis()
-    widest = section[["ratio", "token_ratio", "flop_ratio"]].max().dropna()
-    axis.set_xlim(0, 1.05 * max([1.0, *widest]))
-    axis.set_title(wrapped(name, 64), loc="left", fontsize=9)
+    published = "; crosses and dots: published" if frame["reported"].notna().any() else ""
+    figure.suptitle(wrapped(title_of(evidence, table, published), 15 + 45 * min(len(groups), ROW)), fontsize=9)
+    foot(figure, frame, min(len(groups), ROW))
+    return figure
 
 
 def samples(evidence: Evidence, table: Table) -> Figure:
@@ -240,7 +217,7 @@ def samples(evidence: Evidence, table: Table) -> Figure:
         files = sorted((evidence.runs.runs / path).glob("seed*/samples-last.png"))
         if files:
             found[label] = files[0]
-    figure, axes = side_by_side(len(found), (3.2 * max(len(found), 1), 3.7))
+    figure, axes = side_by_side(len(found), (3.2, 3.7))
     for axis in axes:
         axis.axis("off")
     for axis, (label, file) in zip(axes, found.items(), strict=False):
@@ -249,24 +226,26 @@ def samples(evidence: Evidence, table: Table) -> Figure:
     if not found:
         axes[0].text(0.5, 0.5, "no pictures in the folder of runs", ha="center", color="#777777")
     title = title_of(evidence, table, "; samples of the last models")
-    figure.suptitle(wrapped(title, 45 * max(len(found), 1)), fontsize=9)
-    foot(figure, frame, len(found))
+    figure.suptitle(wrapped(title, 45 * min(max(len(found), 1), ROW)), fontsize=9)
+    foot(figure, frame, min(len(found), ROW))
     return figure
 
 
 def curves(evidence: Evidence, table: Table) -> Figure:
-    """Learning curves: a row a graph; validation solve rate, next-token loss and auxiliary losses over steps."""
+    """Learning curves: a row a graph; validation solve rate, next-token loss and auxiliary losses over steps.
+
+    Auxiliary losses differ by their dashes; each panel of them says which are which.
+    """
     chosen = {c.spec.path: c for c in evidence.cells(table) if not c.row.control}
     groups = list(dict.fromkeys(c.spec.data for c in chosen.values()))
-    labels = list(dict.fromkeys(c.row.label or c.row.method for c in chosen.values()))
     height = 0.6 + 2.5 * max(len(groups), 1)
     figure, axes = plt.subplots(max(len(groups), 1), 3, figsize=(11, height), squeeze=False, layout="constrained")
     for row, group in zip(axes, groups, strict=False):
         own = [c for c in chosen.values() if c.spec.data == group]
         for cell in own:
             label = cell.row.label or cell.row.method
-            colour = COLOURS[labels.index(label) % len(COLOURS)]
-            _draw_curves(row, [curve(record) for record in evidence.runs.of(cell.spec)], colour, label)
+            _draw_curves(row, [curve(record) for record in evidence.runs.of(cell.spec)], cell.row.method, label)
+        _dashes(row[2])
         names = ("solve rate (%, validation)", "next-token loss (nats)", "auxiliary losses (nats)")
         for axis, name in zip(row, names, strict=True):
             axis.set(xlabel="step", ylabel=name)
@@ -285,8 +264,9 @@ def curves(evidence: Evidence, table: Table) -> Figure:
     return figure
 
 
-def _draw_curves(axes: Sequence[Axes], runs: list[list[dict[str, float]]], colour: str, label: str) -> None:
+def _draw_curves(axes: Sequence[Axes], runs: list[list[dict[str, float]]], method: str, label: str) -> None:
     """The learning curves of a setting's seeds."""
+    colour = colour_of(method)
     if not runs:
         return
     known = {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch", "step", "next_token"}
@@ -297,8 +277,18 @@ def _draw_curves(axes: Sequence[Axes], runs: list[list[dict[str, float]]], colou
     axes[0].plot(*broken_line(points("eval_solve_rate")), color=colour, lw=1.2, marker=".", ms=4, label=label)
     axes[1].plot(*broken_line(points("next_token")), color=colour, lw=0.9)
     others = {key for curve in runs for e in curve if "next_token" in e for key in e}
-    for style, key in zip(("-", "--", ":", "-."), sorted(others - known), strict=False):
-        axes[2].plot(*broken_line(points(key)), color=colour, lw=0.9, ls=style)
+    for number, key in enumerate(sorted(others - known)):
+        axes[2].plot(*broken_line(points(key)), color=colour, lw=0.9, ls=DASHES[number % len(DASHES)], label=key)
+
+
+def _dashes(axis: Axes) -> None:
+    """A legend of what is drawn with which dashes, of all methods together."""
+    names: dict[Any, dict[str, None]] = {}
+    for line in axis.lines:
+        names.setdefault(line.get_linestyle(), {})[str(line.get_label())] = None
+    handles = [Line2D([], [], color="#555555", ls=style, lw=0.9, label=", ".join(of)) for style, of in names.items()]
+    if handles:
+        axis.legend(handles=handles, fontsize=6.5)
 
 
 def broken_line(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
@@ -307,14 +297,15 @@ def broken_line(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[flo
     return [x for x, _ in broken], [y for _, y in broken]
 
 
-def side_by_side(
-    count: int, size: tuple[float, float], heights: Sequence[int] | None = None
-) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of `count` panels, one at the least: side by side, or with `heights` one below the other."""
-    shape = (1, max(count, 1)) if heights is None else (max(count, 1), 1)
-    ratios = None if heights is None else list(heights)
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained", height_ratios=ratios)
-    return figure, list(axes.flat)
+def side_by_side(count: int, panel: tuple[float, float], margin: float = 0.0) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of `count` panels of this size in inches, one at the least, at most ROW side by side."""
+    wide = min(max(count, 1), ROW)
+    high = math.ceil(max(count, 1) / wide)
+    size = (margin + panel[0] * wide, panel[1] * high)
+    figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[max(count, 1) :]:
+        axis.remove()
+    return figure, list(axes.flat[: max(count, 1)])
 
 
 def title_of(evidence: Evidence, table: Table, more: str) -> str:

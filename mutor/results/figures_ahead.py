@@ -15,17 +15,29 @@ from mutor.mtp.method import Method
 from mutor.registry import METHODS, load
 from mutor.results.cells import Evidence
 from mutor.results.decoding import drafts
-from mutor.results.figures import COLOURS, broken_line, foot, side_by_side, title_of, wrapped
+from mutor.results.figures import (
+    DASHES,
+    MARKERS,
+    ROW,
+    broken_line,
+    colour_of,
+    counted,
+    foot,
+    kind,
+    side_by_side,
+    title_of,
+    wrapped,
+)
 from mutor.results.records import curve
 
 
 def ahead(evidence: Evidence, table: Table) -> Figure:
-    """Accuracy, and drafts that are the model's own, over how far ahead: mean a line, every seed a point.
+    """Accuracy, and drafts that are the model's own, over how far ahead: mean a line, its interval, every seed a point.
 
     What is not trained is dashed and grey.
     """
     frame = evidence.frame(table)
-    figure, axes = side_by_side(2, (10.5, 4.2))
+    figure, axes = side_by_side(2, (4, 4.2), 2.5)
     shown = {"accuracy": "accuracy of x_(t+k) (%)", "accepted": "drafts of x_(t+2) .. x_(t+k) all its own (%)"}
     looks = _looks(frame)
     for axis, (name, words) in zip(axes, shown.items(), strict=True):
@@ -33,7 +45,13 @@ def ahead(evidence: Evidence, table: Table) -> Figure:
         far = rows["metric"].str.rpartition("_")[2].astype(int)
         for label, look in looks.items():
             mine = rows[(rows["label"] == label) & (rows["n_seeds"] > 0)]
-            axis.plot(far[mine.index], mine["mean"].astype(float), ms=5, lw=1.3, label=label, **look)
+            mean = mine["mean"].astype(float)
+            named = counted(label, mine) if len(mine) else label
+            axis.plot(far[mine.index], mean, ms=5, lw=1.3, label=named, **look)
+            ends = [(mean - mine["ci_low"].astype(float)).fillna(0), (mine["ci_high"].astype(float) - mean).fillna(0)]
+            axis.errorbar(
+                far[mine.index], mean, yerr=ends, fmt="none", color=look["color"], capsize=2, lw=0.8, alpha=0.6
+            )
             for k, values in zip(far[mine.index], mine["values"], strict=True):
                 axis.plot([k] * len(values), values, ".", color=look["color"], ms=3, alpha=0.7)
         axis.update_datalim([(2, 0), (2, 1)])  # so that there is room above the highest
@@ -50,7 +68,7 @@ def ahead_curves(evidence: Evidence, table: Table) -> Figure:
     """The same while models are trained, on validation texts: a panel for each draft, a line a seed."""
     frame = evidence.frame(table)
     names = sorted({name for name in frame["metric"] if name.startswith("accepted_ahead_")})
-    figure, axes = side_by_side(len(names), (2.6 + 3.2 * len(names), 3.4))
+    figure, axes = side_by_side(len(names), (3.2, 3.4), 2.6)
     looks = _looks(frame)
     cells = {frame["label"].iloc[number]: cell for number, cell in enumerate(evidence.cells(table))}
     curves = {label: [curve(record) for record in evidence.runs.of(cell.spec)] for label, cell in cells.items()}
@@ -66,24 +84,25 @@ def ahead_curves(evidence: Evidence, table: Table) -> Figure:
     handles = {line.get_label(): line for axis in axes for line in axis.get_legend_handles_labels()[0]}
     if handles:
         figure.legend(handles=list(handles.values()), fontsize=7, loc="outside right center")
-    figure.suptitle(wrapped(title_of(evidence, table, "; while training"), 30 + 40 * len(names)), fontsize=10)
-    foot(figure, frame, len(names))
+    figure.suptitle(wrapped(title_of(evidence, table, "; while training"), 30 + 40 * min(len(names), ROW)), fontsize=10)
+    foot(figure, frame, min(len(names), ROW))
     return figure
 
 
 def _looks(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """How each setting is drawn, by label: a colour a method, a marker a setting of it; untrained grey and dashed."""
     rows = frame.drop_duplicates("label").to_dict("records")
-    kinds = list(dict.fromkeys(row["method"].split(" (")[0] for row in rows if row["iterations"] != 0))
-    seen, looks = dict.fromkeys(kinds, 0), {}
+    trained = {kind(row["method"]) for row in rows if row["iterations"] != 0}
+    seen, looks = dict.fromkeys(trained, 0), {}
     for row in rows:
-        kind = row["method"].split(" (")[0]
-        if kind not in seen:
+        method = kind(row["method"])
+        if method not in seen:
             looks[row["label"]] = {"color": "#777777", "ls": "--", "marker": "x"}
             continue
-        colour = COLOURS[kinds.index(kind) % len(COLOURS)]
-        looks[row["label"]] = {"color": colour, "ls": "-", "marker": "os^Dv*P"[seen[kind] % 7]}
-        seen[kind] += 1
+        number = seen[method]
+        style = DASHES[number // 2 % len(DASHES)]  # so that a method's settings differ in more than their markers
+        looks[row["label"]] = {"color": colour_of(method), "ls": style, "marker": MARKERS[number % len(MARKERS)]}
+        seen[method] += 1
     return looks
 
 
@@ -101,7 +120,7 @@ def decoding(evidence: Evidence, table: Table) -> Figure:
     for axes, group in zip(grid, groups, strict=False):
         for label, rows in frame[frame["data"] == group].groupby("label", sort=False):
             grey = {"color": "#777777", "ls": "--"} if rows["looked_up"].all() else {}
-            _draft_lines(axes, rows, str(label), looks[str(label)] | grey)
+            _draft_lines(axes, rows, counted(str(label), rows), looks[str(label)] | grey)
         axes[1].axhline(1, color="#555555", lw=0.8)
         for axis, name in zip(axes, ("tokens a verifying pass", "speed-up (dashed: by FLOPs)"), strict=True):
             axis.set(xlabel="drafts a pass", ylabel=name)

@@ -22,13 +22,17 @@ class Summary:
 
 
 def summarise(
-    values: Sequence[float], scores: Sequence[np.ndarray | None] = (), *, rate: bool = True, level: float = 0.95
+    values: Sequence[float],
+    scores: Sequence[np.ndarray | None] = (),
+    *,
+    possible: tuple[float, float] = (0, 100),
+    level: float = 0.95,
 ) -> Summary:
     """Summary of one metric over seeds.
 
-    values: one a seed, in percent if `rate`; scores: of each seed the scores [N] of the same problems, 0 to 1, where
-    they are kept. With scores the interval is `interval`'s, without `over_seeds`', cut to 0..100 for rates; none where
-    nothing tells how the values would vary.
+    values: one a seed. scores: of each seed the scores [N] of the same problems, 0 to 1, where they are kept: a value
+    is 100 times their mean. With scores the interval is `interval`'s, without `over_seeds`', cut to what is `possible`;
+    none where nothing tells how the values would vary.
     """
     n = len(values)
     if n == 0:
@@ -42,7 +46,7 @@ def summarise(
     varying = over_seeds(values, level=level)
     if varying is None:
         return Summary(n, mean, std)
-    low, high = (max(varying.low, 0.0), min(varying.high, 100.0)) if rate else (varying.low, varying.high)
+    low, high = max(varying.low, possible[0]), min(varying.high, possible[1])
     return Summary(n, mean, std, low, high, varying.covers)
 
 
