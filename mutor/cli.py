@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     what = command("methods", methods, "every method with its settings, what it adds, what answers, its source")
     what.add_argument("name", nargs="*", help="some of them (default: all)")
 
-    command("readme", readme, "write README.md's results from results/reference")
+    command("readme", readme, "write README.md's results from results/reference, and results/README.md")
     command("stale", stale, "list results older than the code they depend on")
     command("cleanup", cleanup, "delete a scale's checkpoints and models; metrics stay")
     return parser
@@ -187,11 +187,13 @@ def compare(args: argparse.Namespace, root: Path, project: Project) -> None:
 
 
 def readme(args: argparse.Namespace, root: Path, project: Project) -> None:
-    """Write the README's results."""
+    """Write the README's results, and what the columns of results are."""
+    from mutor.results.readme import dictionary
     from mutor.results.readme import readme as written
 
     file = root / "README.md"
     write_text(file, written(root, file.read_text()))
+    write_text(root / "results/README.md", dictionary())
 
 
 def stale(args: argparse.Namespace, root: Path, project: Project) -> None:

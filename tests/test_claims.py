@@ -145,7 +145,7 @@ def test_published_effects_stand_beside(tmp_path):
     frame = judged("paper", tmp_path)
     assert frame["verdict"].isin(["not run", "not at this scale"]).all()
     table1 = frame[(frame["table"] == "table1") & (frame["theirs"] == "next_token") & (frame["direction"] == "above")]
-    gains = {(r["model"], r["train_data"]): round(r["published"], 2) for _, r in table1.iterrows()}
+    gains = {(r["role"], r["train_data"]): round(r["published"], 2) for _, r in table1.iterrows()}
     assert gains["gemma-2b", "gsm8k"] == 3.23 and gains["gemma-2b", "2m-gsm"] == 1.54
     assert gains["llama-3-8b", "1m-math"] == 2.0
     longer = frame[(frame["table"] == "table13") & frame["theirs"].str.contains("1.667 times")]

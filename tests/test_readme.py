@@ -13,9 +13,11 @@ import yaml
 from mutor.cli import _parser
 from mutor.config.load import load_scale, scale_names, table_names
 from mutor.config.runs import make_spec
-from mutor.results.cells import Evidence
+from mutor.results.cells import COLUMNS, Evidence
+from mutor.results.claims import COLUMNS as CLAIM_COLUMNS
 from mutor.results.claims import load_claims
-from mutor.results.readme import FIGURES, README_MARKS, readme
+from mutor.results.drawings import RUN_COLUMNS
+from mutor.results.readme import FIGURES, README_MARKS, dictionary, readme
 from mutor.results.records import Records
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,41 @@ def test_readme_shows_the_reference():
     assert all(f"(results/reference/laptop/{name}.png)" in RESULTS for name in FIGURES) and len(FIGURES) == 3
     with pytest.raises(ValueError, match="needs the lines"):
         readme(ROOT, "nothing")
+
+
+def test_results_readme_names_every_column():
+    """`python -m mutor readme` writes it; of each .csv of the reference, the columns as they stand there."""
+    assert dictionary() == (ROOT / "results/README.md").read_text()
+    kinds = {"claims": CLAIM_COLUMNS, "runs": RUN_COLUMNS}
+    for file in REFERENCE.glob("*.csv"):
+        columns = pd.read_csv(file, nrows=0).columns
+        if file.stem == "runs":
+            assert [*columns[:4]] == ["scale", "role", "model", "method"] and len(columns) > 200
+        else:
+            assert [*columns] == [*kinds.get(file.stem, COLUMNS)], file.name
+
+
+def test_analyses_of_the_results_readme_run(capsys, monkeypatch):
+    """Each block alone; the join of ours with the published values finds every method of table 1."""
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "results/README.md").read_text(), re.S)
+    shown = []
+    for block in blocks:
+        exec(block, {})
+        shown.append(capsys.readouterr().out)
+    assert len(shown) == 3 and re.search(r"gemma-4x128 +mutor +-\d", shown[0])
+    assert len(shown[1].splitlines()) - 1 == len(pd.read_csv(REFERENCE / "table1.csv").query("reported.notna()"))
+    assert "gsm8k/gemma-4x128/mutor" in shown[2]
+
+
+def test_runs_csv_has_its_columns_in_order_and_none_empty(tmp_path):
+    frame = pd.read_csv(REFERENCE / "runs.csv", low_memory=False)
+    assert not frame.isna().all().any()
+    steps = [c for c in frame if re.fullmatch(r"last\.accuracy_at_\d+", c)]
+    assert steps == sorted(steps, key=lambda c: int(c.rpartition("_")[2])) and len(steps) > 10
+    table = pd.read_csv(REFERENCE / "table1.csv")
+    for column in ("role", "model", "method", "train_data"):
+        assert set(table[column]) <= set(frame[column])
 
 
 def test_headline_claims_are_shown_whole():

@@ -96,7 +96,7 @@ def built(tmp_path):
 
 def test_cells_equal_numbers_worked_by_hand(built):
     frame = pd.read_csv(built[0] / "out/figure4.csv")
-    assert list(frame.columns) == COLUMNS
+    assert list(frame.columns) == [*COLUMNS]
     cells = frame[(frame["metric"] == "solve_rate") & ~frame["train_data"].str.contains("reversed")].set_index("method")
     assert cells.loc["next_token", ["n_seeds", "mean"]].tolist() == [2, 50.0]
     assert cells.loc["next_token", "std"] == pytest.approx(2.828427, abs=1e-5)
@@ -178,20 +178,20 @@ def test_published_value_is_equal_in_all_that_both_state():
         ("gemma-2b", "mutor", "4", "10", "3"), ("gemma-2b", "next_token", "", "5", "4"),
         ("llama-3-8b", "mutor", "", "5", "5"),
     ]  # fmt: skip
-    frame = pd.DataFrame(rows, columns=["model", "method", "d_max", "epochs", "value"]).assign(artifact="table4")
+    frame = pd.DataFrame(rows, columns=["role", "method", "d_max", "epochs", "value"]).assign(artifact="table4")
     published = Published(frame, table)
 
     def beside(model, method, d_max, budget_factor=1.0):
-        return published.beside({"model": [model], "method": [method], "d_max": [d_max]}, budget_factor)
+        return published.beside({"role": [model], "method": [method], "d_max": [d_max]}, budget_factor)
 
     assert beside("gemma-2b", "mutor", "2") == 1 and beside("gemma-2b", "mutor", "4") == 2
     assert beside("gemma-2b", "mutor", "4", budget_factor=2) == 3 and beside("gemma-2b", "mutor", "2", 2) is None
     assert beside("gemma-2b", "mutor", "6") is None and beside("gemma-2b", "next_token", "") == 4
     assert beside("llama-3-8b", "mutor", "2") == 5  # the source states no d_max
     assert beside("llama-3-8b", "next_token", "") is beside("gemma-2b", "lora", "2") is None
-    assert published.beside({"model": ["gemma-2b"], "method": ["mutor"]}) == 1  # a cell that states no d_max
-    elsewhere = Published(frame.assign(model="decoder-8x384"), table)  # a reference on a model of its own
-    assert elsewhere.beside({"model": ["gemma-2b"], "method": ["next_token"], "d_max": [""]}) == 4
+    assert published.beside({"role": ["gemma-2b"], "method": ["mutor"]}) == 1  # a cell that states no d_max
+    elsewhere = Published(frame.assign(role="decoder-8x384"), table)  # a reference on a model of its own
+    assert elsewhere.beside({"role": ["gemma-2b"], "method": ["next_token"], "d_max": [""]}) == 4
 
 
 def test_nothing_is_subtracted_where_something_stands_in():
@@ -210,8 +210,9 @@ def test_published_values_stand_beside_their_cells(tmp_path):
     assert cells["star_graph n=5 l=3 labels=30", "sequential_mtp", 2] == 100
     assert cells["star_graph n=2 l=10 labels=100", "parallel_mtp", 9] == 66.2
     rest = frame.groupby(["train_data", "method"])["reported"].first()
+    longer = frame[frame["settings"].str.contains("horizon=5", na=False)].groupby("train_data")["reported"].first()
     assert rest["star_graph n=5 l=5 labels=30", "token_order"] == 100
-    assert rest["star_graph n=7 l=7 labels=100", "next_latent (horizon=5)"] == 94.3
+    assert longer["star_graph n=7 l=7 labels=100"] == 94.3
     assert rest["star_graph n=5 l=5 labels=100", "next_token"] == 18.6
     assert (
         frame[(frame["method"] == "next_token") & frame["train_data"].str.contains("n=5 l=5")]["reported"].iloc[0]

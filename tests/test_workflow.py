@@ -170,7 +170,7 @@ def test_seeds_given_to_the_workflow_reach_its_commands(checkout, snakemake):
 
 def test_smoke_scale_runs_from_data_to_figure(smoke):
     frame = pd.read_csv(smoke / "results/figure4.csv")
-    assert list(frame.columns) == COLUMNS
+    assert list(frame.columns) == [*COLUMNS]
     assert (frame["n_seeds"] == 2).all() and frame["mean"].between(0, 100).all()
     assert (frame["ci_low"] <= frame["mean"]).all() and (frame["mean"] <= frame["ci_high"]).all()
     assert frame["stands_in_for"].str.contains("gpt2-large").all()
@@ -188,7 +188,7 @@ def test_smoke_scale_runs_from_data_to_figure(smoke):
 
 def test_smoke_scale_runs_from_text_to_table(smoke):
     frame = pd.read_csv(smoke / "results/table1.csv")
-    assert list(frame.columns) == COLUMNS and list(frame["method"]) == ["next_token", "parallel_mtp", "mutor"]
+    assert list(frame.columns) == [*COLUMNS] and list(frame["method"]) == ["next_token", "parallel_mtp", "mutor"]
     assert (frame["n_seeds"] == 2).all() and frame["mean"].between(0, 100).all() and frame["epochs"].eq(2).all()
     assert frame["reported"].tolist() == [38.87, 40.66, 42.1] and frame["reported_difference"].isna().all()
     runs = pd.read_csv(smoke / "results/runs.csv")
@@ -203,7 +203,7 @@ def test_smoke_scale_runs_from_text_to_table(smoke):
 def test_smoke_scale_runs_from_images_to_table(smoke):
     """Three methods at three shares of the training, one tokenizer for all, pictures beside the records."""
     frame = pd.read_csv(smoke / "results/table7.csv")
-    assert list(frame.columns) == COLUMNS and len(frame) == 3 * 3 * 4 and (frame["n_seeds"] == 2).all()
+    assert list(frame.columns) == [*COLUMNS] and len(frame) == 3 * 3 * 4 and (frame["n_seeds"] == 2).all()
     assert sorted(frame["iterations"].unique()) == [5, 10, 18]
     assert set(frame["metric"]) == {"classifier_fid", "classifier_score", "precision", "recall"}  # no plain FID
     assert frame["reported"].isna().all()  # published are Inception's values, not these
@@ -352,4 +352,4 @@ def test_a_users_own_model_and_data(tmp_path, snakemake):
     frame = pd.read_csv(folder / "results/own.csv")
     methods = {"next_token", "parallel_mtp", "sequential_mtp", "mutor", "lora_next_token", "lora_mutor"}
     assert set(frame["method"]) == methods and (frame["n_seeds"] == 1).all() and frame["mean"].between(0, 100).all()
-    assert set(frame["train_data"]) == {"train"} and list(frame.columns) == COLUMNS
+    assert set(frame["train_data"]) == {"train"} and list(frame.columns) == [*COLUMNS]

@@ -17,7 +17,7 @@ import pandas as pd
 
 from mutor.checks import choose
 from mutor.config.load import load_table
-from mutor.config.runs import Cell, Spec, cells_of, possible
+from mutor.config.runs import Cell, Spec, cells_of, possible, settings_name
 from mutor.config.schema import Scale, Table
 from mutor.registry import TASKS, load, resolve
 from mutor.results.published import Published, read_reported
@@ -26,39 +26,40 @@ from mutor.results.stats import summarise
 from mutor.tasks.corpora import CORPORA
 
 T = TypeVar("T")
-COLUMNS = [
-    "artifact",
-    "scale",
-    "role",
-    "model",
-    "method",
-    "train_data",
-    "benchmark",
-    "metric",
-    "unit",
-    "d_max",
-    "a",
-    "registers",
-    "placement",
-    "iterations",
-    "epochs",
-    "register_embedding",
-    "added_params",
-    "n_seeds",
-    "mean",
-    "std",
-    "ci_low",
-    "ci_high",
-    "reported",
-    "reported_difference",
-    "stands_in_for",
-]
+COLUMNS = {  # of every table's .csv, and what they say
+    "artifact": "the table or figure",
+    "scale": "the scale, a file of config/scales",
+    "role": "the published model whose place is taken, as in config/reported.csv",
+    "model": "the model that ran",
+    "method": "the training method, a name of `python -m mutor methods`",
+    "train_data": "what it was trained on",
+    "benchmark": "what it was scored on",
+    "metric": "what was measured; a name with a checkpoint's name before it is of that checkpoint",
+    "unit": "of the numbers",
+    "d_max": "furthest offset that is trained",
+    "a": "weight of the auxiliary loss",
+    "registers": "registers a sequence, where that is set",
+    "placement": "where registers stand",
+    "iterations": "training steps after which it was scored, where a table has several",
+    "epochs": "passes over the training data",
+    "register_embedding": "one vector for all offsets, or one each",
+    "added_params": "parameters that the method adds in training",
+    "n_seeds": "seeded runs behind the number; 0: not run",
+    "mean": "over seeds",
+    "std": "sample standard deviation over seeds",
+    "ci_low": "lower end of the 95% interval, for other seeds and other problems",
+    "ci_high": "its upper end",
+    "reported": "the published value",
+    "reported_difference": "mean - reported, where nothing stands in for the published model or data",
+    "stands_in_for": "what stands in for which published model and data; empty: nothing",
+    "settings": "all settings of the method that are not its defaults, key=value",
+}
 PUBLISHED_SETTINGS = ("d_max", "a", "registers", "placement", "register_embedding")
 NUMBERS = ("mean", "std", "ci_low", "ci_high", "reported", "reported_difference", "chance")
-# for drawing, not in the .csv: name in figures, with and without the steps; every seed's number; what ran, for which
-# role; the training data, as a stand-in where they have the published name; of cost tables, a section with what ran for
-# it, what is swept over and its value
-FOR_DRAWING = ["label", "line", "values", "chance", "ran", "data", "panel", "sweep", "x"]
+# for drawing, not in the .csv: name in figures, with and without the steps; the method with the settings that no column
+# has; every seed's number; what ran, for which role; the training data, as a stand-in where they have the published
+# name; of cost tables, a section with what ran for it, what is swept over and its value
+FOR_DRAWING = ["label", "line", "kind", "values", "chance", "ran", "data", "panel", "sweep", "x"]
 
 
 class Evidence:
@@ -184,7 +185,7 @@ def _published(published: Published, cell: Cell, train_data: str) -> float | Non
     if spec.dataset.metrics:
         return None
     stated: dict[str, list[str]] = {
-        "model": [spec.model_config.role],
+        "role": [spec.model_config.role],
         "method": [spec.method],
         "train_data": [train_data, str(cell.row.train_data)],
         "metric": [cell.metric],
@@ -209,7 +210,9 @@ def _described(cell: Cell) -> dict[str, Any]:
     return {
         "role": spec.model_config.role,
         "model": spec.model,
-        "method": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""),
+        "method": spec.method,
+        "kind": spec.method + (f" ({_extra(spec)})" if _extra(spec) else ""),
+        "settings": settings_name(spec.settings) if spec.settings else "",
         "train_data": data,
         "benchmark": task.scored_on(spec.task_config),
         "metric": cell.measured,

@@ -25,28 +25,29 @@ from mutor.results.records import checkpoint_metrics, problem_scores
 from mutor.results.render import grid
 from mutor.results.verdicts import RULE, Compared, Scored, compare, least_favourable
 
-COLUMNS = [
-    "claim",
-    "source",
-    "scale",
-    "table",
-    "model",
-    "train_data",
-    "metric",
-    "ours",
-    "theirs",
-    "direction",
-    "margin",
-    "published",
-    "measured",
-    "ci_low",
-    "ci_high",
-    "covers",
-    "n_seeds",
-    "verdict",
-    "to_decide",
-    "stands_in_for",
-]
+COLUMNS = {  # of claims.csv, and what they say
+    "claim": "in words",
+    "source": "where it is said",
+    "scale": "the scale, a file of config/scales",
+    "table": "the table or figure that the claim is about",
+    "role": "the published model",
+    "model": "the model that ran",
+    "train_data": "what it was trained on",
+    "metric": "what is compared",
+    "ours": "one side of the comparison",
+    "theirs": "the other side",
+    "direction": "what is claimed of ours - theirs",
+    "margin": "how far off still counts",
+    "published": "ours - theirs as published",
+    "measured": "ours - theirs as measured",
+    "ci_low": "lower end of its 95% interval",
+    "ci_high": "its upper end",
+    "covers": "what the interval accounts for; problems alone decide nothing",
+    "n_seeds": "seeds on both sides",
+    "verdict": "by the rule in claims.md",
+    "to_decide": "what would decide it",
+    "stands_in_for": "what stands in for which published model and data",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,8 @@ def _rows(evidence: Evidence, claim: Claim, pairs: list[Pair]) -> list[dict[str,
         "source": claim.source,
         "scale": evidence.scale.name,
         "table": claim.table,
-        "model": claim.model,
+        "role": claim.model,
+        "model": "",
         "train_data": claim.train_data,
         "metric": claim.metric,
         "ours": _named(claim.ours),
@@ -235,7 +237,7 @@ def collect_claims(evidence: Evidence, folder: Path) -> list[Path]:
     """Write claims.csv and claims.md."""
     frame = claim_frame(evidence)
     files = [folder / "claims.csv", folder / "claims.md"]
-    write_text(files[0], frame[COLUMNS].to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    write_text(files[0], frame[[*COLUMNS]].to_csv(index=False, lineterminator="\n", float_format="%.6g"))
     write_text(files[1], markdown(frame, evidence.scale))
     return files
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mutor.config.cost_cases import Case, CostScaling, cases_of, settings_of
+from mutor.config.runs import settings_name
 from mutor.config.schema import Table
 from mutor.files import read_json
 from mutor.results.cells import what_ran
@@ -88,7 +89,7 @@ def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
         row = _described(case, scaling)
         for metric in table.metrics:
             mean, std = values.get(metric, (None, None))
-            same = {"model": [case.model], "variant": [case.published], "metric": [metric]}
+            same = {"role": [case.model], "variant": [case.published], "metric": [metric]}
             yield row | {
                 "metric": metric,
                 "unit": UNITS[metric],
@@ -115,6 +116,7 @@ def _described(case: Case, scaling: CostScaling) -> dict[str, Any]:
         "a": settings.get("a", ""),
         "registers": settings.get("registers", ""),
         "placement": settings.get("placement", "all") if case.method == "mutor" else "",
+        "settings": settings_name(settings) if settings else "",
         "stands_in_for": "" if model == case.model else f"{case.model} (here {model}, random weights)",
         "label": case.label,
         "ran": what_ran(model, case.model),

@@ -61,14 +61,9 @@ def save(draw: Callable[[Evidence, Table], Figure], evidence: Evidence, table: T
     return files
 
 
-def kind(method: str) -> str:
-    """The registered name in a frame's column `method`, which has settings behind it."""
-    return method.split(" (")[0]
-
-
 def colour_of(method: str) -> str:
     """A method's colour in all figures."""
-    return COLOURS[list(METHODS).index(kind(method)) % len(COLOURS)]
+    return COLOURS[list(METHODS).index(method) % len(COLOURS)]
 
 
 def counted(label: str, rows: pd.DataFrame) -> str:
@@ -153,7 +148,7 @@ def methods(evidence: Evidence, table: Table) -> Figure:
 def sweep(evidence: Evidence, table: Table) -> Figure:
     """The first metric over the table's setting, a line a method."""
     frame = evidence.frame(table)
-    return _lines(evidence, table, str(table.sweep_over), frame["method"])
+    return _lines(evidence, table, str(table.sweep_over), frame["kind"])
 
 
 def progress(evidence: Evidence, table: Table) -> Figure:

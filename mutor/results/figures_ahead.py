@@ -23,7 +23,6 @@ from mutor.results.figures import (
     colour_of,
     counted,
     foot,
-    kind,
     side_by_side,
     title_of,
     wrapped,
@@ -92,10 +91,10 @@ def ahead_curves(evidence: Evidence, table: Table) -> Figure:
 def _looks(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """How each setting is drawn, by label: a colour a method, a marker a setting of it; untrained grey and dashed."""
     rows = frame.drop_duplicates("label").to_dict("records")
-    trained = {kind(row["method"]) for row in rows if row["iterations"] != 0}
+    trained = {row["method"] for row in rows if row["iterations"] != 0}
     seen, looks = dict.fromkeys(trained, 0), {}
     for row in rows:
-        method = kind(row["method"])
+        method = row["method"]
         if method not in seen:
             looks[row["label"]] = {"color": "#777777", "ls": "--", "marker": "x"}
             continue

@@ -68,7 +68,7 @@ def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
                 "unit": unit,
                 "mean": value,
                 "reported": evidence.published(table).beside(
-                    {"model": [role], "metric": [metric], "variant": [variant]}
+                    {"role": [role], "metric": [metric], "variant": [variant]}
                 ),
                 "label": label,
             }

@@ -13,11 +13,11 @@ from mutor.config.schema import Table
 from mutor.files import read_text
 
 REPORTED = (
-    *("artifact", "model", "method", "variant", "train_data", "benchmark", "metric", "value", "unit", "d_max", "a"),
+    *("artifact", "role", "method", "variant", "train_data", "benchmark", "metric", "value", "unit", "d_max", "a"),
     *("registers", "placement", "iterations", "epochs", "register_embedding", "added_params", "seeds", "source"),
 )
 # columns that name what was measured; the others that a cell may state are settings of it
-IDENTITY = ("model", "method", "variant", "train_data", "metric", "iterations")
+IDENTITY = ("role", "method", "variant", "train_data", "metric", "iterations")
 
 
 def read_reported(file: Path) -> pd.DataFrame:
@@ -39,14 +39,14 @@ def read_reported(file: Path) -> pd.DataFrame:
 class Published:
     """The published values that belong to a table, those of the artifacts that it names in `reported`.
 
-    Published(read_reported(file), table).beside({"model": ["gemma-2b"], "metric": ["ratio"], ...})
+    Published(read_reported(file), table).beside({"role": ["gemma-2b"], "metric": ["ratio"], ...})
     """
 
     def __init__(self, reported: pd.DataFrame, table: Table) -> None:
         self.frame = reported[reported["artifact"].isin(table.reported)]
         self._rows: list[dict[str, str]] = self.frame.to_dict("records")  # type: ignore[assignment]
         roles = {*(row.model for row in table.rows), *table.shapes, *table.models}
-        known = {row["artifact"] for row in self._rows if row["model"] in roles}
+        known = {row["artifact"] for row in self._rows if row["role"] in roles}
         self._own_models = {row["artifact"] for row in self._rows} - known
 
     def beside(self, cell: Mapping[str, Collection[str]], budget_factor: float = 1.0) -> float | None:
@@ -66,7 +66,7 @@ class Published:
 
     def _fits(self, row: Mapping[str, str], cell: Mapping[str, Collection[str]], columns: Collection[str]) -> bool:
         return all(
-            row[column] in ("", *cell[column]) or (column == "model" and row["artifact"] in self._own_models)
+            row[column] in ("", *cell[column]) or (column == "role" and row["artifact"] in self._own_models)
             for column in columns
             if column in cell
         )

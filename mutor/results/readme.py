@@ -1,4 +1,4 @@
-"""README.md's results, written anew from results/reference: three figures and the claims marked `headline`."""
+"""README.md's results, written anew from results/reference, and results/README.md: what the .csv files say."""
 
 from __future__ import annotations
 
@@ -7,13 +7,54 @@ from pathlib import Path
 import pandas as pd
 
 from mutor.config.load import load_scale
-from mutor.results.cells import Evidence
+from mutor.results.cells import COLUMNS, Evidence
+from mutor.results.claims import COLUMNS as CLAIM_COLUMNS
 from mutor.results.claims import claim_frame, load_claims, shown
+from mutor.results.drawings import RUN_COLUMNS
 from mutor.results.figures import graph_name
 from mutor.results.records import Records
 from mutor.results.render import grid, plain
 from mutor.results.report import spent
 
+EXAMPLES = """
+## Three analyses
+
+Run from the top folder, with pandas; `results/reference/laptop` may be any folder of results.
+
+How far every method is from next-token prediction, in all tables of accuracy:
+
+```python
+import pandas as pd
+
+cells = pd.read_csv("results/reference/laptop/table1.csv")
+plain = cells[cells["method"] == "next_token"].set_index(["model", "train_data"])["mean"]
+cells = cells.join(plain.rename("next_token"), on=["model", "train_data"])
+print((cells["mean"] - cells["next_token"]).groupby([cells["model"], cells["method"]]).mean().round(1))
+```
+
+Ours beside the published values, whatever stands in:
+
+```python
+import pandas as pd
+
+ours = pd.read_csv("results/reference/laptop/table1.csv")
+published = pd.read_csv("config/reported.csv").query("artifact == 'table1'")
+keys = ["role", "method", "train_data", "metric"]
+both = ours.merge(published, on=keys, suffixes=("", "_published"))
+print(both[[*keys, "mean", "value", "stands_in_for"]].to_string())
+```
+
+What seeds differ by, and what a run takes:
+
+```python
+import pandas as pd
+
+runs = pd.read_csv("results/reference/laptop/runs.csv", low_memory=False)
+by = runs.groupby(["train_data", "model", "path"])
+table = by.agg(seeds=("seed", "count"), spread=("last.accuracy", "std"), minutes=("seconds_training", "mean"))
+print(table.assign(minutes=table["minutes"] / 60).dropna().round(2).to_string())
+```
+"""
 README_MARKS = ("<!-- results -->", "<!-- end of results -->")
 FIGURES = ("figure4", "table4", "table7")  # the first figure of each kind of task: graphs, texts, images
 
@@ -30,6 +71,22 @@ def readme(root: Path, text: str) -> str:
         if evidence.runs.of_scale(folder.name):  # else costs alone, which benchmarks/README.md tells
             parts += _reference(evidence, folder)
     return before + "\n".join([*parts, README_MARKS[1]]) + after
+
+
+def dictionary() -> str:
+    """results/README.md: every column of the .csv files, from the code that writes them, and how to use them."""
+    parts = [
+        "# Results",
+        "",
+        "Every table and figure has a `.csv` with a row a cell, all with the same columns. `runs.csv` has a row a run,",
+        "`claims.csv` a row a comparison. What does not apply or was not run is empty. `role`, `model`, `method`,",
+        "`train_data` and `metric` mean the same in all of them. `config/reported.csv` has the published values under",
+        "the same `role`. Written by `python -m mutor readme`.",
+    ]
+    for name, columns in (("a table or figure", COLUMNS), ("claims.csv", CLAIM_COLUMNS), ("runs.csv", RUN_COLUMNS)):
+        parts += ["", f"## Columns of {name}", "", "| column | what it says |", "|---|---|"]
+        parts += [f"| `{column}` | {words} |" for column, words in columns.items()]
+    return "\n".join([*parts, "", *EXAMPLES.strip().splitlines()]) + "\n"
 
 
 def _reference(evidence: Evidence, folder: Path) -> list[str]:

@@ -106,9 +106,9 @@ def markdown(evidence: Evidence, table: Table) -> str:
     parts += [f"- Left out: {plain(problem)}" for problem in _problems(evidence, specs)]
     beside = evidence.published(table).frame
     if len(beside):
-        order = "model variant method d_max a train_data metric epochs iterations value seeds source"
+        order = "role variant method d_max a train_data metric epochs iterations value seeds source"
         columns = [name for name in order.split() if beside[name].ne("").any()]
-        parts += ["", "Published values:", "", grid(beside[columns].set_index("model"))]
+        parts += ["", "Published values:", "", grid(beside[columns].set_index("role"))]
     return "\n".join(parts) + "\n"
 
 
