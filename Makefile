@@ -18,7 +18,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 smoke: env  ## everything with tiny models into results/smoke: two minutes, the numbers mean nothing
-	$(BIN)/snakemake --cores all --config scale=smoke results=results/smoke
+	$(BIN)/snakemake --cores all --config scale=smoke
 
 reproduce: env  ## everything at the scale of config/config.yaml into results: hours
 	$(BIN)/snakemake --cores all

@@ -22,3 +22,6 @@ rule all:
         f"{RESULTS}/runs.csv",
         f"{RESULTS}/claims.csv",
         f"{RESULTS}/report.html",
+
+
+check_targets()

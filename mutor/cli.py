@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("artifact", nargs="*", help="files of config/tables, claims, runs, report (default: all)")
     draw.add_argument("--artifacts", nargs="+", help="what the report shows (default: all wanted)")
     draw.add_argument("--seeds", nargs="+", type=int, help="seeds that no run should lack (default: config.yaml's)")
-    draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's)")
+    draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's, or the scale's)")
 
     look = command("plan", plan, "runs to do, their time, disk and memory")
     look.add_argument("target", nargs="*", help="tables and figures (default: config.yaml's)")

@@ -1,5 +1,6 @@
 """Configuration: what runs are asked for, and errors that say what to write instead."""
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import yaml
 from mutor.cli import main
 from mutor.config.load import load_project, load_scale, load_table, scale_names
 from mutor.config.runs import cells_of, make_spec, specs_of
+from mutor.config.targets import check_target
 from mutor.registry import METHODS, load
 
 ROOT = Path(__file__).parent.parent
@@ -321,3 +323,52 @@ def test_words_of_the_command_line_are_yes_or_no(given, wanted):
     assert load_project(ROOT, {"rerun_stale": given}).rerun_stale is wanted
     with pytest.raises(ValueError, match="rerun_stale: 'yes'"):
         load_project(ROOT, {"rerun_stale": "yes"})
+
+
+def test_tables_of_a_scale_have_their_own_folder(project):
+    """Those of config.yaml's scale stand in results/; a folder that is named wins, wherever it is named."""
+    assert load_project(project).results == "results" == load_project(project, {"scale": "laptop"}).results
+    assert load_project(project, {"scale": "smoke"}).results == "results/smoke"
+    assert load_project(project, {"scale": "smoke", "results": "out"}).results == "out"
+    edit(project / "config/config.yaml", lambda c: c.update(scale="smoke"))
+    assert (load_project(project).results, load_project(project, {"scale": "laptop"}).results) == (
+        "results",
+        "results/laptop",
+    )
+    edit(project / "config/config.yaml", lambda c: c.update(results="mine"))
+    assert load_project(project, {"scale": "laptop"}).results == "mine"
+
+
+def test_collect_writes_into_the_folder_of_its_scale(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    assert main(["collect", "table10"]) == 0 and main(["collect", "table10", "--scale", "paper"]) == 0
+    printed = capsys.readouterr().out.split()
+    assert {"results/table10.csv", "results/paper/table10.csv"} <= set(printed)
+    own, other = ((project / folder / "table10.md").read_text() for folder in ("results", "results/paper"))
+    assert "Scale: laptop" in own and "Scale: paper" in other
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("results/tabel1.csv", "results/tabel1.csv: 'tabel1' is unknown, did you mean 'table1'? Known: claims, table1"),
+        ("./results/paper/claim.md", "did you mean 'claims'"),
+        ("results/table1.pdf", "'table1.pdf' is unknown, did you mean 'table1.md'? Known: table1.csv, table1.md"),
+        ("results/paper/table1.csv", "is of scale paper (--config scale=paper); table1 of scale gpu is out/table1.csv"),
+        (
+            "results/gpu/table1.csv",
+            "results/gpu/table1.csv is not in results=out; table1 of scale gpu is out/table1.csv",
+        ),
+        ("tabel1", "target: 'tabel1' is unknown, did you mean 'table1'"),
+        ("out/table1.csv", ""),
+        ("out/../out/claims.csv", ""),
+        ("table1", ""),
+        ("runs/gpu/index.json", ""),
+        ("README.md", ""),
+    ],
+)
+def test_targets_that_are_not_made_are_named_with_those_that_are(target, says):
+    homes = {"laptop": "results", "gpu": "results/gpu", "paper": "results/paper"}
+    made = ["table1.csv", "table1.md", "claims.csv"]
+    with pytest.raises(ValueError, match=re.escape(says)) if says else contextlib.nullcontext():
+        check_target(target, ["all", "table1"], made, "gpu", "out", homes)

@@ -70,11 +70,20 @@ def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Projec
         changes["seeds"] = [int(s) if isinstance(s, str) and s.isdecimal() else s for s in changes["seeds"]]
     if changes.get("rerun_stale") in ("true", "false"):  # so do these words
         changes["rerun_stale"] = changes["rerun_stale"] == "true"
-    project = from_mapping(Project, {**read_yaml(root / "config/config.yaml"), **changes}, "config/config.yaml")
+    values = {**read_yaml(root / "config/config.yaml"), **changes}
+    if values.get("results") is None:
+        values["results"] = results_folder(root, values.get("scale", Project.scale))
+    project = from_mapping(Project, values, "config/config.yaml")
     choose(project.scale, scale_names(root), "scale")
     for name in project.artifacts or ():
         choose(str(name), table_names(root), "artifacts")
     return project
+
+
+def results_folder(root: Path, scale: str) -> str:
+    """Where a scale's tables and figures stand: results, or results/<scale> where config.yaml names another scale."""
+    own = read_yaml(root / "config/config.yaml").get("scale", Project.scale)
+    return "results" if scale == own else f"results/{scale}"
 
 
 def scale_names(root: Path) -> list[str]:

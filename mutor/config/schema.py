@@ -21,7 +21,7 @@ class Project:
     )
     seeds: tuple[int, ...] | None = setting(None, doc="seeds of every run, instead of the scale's own", low=0)
     runs: str = setting("runs", doc="folder of the runs")
-    results: str = setting("results", doc="folder of tables and figures")
+    results: str = setting(doc="folder of tables and figures; by default that of the scale, `results_folder`")
     rerun_stale: bool = setting(False, doc="run again what was made by older code")
 
     def __post_init__(self) -> None:

@@ -216,7 +216,7 @@ def _compare(evidence: Evidence, claim: Claim, ours: Pair, theirs: Pair | None) 
         _scores(evidence, cell),
         scored,
         percent=cell.unit == "percent",
-        command=f"snakemake results/{claim.table}.csv --config scale={evidence.scale.name}",
+        command=f"snakemake {evidence.home}/{claim.table}.csv --config scale={evidence.scale.name}",
     )
 
 
