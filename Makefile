@@ -1,6 +1,6 @@
 # `make` lists the targets. All but help and clean create .venv first, from the versions of constraints.txt.
 # Without a GPU, point pip at PyTorch's CPU wheels to save a download of some gigabytes:
-#   PIP_EXTRA_INDEX_URL=<the CPU index from PyTorch's install page> make reproduce
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make reproduce
 
 comma := ,
 PYTHON ?= python3

@@ -1,4 +1,4 @@
-"""Commands of `python -m mutor`: run, collect, plan, compare, methods, readme, stale, cleanup."""
+"""Commands of `python -m mutor`, or `mutor`: run, collect, plan, compare, methods, readme, stale, cleanup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mutor.checks import described
-from mutor.config.load import find_root, load_project, load_scale, load_table
+from mutor.config.load import CODE, find_root, load_project, load_scale, load_table
 from mutor.config.runs import make_spec
 from mutor.config.schema import Project
 from mutor.files import locked, remove_folder, sweep, write_text
@@ -53,7 +53,8 @@ def _of_a_file(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mutor", description=__doc__)
+    name = "mutor" if Path(sys.argv[0]).name == "mutor" else "python -m mutor"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace, root: Path, project: Project) -> None:
     if spec.processes > 1 and processes() == 1:
         launch(args.arguments, spec.processes, scale.device, threads)
     env = RunEnvironment(
-        root=root,
+        root=CODE,
         runs=root / project.runs,
         device=scale.device,
         threads=threads,
@@ -198,7 +199,7 @@ def stale(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Print runs made by older code, with the definitions that changed."""
     count, found = 0, records.Records(root / project.runs)
     for record in found.of_scale(project.scale):
-        changed = provenance.changed_code(record, root)
+        changed = provenance.changed_code(record, CODE)
         if changed:
             count += 1
             print(f"{_shown(record['file'], root)}: {', '.join(changed)}")

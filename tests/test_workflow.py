@@ -155,8 +155,8 @@ def test_a_new_drawing_is_one_entry_and_its_functions(tmp_path, snakemake):
     folder = copied(tmp_path / "project")
     with open(folder / "mutor/registry.py", "a") as file:
         file.write(
-            'figures = (Figure(draw="baselines.toy:draw", suffix="_toy"),)\n'
-            'register(DRAWINGS, "toy", Drawing(made_of="config", rows="baselines.toy:rows", figures=figures))\n'
+            'figures = (Figure(draw="mutor.baselines.toy:draw", suffix="_toy"),)\n'
+            'register(DRAWINGS, "toy", Drawing(made_of="config", rows="mutor.baselines.toy:rows", figures=figures))\n'
         )
     (folder / "baselines/toy.py").write_text(
         "def rows(evidence, table):\n"

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from mutor.checks import choose
-from mutor.config.load import load_table, results_folder
+from mutor.config.load import config_folder, load_table, results_folder
 from mutor.config.runs import Cell, Spec, cells_of
 from mutor.config.schema import Scale, Table
 from mutor.registry import TASKS, load, resolve
@@ -81,7 +81,7 @@ class Evidence:
     @cached_property
     def reported(self) -> pd.DataFrame:
         """The published values, config/reported.csv."""
-        return read_reported(self.root / "config/reported.csv")
+        return read_reported(config_folder(self.root) / "reported.csv")
 
     @cached_property
     def home(self) -> str:
