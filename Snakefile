@@ -25,3 +25,14 @@ rule all:
 
 
 check_targets()
+if workflow.output_settings.dryrun:
+    atexit.register(say_not_ready)
+
+
+onstart:
+    for problem in not_ready():
+        sys.exit(f"error: {problem}")
+
+
+onsuccess:
+    say_where()

@@ -43,10 +43,11 @@ def test_planning_imports_no_torch():
     code = (
         "import sys; from mutor.results import cells, claims, plan, report\n"
         "from mutor.config.load import find_root, load_scale, load_table, scale_names, table_names\n"
+        "from mutor.config.inputs import missing\n"
         "from mutor.config.runs import cells_of\n"
         "r = find_root(); tables = [load_table(r, t) for t in table_names(r)]\n"
         "for s in scale_names(r):\n"
-        "    a = load_scale(r, s); [cells_of(t, a) for t in tables]\n"
+        "    a = load_scale(r, s); missing(c.spec for t in tables for c in cells_of(t, a))\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -107,6 +108,7 @@ def test_settings_that_are_the_same_are_one_run():
         ("config.yaml", lambda c: c.update(sclae="laptop"), "unknown key 'sclae', did you mean 'scale'"),
         ("config.yaml", lambda c: c.update(scale="laptob"), "did you mean 'laptop'"),
         ("config.yaml", lambda c: c.update(artifacts=["figure5"]), "did you mean 'figure4'"),
+        ("config.yaml", lambda c: c.update(runs="~/runs"), "runs: '~/runs' begins with ~, which only a shell knows"),
         ("scales/smoke.yaml", lambda c: c.update(seeds=[42, "a"]), "seeds: 'a' is not int"),
         ("scales/smoke.yaml", lambda c: c.update(seeds=[1.5]), "seeds: 1.5 is not int"),
         ("scales/smoke.yaml", lambda c: c.update(seeds=[-1]), "seeds: -1 is out of range"),

@@ -146,6 +146,25 @@ def test_artifacts_of_another_scale_stand_in_their_own_folder(checkout, snakemak
     ]  # fmt: skip
 
 
+def test_what_runs_would_stop_at_is_said_before_the_first(checkout, tmp_path, snakemake):
+    """One line; a dry run lists its jobs and ends with all such lines."""
+    train, test = (f"{name}_file: there is no file data/{name}.jsonl" for name in ("train", "test"))
+    where = "config/scales/own.yaml: datasets: mine: options: "
+    done = snakemake(checkout, "--cores", "1", "--config", "scale=own")
+    assert done.returncode != 0 and done.stderr.splitlines()[-1] == f"error: {where}{train}", done.stderr
+    assert not list(checkout.glob("runs/own/**/run.log"))
+    done = snakemake(checkout, "-n", "--config", "scale=own")
+    said = [
+        line for line in done.stderr.splitlines() if line.startswith("not ready: ")
+    ]  # tests have no network, either
+    assert done.returncode == 0 and said[:2] == [f"not ready: {where}{train}", f"not ready: {where}{test}"]
+    (tmp_path / "taken").write_text("")
+    done = snakemake(checkout, "results/table10.csv", "--cores", "1", "--config", f"runs={tmp_path}/taken/runs")
+    assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith(
+        f"error: runs: {tmp_path}/taken/runs can't be"
+    )
+
+
 def test_artifacts_are_listed_by_name(checkout, snakemake):
     assert {*table_names(ROOT), "all", "claims"} <= set(snakemake(checkout, "--list").stdout.split())
 
@@ -220,6 +239,7 @@ def test_smoke_scale_runs_from_data_to_figure(smoke):
     assert cell["mean"] == pytest.approx(by_hand)
     log = next(smoke.glob("runs/smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=3,d_min=2/run.log")).read_text()
     assert re.search(r"\[\d+/29\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
+    assert re.search(r"\[\d+/29\] finished: runs/smoke/g2x3/gpt2-2x32/mutor/\S+, seeds 42, 43$", log.strip())
 
 
 def test_smoke_scale_runs_from_text_to_table(smoke):
@@ -282,6 +302,7 @@ def test_locks_of_a_dead_snakemake_are_removed_and_of_a_living_one_are_not(smoke
     done = snakemake(smoke, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0.input.lock was left by a Snakemake that is gone: removed" in done.stderr and not list(locks.glob("*"))
+    assert "finished: results/smoke/figure4.md" in done.stderr.splitlines()
 
 
 def test_finished_seeds_survive_a_lost_output_and_a_new_seed(smoke):

@@ -29,6 +29,8 @@ class Project:
             folder = getattr(self, name)
             if not folder or re.search(r"[{}\n\0]", folder):
                 raise ValueError(f"{name}: {folder!r} is not allowed; allowed: a folder without braces in its name")
+            if folder.startswith("~"):
+                raise ValueError(f"{name}: {folder!r} begins with ~, which only a shell knows; write out the folder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """What the rules share: the checked configuration and the runs it asks for. No torch is imported here."""
 
+import atexit
 import fcntl
 import hashlib
 import re
@@ -9,10 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir)))
 
+from mutor.config.inputs import missing
 from mutor.config.load import load_project, load_scale, load_table, results_folder
 from mutor.config.load import scale_names, table_names
 from mutor.config.runs import run_cells, specs_of
 from mutor.config.targets import check_target
+from mutor.files import check_writable
 from mutor.results.provenance import run_code
 from mutor.results.records import drop_broken_index
 
@@ -77,6 +80,34 @@ def check_targets():
             check_target(target, rules, made, PROJECT.scale, RESULTS, homes)
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+def not_ready():
+    """What the jobs to do would stop at, a line each: folders to write to, files, models."""
+    problems = []
+    for key, folder in (("runs", RUNS), ("results", RESULTS)):
+        try:
+            check_writable(Path(folder), key)
+        except ValueError as error:
+            problems.append(str(error))
+    jobs = workflow.dag.needrun_jobs(exclude_finished=False) if workflow.dag else []
+    runs = [job.wildcards.run for job in jobs if job.rule.name == "train"]
+    return problems + missing(SPECS[run] for run in runs)
+
+
+def say_not_ready():
+    """Behind all that a dry run prints."""
+    for problem in not_ready():
+        print(f"not ready: {problem}", file=sys.stderr)
+
+
+def say_where():
+    """What has been made, in one line."""
+    made = [str(file) for job in workflow.dag.jobs for file in job.output]
+    pages = [file for file in made if Path(file).parent == Path(RESULTS)]
+    whole = [file for file in pages if file.endswith("report.html")]
+    shown = whole or [file for file in pages if file.endswith((".md", "runs.csv"))]
+    print(f"finished: {', '.join(shown or made)}", file=sys.stderr)
 
 
 def index_files(artifact):
