@@ -1,6 +1,6 @@
 # `make` lists the targets. All but help and clean create .venv first, from the versions of constraints.txt.
 # Without a GPU, point pip at PyTorch's CPU wheels to save a download of some gigabytes:
-#   PIP_EXTRA_INDEX_URL=<the CPU index from PyTorch's install page> make reproduce
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make reproduce
 
 comma := ,
 PYTHON ?= python3
@@ -18,7 +18,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 smoke: env  ## everything with tiny models into results/smoke: two minutes, the numbers mean nothing
-	$(BIN)/snakemake --cores all --config scale=smoke results=results/smoke
+	$(BIN)/snakemake --cores all --config scale=smoke
 
 reproduce: env  ## everything at the scale of config/config.yaml into results: hours
 	$(BIN)/snakemake --cores all

@@ -22,3 +22,17 @@ rule all:
         f"{RESULTS}/runs.csv",
         f"{RESULTS}/claims.csv",
         f"{RESULTS}/report.html",
+
+
+check_targets()
+if workflow.output_settings.dryrun:
+    atexit.register(say_not_ready)
+
+
+onstart:
+    for problem in not_ready():
+        sys.exit(f"error: {problem}")
+
+
+onsuccess:
+    say_where()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baselines.next_token import NextToken
 from mutor.checks import setting
 from mutor.mtp.mutor import MuToR, MuToRConfig
 from mutor.mtp.settings import AdapterSettings, TrunkSettings
+
+from .next_token import NextToken
 
 
 class LoRANextToken(NextToken):

@@ -17,9 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from baselines.token_order import coming_tokens, sequence_numbers
 from mutor.checks import setting
 from mutor.mtp.method import Method
+
+from .token_order import coming_tokens, sequence_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,10 +18,10 @@ import time
 import numpy as np
 import torch
 from decoding import LAPTOP
+from mutor.baselines.marginal import Marginal, MarginalConfig
+from mutor.baselines.next_token import NextToken, NextTokenConfig
 from training_loop import ratios
 
-from baselines.marginal import Marginal, MarginalConfig
-from baselines.next_token import NextToken, NextTokenConfig
 from mutor.config.schema import ModelConfig
 from mutor.models.build import build
 from mutor.mtp.layout import Example, collate

@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 
 import torch
+from mutor.baselines.next_token import NextToken
 from training_loop import ratios
 
-from baselines.next_token import NextToken
 from mutor.config.schema import ModelConfig
 from mutor.decode import generate, load
 from mutor.models.build import build

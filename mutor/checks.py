@@ -25,14 +25,17 @@ def setting(
     open_ends: bool = False,
     choices: Iterable[Any] | None = None,
     was: str = "",
+    on_disk: str = "",
 ) -> Any:
     """A field of a frozen config dataclass that carries its documentation and its range.
 
     `low` and `high` are inclusive, exclusive with `open_ends`; `choices` lists the allowed values; `was` is
-    the key's name in an earlier version, which is refused with the new one named.
+    the key's name in an earlier version, which is refused with the new one named; `on_disk` says that the value is a
+    path that must be there before a run: "file", "folder", or "module:function", a file that this reads and refuses.
     """
     allowed = choices and tuple(choices)
     metadata = {"doc": doc, "low": low, "high": high, "open": open_ends, "choices": allowed, "was": was}
+    metadata["on_disk"] = on_disk
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

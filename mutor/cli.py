@@ -1,4 +1,4 @@
-"""Commands of `python -m mutor`: run, collect, plan, compare, methods, readme, stale, cleanup."""
+"""Commands of `python -m mutor`, or `mutor`: run, collect, plan, compare, methods, readme, stale, cleanup."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from mutor.checks import described
-from mutor.config.load import find_root, load_project, load_scale, load_table
-from mutor.config.runs import make_spec
+from mutor.config.inputs import missing
+from mutor.config.load import CODE, find_root, load_project, load_scale, load_table
+from mutor.config.runs import make_spec, run_cells
 from mutor.config.schema import Project
-from mutor.files import locked, remove_folder, sweep, write_text
+from mutor.files import check_writable, locked, remove_folder, sweep, write_text
 from mutor.mtp.method import Method
 from mutor.registry import METHODS, load
 from mutor.results import provenance, records
@@ -53,7 +54,8 @@ def _of_a_file(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mutor", description=__doc__)
+    name = "mutor" if Path(sys.argv[0]).name == "mutor" else "python -m mutor"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
@@ -80,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("artifact", nargs="*", help="files of config/tables, claims, runs, report (default: all)")
     draw.add_argument("--artifacts", nargs="+", help="what the report shows (default: all wanted)")
     draw.add_argument("--seeds", nargs="+", type=int, help="seeds that no run should lack (default: config.yaml's)")
-    draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's)")
+    draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's, or the scale's)")
 
     look = command("plan", plan, "runs to do, their time, disk and memory")
     look.add_argument("target", nargs="*", help="tables and figures (default: config.yaml's)")
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Train and evaluate one setting; start again under a launcher where its model takes several processes."""
-    from mutor.training.devices import launch, leave, processes
+    from mutor.training.devices import is_main, launch, leave, processes
     from mutor.training.run import RunEnvironment
     from mutor.training.run import run as run_setting
 
@@ -112,18 +114,34 @@ def run(args: argparse.Namespace, root: Path, project: Project) -> None:
             raise ValueError(f"--set {pair!r}: expected KEY=VALUE")
         settings[key] = yaml.safe_load(value)
     spec = make_spec(scale, args.data, args.model, args.method, settings, project.seeds, args.budget_factor)
+    runs = root / project.runs
+    check_writable(runs, "runs")
+    if not all(records.finished(runs, spec, seed) for seed in spec.seeds):
+        for problem in missing([spec]):
+            raise ValueError(problem)
     threads = max(1, args.threads // spec.processes) if args.threads else scale.threads
     if spec.processes > 1 and processes() == 1:
         launch(args.arguments, spec.processes, scale.device, threads)
     env = RunEnvironment(
-        root=root,
-        runs=root / project.runs,
+        root=CODE,
+        runs=runs,
         device=scale.device,
         threads=threads,
         label=args.label,
         rerun_stale=args.rerun_stale or project.rerun_stale,
     )
-    run_setting(spec, spec.seeds, env)
+    try:
+        run_setting(spec, spec.seeds, env)
+    except OSError as error:  # with a number it is of a file, else of a library that looked for a model
+        if error.errno is not None or spec.model_config.pretrained is None:
+            raise
+        raise ValueError(
+            f"config/scales/{scale.name}.yaml: models: {spec.model}: pretrained: {spec.model_config.pretrained} can't "
+            f"be had ({str(error).splitlines()[0]}); allowed: a model of the hub, with a network, or a local folder"
+        ) from error
+    if is_main():
+        seeds = f"seed{'s' * (len(spec.seeds) > 1)} {', '.join(map(str, spec.seeds))}"
+        print(f"{args.label}finished: {_shown(runs / spec.path, root)}, {seeds}", flush=True)
     leave()
 
 
@@ -135,6 +153,7 @@ def collect(args: argparse.Namespace, root: Path, project: Project) -> None:
     from mutor.results.report import collect_report
 
     scale, folder = load_scale(root, project.scale), root / project.results
+    check_writable(folder, "results")
     evidence = Evidence(root, scale, records.Records(root / project.runs), project.seeds)
     wanted = list(project.artifacts or scale.artifacts)
     for name in args.artifact or [*wanted, "claims", "runs", "report"]:
@@ -167,6 +186,8 @@ def plan(args: argparse.Namespace, root: Path, project: Project) -> None:
     scale = load_scale(root, project.scale)
     chosen = [load_table(root, str(name)) for name in (args.target or project.artifacts or scale.artifacts)]
     print("\n".join(lines(chosen, scale, root / project.runs, root / "results/reference", project.seeds)))
+    for problem in missing(cell.spec for table in chosen for cell in run_cells(table, scale, project.seeds)):
+        print(f"not ready: {problem}", file=sys.stderr)
 
 
 def methods(args: argparse.Namespace, root: Path, project: Project) -> None:
@@ -200,7 +221,7 @@ def stale(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Print runs made by older code, with the definitions that changed."""
     count, found = 0, records.Records(root / project.runs)
     for record in found.of_scale(project.scale):
-        changed = provenance.changed_code(record, root)
+        changed = provenance.changed_code(record, CODE)
         if changed:
             count += 1
             print(f"{_shown(record['file'], root)}: {', '.join(changed)}")

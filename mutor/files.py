@@ -33,6 +33,15 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+def check_writable(folder: Path, key: str) -> None:
+    """Raise ValueError for a folder, which may not be there yet, that no file can be written to; key: its setting."""
+    there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"{key}: {folder} can't be a folder, {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}: {folder} can't be written, {there} is not yours to write to")
+
+
 def read_text(file: Path) -> str:
     """A file of UTF-8 text, without a byte order mark. Raises ValueError naming the file and what is wrong with it."""
     try:

@@ -4,7 +4,7 @@ So planning imports neither torch nor matplotlib.
 
 A new method is one file and one line here:
 
-    register(METHODS, "my_method", "baselines.my_method:MyMethod")
+    register(METHODS, "my_method", "mutor.baselines.my_method:MyMethod")
 """
 
 from __future__ import annotations
@@ -99,24 +99,24 @@ def fastest_attention(device: str) -> str:
     return next(name for name, backend in ATTENTION.items() if device != "cpu" or backend.cpu_gradients)
 
 
-register(METHODS, "next_token", "baselines.next_token:NextToken")
-register(METHODS, "parallel_mtp", "baselines.parallel_mtp:ParallelMTP")
-register(METHODS, "sequential_mtp", "baselines.sequential_mtp:SequentialMTP")
-register(METHODS, "teacherless", "baselines.teacherless:Teacherless")
-register(METHODS, "token_masking", "baselines.token_masking:TokenMasking")
-register(METHODS, "same_logits", "baselines.same_logits:SameLogits")
-register(METHODS, "bag_of_words", "baselines.bag_of_words:BagOfWords")
-register(METHODS, "pause", "baselines.pause:Pause")
-register(METHODS, "marginal", "baselines.marginal:Marginal")
+register(METHODS, "next_token", "mutor.baselines.next_token:NextToken")
+register(METHODS, "parallel_mtp", "mutor.baselines.parallel_mtp:ParallelMTP")
+register(METHODS, "sequential_mtp", "mutor.baselines.sequential_mtp:SequentialMTP")
+register(METHODS, "teacherless", "mutor.baselines.teacherless:Teacherless")
+register(METHODS, "token_masking", "mutor.baselines.token_masking:TokenMasking")
+register(METHODS, "same_logits", "mutor.baselines.same_logits:SameLogits")
+register(METHODS, "bag_of_words", "mutor.baselines.bag_of_words:BagOfWords")
+register(METHODS, "pause", "mutor.baselines.pause:Pause")
+register(METHODS, "marginal", "mutor.baselines.marginal:Marginal")
 register(METHODS, "mutor", "mutor.mtp.mutor:MuToR")
 register(METHODS, "mutor_1d", "mutor.mtp.mutor_images:MuToR1D")
 register(METHODS, "mutor_2d", "mutor.mtp.mutor_images:MuToR2D")
-register(METHODS, "lora_next_token", "baselines.lora:LoRANextToken")
-register(METHODS, "lora_mutor", "baselines.lora:LoRAMuToR")
-register(METHODS, "token_order", "baselines.token_order:TokenOrder")
-register(METHODS, "ranking", "baselines.ranking:Ranking")
-register(METHODS, "next_latent", "baselines.next_latent:NextLatent")
-register(METHODS, "joint_mtp", "baselines.joint_mtp:JointMTP")
+register(METHODS, "lora_next_token", "mutor.baselines.lora:LoRANextToken")
+register(METHODS, "lora_mutor", "mutor.baselines.lora:LoRAMuToR")
+register(METHODS, "token_order", "mutor.baselines.token_order:TokenOrder")
+register(METHODS, "ranking", "mutor.baselines.ranking:Ranking")
+register(METHODS, "next_latent", "mutor.baselines.next_latent:NextLatent")
+register(METHODS, "joint_mtp", "mutor.baselines.joint_mtp:JointMTP")
 
 register(TASKS, "star_graph", "mutor.tasks.star_graph:StarGraph")
 register(TASKS, "text", "mutor.tasks.text:Text")

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from mutor.baselines.joint_mtp import JointMTP, JointMTPConfig
+from mutor.baselines.marginal import Marginal, MarginalConfig
+from mutor.baselines.next_latent import NextLatent, NextLatentConfig
+from mutor.baselines.next_token import NextToken, NextTokenConfig
+from mutor.baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
+from mutor.baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
 
-from baselines.joint_mtp import JointMTP, JointMTPConfig
-from baselines.marginal import Marginal, MarginalConfig
-from baselines.next_latent import NextLatent, NextLatentConfig
-from baselines.next_token import NextToken, NextTokenConfig
-from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
-from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
 from mutor.mtp import ahead
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from mutor.baselines.joint_mtp import JointMTP, JointMTPConfig
+from mutor.baselines.next_latent import NextLatent, NextLatentConfig
+from mutor.baselines.next_token import NextToken, NextTokenConfig
+from mutor.baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
+from mutor.baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
+from mutor.baselines.teacherless import Teacherless, TeacherlessConfig
 
-from baselines.joint_mtp import JointMTP, JointMTPConfig
-from baselines.next_latent import NextLatent, NextLatentConfig
-from baselines.next_token import NextToken, NextTokenConfig
-from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
-from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
-from baselines.teacherless import Teacherless, TeacherlessConfig
 from mutor.config.runs import Cell
 from mutor.mtp import ahead
 from mutor.mtp.layout import Example, collate

@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from mutor.baselines.bag_of_words import BagOfWords, BagOfWordsConfig
+from mutor.baselines.next_token import NextToken, NextTokenConfig
+from mutor.baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
+from mutor.baselines.pause import Pause, PauseConfig
+from mutor.baselines.same_logits import SameLogits, SameLogitsConfig
+from mutor.baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
+from mutor.baselines.teacherless import Teacherless, TeacherlessConfig
+from mutor.baselines.token_masking import TokenMasking, TokenMaskingConfig
 
-from baselines.bag_of_words import BagOfWords, BagOfWordsConfig
-from baselines.next_token import NextToken, NextTokenConfig
-from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
-from baselines.pause import Pause, PauseConfig
-from baselines.same_logits import SameLogits, SameLogitsConfig
-from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
-from baselines.teacherless import Teacherless, TeacherlessConfig
-from baselines.token_masking import TokenMasking, TokenMaskingConfig
 from mutor.mtp.answers import Prompts, decode, decode_in_one_pass
 from mutor.mtp.layout import IGNORE, Example, collate, regular, targets_ahead
 from mutor.mtp.loss import one_at_a_time

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import pytest
+from mutor.baselines.parallel_mtp import ParallelMTPConfig
 
-from baselines.parallel_mtp import ParallelMTPConfig
 from mutor.checks import choose, from_mapping, not_default, setting
 from mutor.mtp.mutor import MuToR, MuToRConfig
 from mutor.registry import METHODS, load, register

@@ -100,7 +100,7 @@ def test_verdicts_on_made_up_runs(tmp_path):
     assert wide["verdict"] == "undecided" and wide["to_decide"].startswith("about ") and "seeds" in wide["to_decide"]
     assert of(frame, "no further than the next token")["verdict"] == "opposite direction"
     missing = of(frame, "Sequential modules are above")
-    assert missing["verdict"] == "not run" and "snakemake results/figure4.csv" in missing["to_decide"]
+    assert missing["verdict"] == "not run" and "snakemake results/smoke/figure4.csv" in missing["to_decide"]
     assert of(frame, "Llama 3 8B")["verdict"] == "not at this scale"
     content = yaml.safe_load((ROOT / "config/claims.yaml").read_text())
     assert {c["claim"] for c in content["claims"]} == set(frame["claim"])

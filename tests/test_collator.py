@@ -5,9 +5,9 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from mutor.baselines.next_token import NextTokenConfig
 from test_library import collator_of, trainer_of
 
-from baselines.next_token import NextTokenConfig
 from mutor import MuToR
 from mutor.mtp.collator import SAMPLES, sample_number
 from mutor.mtp.method import Method

@@ -1,5 +1,6 @@
 """Configuration: what runs are asked for, and errors that say what to write instead."""
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import yaml
 from mutor.cli import main
 from mutor.config.load import load_project, load_scale, load_table, scale_names
 from mutor.config.runs import cells_of, make_spec, specs_of
+from mutor.config.targets import check_target
 from mutor.registry import METHODS, load
 
 ROOT = Path(__file__).parent.parent
@@ -41,10 +43,11 @@ def test_planning_imports_no_torch():
     code = (
         "import sys; from mutor.results import cells, claims, plan, report\n"
         "from mutor.config.load import find_root, load_scale, load_table, scale_names, table_names\n"
+        "from mutor.config.inputs import missing\n"
         "from mutor.config.runs import cells_of\n"
         "r = find_root(); tables = [load_table(r, t) for t in table_names(r)]\n"
         "for s in scale_names(r):\n"
-        "    a = load_scale(r, s); [cells_of(t, a) for t in tables]\n"
+        "    a = load_scale(r, s); missing(c.spec for t in tables for c in cells_of(t, a))\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -105,6 +108,7 @@ def test_settings_that_are_the_same_are_one_run():
         ("config.yaml", lambda c: c.update(sclae="laptop"), "unknown key 'sclae', did you mean 'scale'"),
         ("config.yaml", lambda c: c.update(scale="laptob"), "did you mean 'laptop'"),
         ("config.yaml", lambda c: c.update(artifacts=["figure5"]), "did you mean 'figure4'"),
+        ("config.yaml", lambda c: c.update(runs="~/runs"), "runs: '~/runs' begins with ~, which only a shell knows"),
         ("scales/smoke.yaml", lambda c: c.update(seeds=[42, "a"]), "seeds: 'a' is not int"),
         ("scales/smoke.yaml", lambda c: c.update(seeds=[1.5]), "seeds: 1.5 is not int"),
         ("scales/smoke.yaml", lambda c: c.update(seeds=[-1]), "seeds: -1 is out of range"),
@@ -321,3 +325,52 @@ def test_words_of_the_command_line_are_yes_or_no(given, wanted):
     assert load_project(ROOT, {"rerun_stale": given}).rerun_stale is wanted
     with pytest.raises(ValueError, match="rerun_stale: 'yes'"):
         load_project(ROOT, {"rerun_stale": "yes"})
+
+
+def test_tables_of_a_scale_have_their_own_folder(project):
+    """Those of config.yaml's scale stand in results/; a folder that is named wins, wherever it is named."""
+    assert load_project(project).results == "results" == load_project(project, {"scale": "laptop"}).results
+    assert load_project(project, {"scale": "smoke"}).results == "results/smoke"
+    assert load_project(project, {"scale": "smoke", "results": "out"}).results == "out"
+    edit(project / "config/config.yaml", lambda c: c.update(scale="smoke"))
+    assert (load_project(project).results, load_project(project, {"scale": "laptop"}).results) == (
+        "results",
+        "results/laptop",
+    )
+    edit(project / "config/config.yaml", lambda c: c.update(results="mine"))
+    assert load_project(project, {"scale": "laptop"}).results == "mine"
+
+
+def test_collect_writes_into_the_folder_of_its_scale(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    assert main(["collect", "table10"]) == 0 and main(["collect", "table10", "--scale", "paper"]) == 0
+    printed = capsys.readouterr().out.split()
+    assert {"results/table10.csv", "results/paper/table10.csv"} <= set(printed)
+    own, other = ((project / folder / "table10.md").read_text() for folder in ("results", "results/paper"))
+    assert "Scale: laptop" in own and "Scale: paper" in other
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("results/tabel1.csv", "results/tabel1.csv: 'tabel1' is unknown, did you mean 'table1'? Known: claims, table1"),
+        ("./results/paper/claim.md", "did you mean 'claims'"),
+        ("results/table1.pdf", "'table1.pdf' is unknown, did you mean 'table1.md'? Known: table1.csv, table1.md"),
+        ("results/paper/table1.csv", "is of scale paper (--config scale=paper); table1 of scale gpu is out/table1.csv"),
+        (
+            "results/gpu/table1.csv",
+            "results/gpu/table1.csv is not in results=out; table1 of scale gpu is out/table1.csv",
+        ),
+        ("tabel1", "target: 'tabel1' is unknown, did you mean 'table1'"),
+        ("out/table1.csv", ""),
+        ("out/../out/claims.csv", ""),
+        ("table1", ""),
+        ("runs/gpu/index.json", ""),
+        ("README.md", ""),
+    ],
+)
+def test_targets_that_are_not_made_are_named_with_those_that_are(target, says):
+    homes = {"laptop": "results", "gpu": "results/gpu", "paper": "results/paper"}
+    made = ["table1.csv", "table1.md", "claims.csv"]
+    with pytest.raises(ValueError, match=re.escape(says)) if says else contextlib.nullcontext():
+        check_target(target, ["all", "table1"], made, "gpu", "out", homes)

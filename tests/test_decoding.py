@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mutor.baselines.next_token import NextToken, NextTokenConfig
+from mutor.baselines.pause import Pause, PauseConfig
 
-from baselines.next_token import NextToken, NextTokenConfig
-from baselines.pause import Pause, PauseConfig
 from mutor.checks import from_mapping
 from mutor.config.load import load_scale
 from mutor.config.recipe import Recipe

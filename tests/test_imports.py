@@ -2,15 +2,20 @@
 
 import ast
 import graphlib
+import importlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+import mutor
+from mutor.registry import METHODS
+
 ROOT = Path(__file__).parent.parent
 FILES = {
-    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
-    for folder in ("mutor", "baselines")
+    ".".join((*package, *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
+    for package, folder in (((), "mutor"), (("mutor",), "baselines"))
     for file in sorted((ROOT / folder).rglob("*.py"))
 }
 
@@ -26,9 +31,11 @@ def imports(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}, line {node.lineno}: a relative import"
-            for name in (f"{node.module}.{alias.name}" for alias in node.names):
-                yield name if name in FILES else node.module
+            # mypy knows baselines/ by its own name alone
+            assert node.level <= (file.parent.name == "baselines"), f"{file}, line {node.lineno}: a relative import"
+            home = f"mutor.baselines.{node.module}" if node.level else node.module
+            for name in (f"{home}.{alias.name}" for alias in node.names):
+                yield name if name in FILES else home
 
 
 def test_no_circle_among_modules():
@@ -48,7 +55,7 @@ OWN = {"mutor.mtp", "mutor.checks", "mutor.streams"}
     ("package", "allowed"),
     [
         ("mutor.mtp", {"torch", "transformers", "numpy", "safetensors", "peft", "mutor.registry", *OWN}),
-        ("baselines", {"torch", "numpy", "safetensors", "peft", "baselines", *OWN}),
+        ("mutor.baselines", {"torch", "numpy", "safetensors", "peft", "mutor.baselines", *OWN}),
     ],
 )
 def test_the_library_knows_nothing_of_runs(package, allowed):
@@ -74,3 +81,31 @@ def test_files_and_functions_can_be_read():
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 long += [f"{name}: {node.name}: {lines} lines"] if lines > 60 else []
     assert not long, "; ".join(long)
+
+
+def test_a_wheel_installs_one_package_with_all_that_it_needs(monkeypatch):
+    """No top-level package but mutor, and in it baselines/, config/ and the report's page, file by file."""
+    distribution = pytest.importorskip("setuptools.dist").Distribution
+    monkeypatch.chdir(ROOT)
+    wheel = distribution({"script_name": "none"})
+    wheel.parse_config_files(["pyproject.toml"])
+    build = wheel.get_command_obj("build_py")
+    build.ensure_finalized()
+    found = {f"{package}.{module}".replace(".", "/") + ".py" for package, module, _ in build.find_all_modules()}
+    found |= {f"{package.replace('.', '/')}/{name}" for package, _, _, names in build.data_files for name in names}
+    wanted = {str(file.relative_to(ROOT)) for file in ROOT.glob("mutor/**/*.py")}
+    wanted |= {f"mutor/{file.relative_to(ROOT)}" for file in ROOT.glob("baselines/*.py")}
+    config = [file for kind in ("yaml", "csv") for file in ROOT.glob(f"config/**/*.{kind}")]
+    wanted |= {f"mutor/project/{file.relative_to(ROOT / 'config')}" for file in config}
+    wanted |= {"mutor/py.typed", "mutor/results/report.html"}
+    assert found == wanted and {"mutor/project/scales/own.yaml", "mutor/baselines/lora.py"} < found
+    assert wheel.entry_points["console_scripts"] == ["mutor = mutor.cli:main"]
+    authors = re.findall(r"^  - name: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert wheel.metadata.author == ", ".join(authors) and wheel.metadata.version == mutor.__version__
+
+
+def test_methods_have_one_name():
+    """Under another one their classes would be others than those that are registered."""
+    with pytest.raises(ImportError, match=r"is mutor\.baselines"):
+        importlib.import_module("baselines")
+    assert all(target.startswith("mutor.") for target in METHODS.values())

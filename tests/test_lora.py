@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from mutor.baselines.lora import LoRAMuToR, LoRANextToken
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from baselines.lora import LoRAMuToR, LoRANextToken
 from mutor.checks import from_mapping
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR

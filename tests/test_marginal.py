@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mutor.baselines import marginal
+from mutor.baselines.marginal import Marginal, MarginalConfig
 from transformers import AutoModelForCausalLM
 
-from baselines import marginal
-from baselines.marginal import Marginal, MarginalConfig
 from mutor.checks import from_mapping
 from mutor.config.load import load_scale
 from mutor.config.runs import make_spec

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mutor.baselines.bag_of_words import BagOfWords, BagOfWordsConfig
+from mutor.baselines.next_token import NextToken, NextTokenConfig
+from mutor.baselines.same_logits import SameLogits, SameLogitsConfig
+from mutor.baselines.token_masking import TokenMasking, TokenMaskingConfig
 from test_run import timeless
 from transformers import AutoModelForCausalLM
 
-from baselines.bag_of_words import BagOfWords, BagOfWordsConfig
-from baselines.next_token import NextToken, NextTokenConfig
-from baselines.same_logits import SameLogits, SameLogitsConfig
-from baselines.token_masking import TokenMasking, TokenMaskingConfig
 from mutor.checks import from_mapping
 from mutor.cli import main
 from mutor.config.load import load_scale

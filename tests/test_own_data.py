@@ -2,10 +2,18 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 
+import mutor.results.records
+import mutor.training.run
+from mutor.cli import main
 from mutor.tasks.text import Text, TextConfig
+
+ROOT = Path(__file__).parent.parent
 
 WORKED = "First 48 / 2 = 24 clips, then 48 + 24.\n#### 72"
 
@@ -95,3 +103,165 @@ def test_training_answers_may_lack_what_extract_finds(tmp_path):
     assert own.train(0).size == 1 and len(own.data_hash()) == 16
     with pytest.raises(ValueError, match=r"train\.jsonl:1: field 'answer' is empty"):
         task(tmp_path, [row("q", "")], [row("p", "1")]).train(0)
+
+
+# what a user gets wrong, said by `run` before it begins, and by `plan`
+
+TRAIN, PRETRAINED = ("config/scales/own.yaml: datasets: mine: options: train_file: ",
+                     "config/scales/own.yaml: models: mine: pretrained: ")  # fmt: skip
+GOOD = {"prompt": "q", "answer": "a"}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """own(pretrained=..., train_file=...): a project in the working folder, its scale with these settings."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    for file in ("mine/config.json", "mine/model.safetensors", "mine/tokenizer.json", "taken"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / f"data/{name}.jsonl").write_text(json.dumps({"prompt": name, "answer": "a"}) + "\n")
+
+    def change(pretrained="mine", **options):
+        file = tmp_path / "config/scales/own.yaml"
+        content = yaml.safe_load(file.read_text())
+        content["models"]["mine"]["pretrained"] = pretrained
+        content["datasets"]["mine"]["options"].update(options)
+        file.write_text(yaml.safe_dump(content))
+        return tmp_path
+
+    return change
+
+
+def said(capsys, *more):
+    """The one line that `run` stops with, which `plan` has said, too."""
+    assert main(["plan", "--scale", "own"]) == 0
+    planned = capsys.readouterr().err
+    assert main(["run", "--scale", "own", "--data", "mine", "--model", "mine", "--method", "mutor", *more]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    assert more or planned == f"not ready: {line[7:]}"
+    return line[7:-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("data/mine", "there is no folder data/mine"),
+        ("/mine", "there is no folder /mine"),
+        ("../my/models/mine", "there is no folder ../my/models/mine"),
+        ("~/mine", "~/mine begins with ~, which only a shell knows; write /home/me/mine"),
+        ("taken", "taken is a file; allowed: a folder, as save_pretrained writes it, or a .gguf file"),
+        ("data", "data is a folder without config.json"),
+        ("mine.gguf", "'mine.gguf' needs this file, on disk or in an installed package"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_line(own, capsys, name, says):
+    own(pretrained=name)
+    assert said(capsys).startswith(PRETRAINED + says)
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("model.safetensors", "weights: model.safetensors or model.safetensors.index.json"),
+     ("tokenizer.json", "tokenizer: tokenizer.json or tokenizer_config.json")],
+)  # fmt: skip
+def test_a_folder_without_a_part_is_one_line(own, capsys, file, says):
+    (own() / "mine" / file).unlink()
+    assert said(capsys) == f"{PRETRAINED}mine is a folder without {says}"
+
+
+def test_a_hub_name_is_looked_up_in_the_cache_where_there_is_no_network(own, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    folder = own(pretrained="some/model")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert main(["plan", "--scale", "own"]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert said(capsys).startswith(f"{PRETRAINED}some/model of the hub is not in {folder}/hub, and HF_HUB_OFFLINE")
+    (folder / "hub/models--some--model/snapshots/1").mkdir(parents=True)
+    (folder / "hub/models--some--model/refs").mkdir()
+    (folder / "hub/models--some--model/refs/main").write_text("1")
+    (folder / "hub/models--some--model/snapshots/1/config.json").write_text("{}")
+    assert main(["plan", "--scale", "own"]) == 0 and capsys.readouterr().err == ""
+
+
+def test_a_hub_that_does_not_answer_is_one_line(own, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    def no_network(spec, seeds, env):
+        raise OSError("We couldn't connect to 'https://huggingface.co'.\nCheck your internet connection.")
+
+    own(pretrained="some/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(mutor.training.run, "run", no_network)
+    assert main(["run", "--scale", "own", "--data", "mine", "--model", "mine", "--method", "mutor"]) == 2
+    told = f"{PRETRAINED}some/model can't be had (We couldn't connect to 'https://huggingface.co'.); allowed: "
+    assert capsys.readouterr().err == f"error: {told}a model of the hub, with a network, or a local folder\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("data/none.jsonl", "there is no file data/none.jsonl"),
+        ("data", "there is no file data"),
+        ("~/train.jsonl", "~/train.jsonl begins with ~, which only a shell knows; write /home/me/train.jsonl"),
+    ],
+)
+def test_a_file_that_is_not_there_is_one_line(own, capsys, file, says):
+    own(train_file=file)
+    assert said(capsys) == TRAIN + says
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([GOOD, {"prompt": "q", "answer": 7}], "2: field 'answer' is 7; allowed: a text"),
+        ([GOOD, GOOD, {"prompt": None, "answer": "a"}], "3: field 'prompt' is None; allowed: a text"),
+        ([{"prompt": "q"}], "1: field 'answer' is missing"),
+        ([GOOD, "q"], '2: "q" is no JSON object, {...}'),
+        ([GOOD, None], "2: null is no JSON object, {...}"),
+        (
+            [[GOOD, GOOD]],
+            "1: a JSON array; allowed: one object a line, {...}, or an array in a file that is named .json",
+        ),
+        ("[\n" + json.dumps(GOOD) + "\n]\n", "1: a JSON array; allowed: one object a line"),
+        (json.dumps(GOOD) + "\n{'prompt': 1}\n", "2: not valid JSON: Expecting property name"),
+        ("\n", " there is no problem in it"),
+        (json.dumps(GOOD).encode("utf-16"), " not UTF-8 at byte 0"),
+    ],
+)
+def test_a_line_that_can_not_be_read_is_named(own, capsys, content, says):
+    lines = "".join(json.dumps(row) + "\n" for row in content) if isinstance(content, list) else content
+    (own() / "data/train.jsonl").write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+    assert said(capsys).startswith(f"data/train.jsonl:{says}")
+
+
+def test_a_byte_order_mark_is_no_mistake_and_neither_is_an_array_in_json(own, capsys):
+    folder = own(test_file="data/test.json")
+    (folder / "data/train.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    (folder / "data/test.json").write_text(json.dumps([GOOD, GOOD], indent=1))
+    assert main(["plan", "--scale", "own"]) == 0 and capsys.readouterr().err == ""
+
+
+def test_a_folder_that_can_not_be_written_is_one_line(own, capsys):
+    folder = own()
+    assert said(capsys, "--runs", "taken/runs") == (
+        f"runs: {folder}/taken/runs can't be a folder, {folder}/taken is a file"
+    )
+    assert main(["collect", "table10", "--results", "taken"]) == 2
+    assert capsys.readouterr().err == f"error: results: {folder}/taken can't be a folder, {folder}/taken is a file\n"
+
+
+def test_a_finished_run_needs_no_files_and_says_where_it_is(own, capsys, monkeypatch):
+    own(pretrained="/gone")
+    monkeypatch.setattr(mutor.training.run, "run", lambda spec, seeds, env: None)
+    words = ["run", "--scale", "own", "--data", "mine", "--model", "mine", "--method", "next_token"]
+    assert main(words) == 2 and "/gone" in capsys.readouterr().err
+    monkeypatch.setattr(mutor.results.records, "finished", lambda runs, spec, seed: True)
+    assert main([*words, "--seeds", "1", "2"]) == 0
+    assert capsys.readouterr().out == "finished: runs/own/mine/mine/next_token/default, seeds 1, 2\n"

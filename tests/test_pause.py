@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mutor.baselines.next_token import NextToken, NextTokenConfig
+from mutor.baselines.pause import Pause, PauseConfig, with_pauses
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from baselines.next_token import NextToken, NextTokenConfig
-from baselines.pause import Pause, PauseConfig, with_pauses
 from mutor.checks import from_mapping
 from mutor.config.load import load_scale
 from mutor.config.runs import make_spec

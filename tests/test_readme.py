@@ -173,7 +173,7 @@ def test_make_alone_lists_all_targets():
 def test_scales_and_artifacts_exist():
     for page, text in TEXT.items():
         assert set(re.findall(r"scale=(\w+)", text)) <= set(scale_names(ROOT)), page
-        assert set(re.findall(r"snakemake results/(\w+)\.csv", text)) <= set(table_names(ROOT)), page
+        assert set(re.findall(r"snakemake results/(?:\w+/)?(\w+)\.csv", text)) <= set(table_names(ROOT)), page
     table = README.partition("## Scales")[2].partition("## ")[0]
     assert set(re.findall(r"^\| (\w+)(?: \(default\))? \|", table, re.M)) - {"scale"} == set(scale_names(ROOT))
 

@@ -149,7 +149,7 @@ def test_seeds_of_the_configuration_reach_plan_run_and_what_is_missing(tmp_path,
 
     for more, seeds in ([], "7, 8, 9"), (["--seeds", "3", "4"], "3, 4"):
         assert main(["collect", "report", "--scale", "smoke", *more]) == 0
-        page = (tmp_path / "results/report.html").read_text()
+        page = (tmp_path / "results/smoke/report.html").read_text()
         lacking = re.findall(r'<th scope="row">smoke/g2x3/[^<]*</th>\s*<td>([^<]*)</td>', page)
         assert len(lacking) >= 4 and set(lacking) == {seeds}
 

@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from mutor.baselines import token_order
+from mutor.baselines.joint_mtp import JointMTP, JointMTPConfig
+from mutor.baselines.next_latent import NextLatent, NextLatentConfig
+from mutor.baselines.ranking import Ranking, RankingConfig, other_tokens, pairwise_hinge
+from mutor.baselines.token_order import TokenOrder, TokenOrderConfig, coming_tokens, listwise
 from test_faults import Killed, kill
 from test_run import ROOT, smoke_spec, timeless
 from torch import nn
 from torch.nn.functional import cross_entropy, layer_norm, rms_norm, smooth_l1_loss
 from transformers import AutoModelForCausalLM
 
-from baselines import token_order
-from baselines.joint_mtp import JointMTP, JointMTPConfig
-from baselines.next_latent import NextLatent, NextLatentConfig
-from baselines.ranking import Ranking, RankingConfig, other_tokens, pairwise_hinge
-from baselines.token_order import TokenOrder, TokenOrderConfig, coming_tokens, listwise
 from mutor.checks import from_mapping
 from mutor.mtp.layout import IGNORE, Example, collate, regular
 from mutor.mtp.method import Context

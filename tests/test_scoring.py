@@ -267,7 +267,7 @@ def test_a_broken_file_is_named(tmp_path, name, content, says):
         ("own", {"prompt": "p", "answer": 7}, "field 'answer' is 7; allowed: a text"),
         ("own", {"prompt": "p", "answer": "3 + 4 = 7", "gold": 7}, "field 'gold' is 7; allowed: a text"),
         ("own", {"prompt": "p", "answer": "7", "gold": None}, "field 'gold' is None; allowed: a text"),
-        ("own", ["p", "7"], "list indices must be integers"),
+        ("own", ["p", "7"], "a JSON array; allowed: one object a line"),
         ("aqua-rat", {"question": "q", "options": list("abcde"), "rationale": "r", "correct": ""}, "correct is ''"),
         ("aqua-rat", {"question": "q", "options": list("abcde"), "rationale": "r", "correct": "AB"}, "correct is 'AB'"),
         (

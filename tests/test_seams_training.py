@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mutor.baselines.next_token import NextToken, NextTokenConfig
+from mutor.baselines.parallel_mtp import ParallelMTP
 from transformers import AutoModelForCausalLM
 
-from baselines.next_token import NextToken, NextTokenConfig
-from baselines.parallel_mtp import ParallelMTP
 from mutor.checks import from_mapping, setting
 from mutor.config.load import load_scale
 from mutor.config.recipe import Recipe

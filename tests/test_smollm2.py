@@ -81,7 +81,8 @@ def test_batched_answers_to_published_problems_equal_a_plain_loop(smollm2):
 @torch.no_grad()
 def test_marginalisation_is_a_sum_of_its_own_passes(smollm2):
     """Of the eight likeliest next tokens, behind source code that every machine has."""
-    from baselines.marginal import Marginal, MarginalConfig
+    from mutor.baselines.marginal import Marginal, MarginalConfig
+
     from mutor.mtp.layout import Example, collate
     from mutor.mtp.method import Context
     from mutor.tasks.python_sources import rows

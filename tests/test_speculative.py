@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from mutor.baselines.joint_mtp import JointMTP, JointMTPConfig
+from mutor.baselines.next_latent import NextLatent, NextLatentConfig
+from mutor.baselines.next_token import NextToken, NextTokenConfig
+from mutor.baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
+from mutor.baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
+from mutor.baselines.teacherless import Teacherless, TeacherlessConfig
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from baselines.joint_mtp import JointMTP, JointMTPConfig
-from baselines.next_latent import NextLatent, NextLatentConfig
-from baselines.next_token import NextToken, NextTokenConfig
-from baselines.parallel_mtp import ParallelMTP, ParallelMTPConfig
-from baselines.sequential_mtp import SequentialMTP, SequentialMTPConfig
-from baselines.teacherless import Teacherless, TeacherlessConfig
 from mutor.decode import PromptLookup, generate, load, speculative
 from mutor.mtp.drafts import Drafter
 from mutor.mtp.layout import Example, collate

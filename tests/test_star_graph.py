@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mutor.baselines.next_token import NextToken
 
-from baselines.next_token import NextToken
 from mutor.checks import from_mapping
 from mutor.mtp.method import Context
 from mutor.tasks.graphs import Graphs, generate, keys, read_file, read_line, write_file, write_line

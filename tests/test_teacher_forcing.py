@@ -5,9 +5,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from mutor.baselines.next_token import NextToken, NextTokenConfig
+from mutor.baselines.teacherless import Teacherless, TeacherlessConfig
 
-from baselines.next_token import NextToken, NextTokenConfig
-from baselines.teacherless import Teacherless, TeacherlessConfig
 from mutor.mtp import teacher_forcing
 from mutor.mtp.loss import head_loss
 from mutor.mtp.method import Context

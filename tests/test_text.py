@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mutor.baselines.next_token import NextToken
 
-from baselines.next_token import NextToken
 from mutor.checks import from_mapping
 from mutor.config.load import load_scale, load_table
 from mutor.config.recipe import Recipe

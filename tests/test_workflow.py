@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mutor.config.load import load_scale, load_table, scale_names
+from mutor.config.load import load_scale, load_table, scale_names, table_names
 from mutor.config.runs import make_spec, run_cells, specs_of
 from mutor.files import locked
 from mutor.results import records
@@ -114,13 +114,68 @@ def test_wrong_configuration_stops_the_workflow_at_once(checkout, changes, says,
     assert done.returncode != 0 and says in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["results/tabel1.csv"],
+            "error: results/tabel1.csv: 'tabel1' is unknown, did you mean 'table1'? Known: claims, ",
+        ),
+        (
+            ["results/table1.csv", "--config", "scale=paper"],
+            "error: results/table1.csv is of scale laptop (--config scale=laptop); table1 of scale paper is "
+            "results/paper/table1.csv",
+        ),
+    ],
+)
+def test_a_target_of_no_artifact_or_another_scale_is_one_line(checkout, words, says, snakemake):
+    (checkout / "results").mkdir(exist_ok=True)
+    (checkout / "results/table1.csv").write_text("the laptop scale's")
+    done = snakemake(checkout, "-n", *words)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode != 0 and last.startswith(says) and "Traceback" not in done.stderr, done.stderr
+
+
+def test_artifacts_of_another_scale_stand_in_their_own_folder(checkout, snakemake):
+    own = snakemake(checkout, "-np", "results/table10.csv").stdout
+    other = snakemake(checkout, "-np", "results/paper/table10.csv", "--config", "scale=paper").stdout
+    given = snakemake(checkout, "-np", "results/table10.csv", "--config", "scale=paper", "results=results").stdout
+    asked = r"collect table10 --scale (\w+) --runs runs --results (\S+) "
+    assert [re.findall(asked, text) for text in (own, other, given)] == [
+        [("laptop", "results")], [("paper", "results/paper")], [("paper", "results")],
+    ]  # fmt: skip
+
+
+def test_what_runs_would_stop_at_is_said_before_the_first(checkout, tmp_path, snakemake):
+    """One line; a dry run lists its jobs and ends with all such lines."""
+    train, test = (f"{name}_file: there is no file data/{name}.jsonl" for name in ("train", "test"))
+    where = "config/scales/own.yaml: datasets: mine: options: "
+    done = snakemake(checkout, "--cores", "1", "--config", "scale=own")
+    assert done.returncode != 0 and done.stderr.splitlines()[-1] == f"error: {where}{train}", done.stderr
+    assert not list(checkout.glob("runs/own/**/run.log"))
+    done = snakemake(checkout, "-n", "--config", "scale=own")
+    said = [
+        line for line in done.stderr.splitlines() if line.startswith("not ready: ")
+    ]  # tests have no network, either
+    assert done.returncode == 0 and said[:2] == [f"not ready: {where}{train}", f"not ready: {where}{test}"]
+    (tmp_path / "taken").write_text("")
+    done = snakemake(checkout, "results/table10.csv", "--cores", "1", "--config", f"runs={tmp_path}/taken/runs")
+    assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith(
+        f"error: runs: {tmp_path}/taken/runs can't be"
+    )
+
+
+def test_artifacts_are_listed_by_name(checkout, snakemake):
+    assert {*table_names(ROOT), "all", "claims"} <= set(snakemake(checkout, "--list").stdout.split())
+
+
 def test_a_new_drawing_is_one_entry_and_its_functions(tmp_path, snakemake):
     """The rules find it and its figures: an entry of DRAWINGS, a function, and a table that is drawn so."""
     folder = copied(tmp_path / "project")
     with open(folder / "mutor/registry.py", "a") as file:
         file.write(
-            'figures = (Figure(draw="baselines.toy:draw", suffix="_toy"),)\n'
-            'register(DRAWINGS, "toy", Drawing(made_of="config", rows="baselines.toy:rows", figures=figures))\n'
+            'figures = (Figure(draw="mutor.baselines.toy:draw", suffix="_toy"),)\n'
+            'register(DRAWINGS, "toy", Drawing(made_of="config", rows="mutor.baselines.toy:rows", figures=figures))\n'
         )
     (folder / "baselines/toy.py").write_text(
         "def rows(evidence, table):\n"
@@ -131,10 +186,10 @@ def test_a_new_drawing_is_one_entry_and_its_functions(tmp_path, snakemake):
     )
     text = "title: Toy\ncaption: A toy.\ndraw: toy\nmetrics: [steps]\nrows: []\n"
     (folder / "config/tables/toy.yaml").write_text(text)
-    done = snakemake(folder, "results/toy_toy.svg", "--cores", "1", "--config", "scale=smoke")
-    assert done.returncode == 0 and re.search(r"^draw_toy\s+1$", done.stdout + done.stderr, re.M), done.stderr
-    assert pd.read_csv(folder / "results/toy.csv")["mean"].tolist() == [3.0]
-    assert {f.name for f in (folder / "results").iterdir()} == {
+    done = snakemake(folder, "results/smoke/toy_toy.svg", "--cores", "1", "--config", "scale=smoke")
+    assert done.returncode == 0 and re.search(r"^toy\s+1$", done.stdout + done.stderr, re.M), done.stderr
+    assert pd.read_csv(folder / "results/smoke/toy.csv")["mean"].tolist() == [3.0]
+    assert {f.name for f in (folder / "results/smoke").iterdir()} == {
         f"toy{ending}" for ending in (".csv", ".md", ".tex", "_toy.png", "_toy.svg")
     }
 
@@ -169,14 +224,14 @@ def test_seeds_given_to_the_workflow_reach_its_commands(checkout, snakemake):
 
 
 def test_smoke_scale_runs_from_data_to_figure(smoke):
-    frame = pd.read_csv(smoke / "results/figure4.csv")
+    frame = pd.read_csv(smoke / "results/smoke/figure4.csv")
     assert list(frame.columns) == [*COLUMNS]
     assert (frame["n_seeds"] == 2).all() and frame["mean"].between(0, 100).all()
     assert (frame["ci_low"] <= frame["mean"]).all() and (frame["mean"] <= frame["ci_high"]).all()
     assert frame["stands_in_for"].str.contains("gpt2-large").all()
     for ending in (".md", ".tex", ".png", ".svg", "_curves.png", "_curves.svg"):
-        assert (smoke / f"results/figure4{ending}").stat().st_size > 500
-    runs = pd.read_csv(smoke / "results/runs.csv")
+        assert (smoke / f"results/smoke/figure4{ending}").stat().st_size > 500
+    runs = pd.read_csv(smoke / "results/smoke/runs.csv")
     graphs = runs[runs["train_data_role"].str.startswith("star_graph")]
     assert len(graphs) == 24 and graphs["seed"].isin([42, 43]).all() and graphs["last.solve_rate"].notna().all()
     by_hand = runs[(runs["method"] == "next_token") & (runs["train_data"] == "g2x3")]["last.solve_rate"].mean()
@@ -184,17 +239,18 @@ def test_smoke_scale_runs_from_data_to_figure(smoke):
     assert cell["mean"] == pytest.approx(by_hand)
     log = next(smoke.glob("runs/smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=3,d_min=2/run.log")).read_text()
     assert re.search(r"\[\d+/29\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
+    assert re.search(r"\[\d+/29\] finished: runs/smoke/g2x3/gpt2-2x32/mutor/\S+, seeds 42, 43$", log.strip())
 
 
 def test_smoke_scale_runs_from_text_to_table(smoke):
-    frame = pd.read_csv(smoke / "results/table1.csv")
+    frame = pd.read_csv(smoke / "results/smoke/table1.csv")
     assert list(frame.columns) == [*COLUMNS] and list(frame["method"]) == ["next_token", "parallel_mtp", "mutor"]
     assert (frame["n_seeds"] == 2).all() and frame["mean"].between(0, 100).all() and frame["epochs"].eq(2).all()
     assert frame["reported"].tolist() == [38.87, 40.66, 42.1] and frame["reported_difference"].isna().all()
-    runs = pd.read_csv(smoke / "results/runs.csv")
-    texts = runs[runs["train_data"].isin(["gsm8k", "mix"])]
+    runs = pd.read_csv(smoke / "results/smoke/runs.csv")
+    texts = runs[runs["path"].str.contains("/gsm8k/|/mix/")]
     assert len(texts) == 7 and texts["last.loss"].between(2, 8).all()  # one base model for all
-    decoded = pd.read_csv(smoke / "results/decoding.csv")
+    decoded = pd.read_csv(smoke / "results/smoke/decoding.csv")
     same = decoded[decoded["metric"].str.startswith("identical") & (decoded["n_seeds"] > 0)]
     assert len(same) == 4 + 8 * 3 and (same["n_seeds"] == 1).all() and (same["mean"] == 100).all()
     assert len(list(smoke.glob("runs/smoke/mix/*/*/*/seed*/metrics.json"))) == 1
@@ -202,12 +258,12 @@ def test_smoke_scale_runs_from_text_to_table(smoke):
 
 def test_smoke_scale_runs_from_images_to_table(smoke):
     """Three methods at three shares of the training, one tokenizer for all, pictures beside the records."""
-    frame = pd.read_csv(smoke / "results/table7.csv")
+    frame = pd.read_csv(smoke / "results/smoke/table7.csv")
     assert list(frame.columns) == [*COLUMNS] and len(frame) == 3 * 3 * 4 and (frame["n_seeds"] == 2).all()
     assert sorted(frame["iterations"].unique()) == [5, 10, 18]
     assert set(frame["metric"]) == {"classifier_fid", "classifier_score", "precision", "recall"}  # no plain FID
     assert frame["reported"].isna().all()  # published are Inception's values, not these
-    listed = (smoke / "results/table7.md").read_text().partition("Published values:")[2]
+    listed = (smoke / "results/smoke/table7.md").read_text().partition("Published values:")[2]
     assert all(f"| {value} |" in listed for value in ("7.71", "6.83", "6.18"))
     assert len(list(smoke.glob("runs/smoke/assets/digits-*/assets.json"))) == 1
     for name in ("samples-step5.png", "samples-step10.png", "samples-last.png"):
@@ -218,13 +274,13 @@ def test_smoke_scale_runs_from_images_to_table(smoke):
 
 
 def test_smoke_scale_ends_in_claims_and_a_report(smoke):
-    claims = pd.read_csv(smoke / "results/claims.csv")
+    claims = pd.read_csv(smoke / "results/smoke/claims.csv")
     artifacts = load_scale(ROOT, "smoke").artifacts
     wanted = claims[claims["table"].isin(artifacts)]
     assert wanted["verdict"].isin(["same direction", "opposite direction", "undecided", "not at this scale"]).all()
     table1 = claims[(claims["table"] == "table1") & (claims["verdict"] != "not at this scale")]
     assert len(table1) == 2 and (table1["n_seeds"] == 2).all() and table1["stands_in_for"].notna().all()
-    page = (smoke / "results/report.html").read_text()
+    page = (smoke / "results/smoke/report.html").read_text()
     assert all(f'<section id="{name}">' in page for name in artifacts)
     assert "No cell lacks a seed." in page
 
@@ -239,13 +295,14 @@ def test_locks_of_a_dead_snakemake_are_removed_and_of_a_living_one_are_not(smoke
     locks.mkdir(parents=True, exist_ok=True)
     for kind in ("input", "output"):
         (locks / f"0.{kind}.lock").write_text("runs/smoke/g2x3/gpt2-2x32/next_token/default/index.json\n")
-    arguments = ("results/figure4.csv", "--cores", "1", "--forcerun", "draw_solve_rates", "--config", "scale=smoke")
+    arguments = ("results/smoke/figure4.csv", "--cores", "1", "--forcerun", "figure4", "--config", "scale=smoke")
     with locked(smoke / ".snakemake/alive"):  # as a living one does
         done = snakemake(smoke, *arguments)
         assert done.returncode != 0 and "LockException" in done.stderr
     done = snakemake(smoke, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0.input.lock was left by a Snakemake that is gone: removed" in done.stderr and not list(locks.glob("*"))
+    assert "finished: results/smoke/figure4.md" in done.stderr.splitlines()
 
 
 def test_finished_seeds_survive_a_lost_output_and_a_new_seed(smoke):
@@ -347,9 +404,9 @@ def test_a_users_own_model_and_data(tmp_path, snakemake):
     text = file.read_text().replace("HuggingFaceTB/SmolLM2-135M", "mine").replace("epochs: 3", "epochs: 1")
     text = text.replace("extract: whole", "extract: hashes").replace("compare: text", "compare: number")
     file.write_text(text.replace("max_tokens: 512", "max_tokens: 100").replace("new_tokens: 128", "new_tokens: 16"))
-    done = snakemake(folder, "results/own.csv", "--cores", "2", "--config", "scale=own", "seeds=[42]")
+    done = snakemake(folder, "results/own/own.csv", "--cores", "2", "--config", "scale=own", "seeds=[42]")
     assert done.returncode == 0, done.stdout + done.stderr
-    frame = pd.read_csv(folder / "results/own.csv")
+    frame = pd.read_csv(folder / "results/own/own.csv")
     methods = {"next_token", "parallel_mtp", "sequential_mtp", "mutor", "lora_next_token", "lora_mutor"}
     assert set(frame["method"]) == methods and (frame["n_seeds"] == 1).all() and frame["mean"].between(0, 100).all()
     assert set(frame["train_data"]) == {"train"} and list(frame.columns) == [*COLUMNS]

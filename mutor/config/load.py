@@ -24,14 +24,27 @@ from mutor.config.schema import Dataset, ModelConfig, Project, Row, Scale, Shape
 from mutor.files import read_text
 from mutor.registry import METHODS
 
+CODE = Path(__file__).parents[2]  # the folder that has the package: a checkout, or where packages are installed
+INSTALLED = CODE / "mutor/project"  # what a wheel has of config/
+
 
 def find_root(start: Path | None = None) -> Path:
-    """The project's folder: the nearest one upwards, from here or from this file, that has config/config.yaml."""
-    for base in (start or Path.cwd(), Path(__file__).parent):
-        for folder in (base, *base.parents):
-            if (folder / "config" / "config.yaml").exists():
-                return folder
-    raise ValueError("no config/config.yaml found in this folder or above it; call from the project's folder")
+    """The project's folder, of config/, runs and results: the nearest one upwards, or the checkout of this file.
+
+    Without any, the folder itself, where an installed package brings its own config/.
+    """
+    here = start or Path.cwd()
+    for folder in (here, *here.parents, CODE):
+        if (folder / "config/config.yaml").exists() and (folder / "config/scales").is_dir():
+            return folder
+    if not INSTALLED.is_dir():
+        raise ValueError("no config/config.yaml found in this folder or above it; call from the project's folder")
+    return here
+
+
+def config_folder(root: Path) -> Path:
+    """The folder of config.yaml, scales, tables, claims and published values: the project's, or the installed one."""
+    return root / "config" if (root / "config/config.yaml").exists() else INSTALLED
 
 
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
@@ -61,6 +74,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_config(root: Path, name: str) -> dict[str, Any]:
+    """A file of the configuration: "config.yaml", "claims.yaml", "scales/own.yaml", "tables/own.yaml", ..."""
+    return read_yaml(config_folder(root) / name)
+
+
 def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Project:
     """config/config.yaml with `changes` (what Snakemake's --config gives) on top."""
     changes = dict(changes or {})
@@ -70,28 +88,37 @@ def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Projec
         changes["seeds"] = [int(s) if isinstance(s, str) and s.isdecimal() else s for s in changes["seeds"]]
     if changes.get("rerun_stale") in ("true", "false"):  # so do these words
         changes["rerun_stale"] = changes["rerun_stale"] == "true"
-    project = from_mapping(Project, {**read_yaml(root / "config/config.yaml"), **changes}, "config/config.yaml")
+    values = {**read_config(root, "config.yaml"), **changes}
+    if values.get("results") is None:
+        values["results"] = results_folder(root, values.get("scale", Project.scale))
+    project = from_mapping(Project, values, "config/config.yaml")
     choose(project.scale, scale_names(root), "scale")
     for name in project.artifacts or ():
         choose(str(name), table_names(root), "artifacts")
     return project
 
 
+def results_folder(root: Path, scale: str) -> str:
+    """Where a scale's tables and figures stand: results, or results/<scale> where config.yaml names another scale."""
+    own = read_config(root, "config.yaml").get("scale", Project.scale)
+    return "results" if scale == own else f"results/{scale}"
+
+
 def scale_names(root: Path) -> list[str]:
     """Names of the scales there are."""
-    return sorted(file.stem for file in (root / "config/scales").glob("*.yaml"))
+    return sorted(file.stem for file in (config_folder(root) / "scales").glob("*.yaml"))
 
 
 def table_names(root: Path) -> list[str]:
     """Names of the tables and figures there are."""
-    return sorted(file.stem for file in (root / "config/tables").glob("*.yaml"))
+    return sorted(file.stem for file in (config_folder(root) / "tables").glob("*.yaml"))
 
 
 def load_scale(root: Path, name: str) -> Scale:
     """A scale with its models, datasets and recipes checked."""
     choose(name, scale_names(root), "scale")
     where = f"config/scales/{name}.yaml"
-    scale = from_mapping(Scale, {**read_yaml(root / where), "name": name}, where)
+    scale = from_mapping(Scale, {**read_config(root, f"scales/{name}.yaml"), "name": name}, where)
     for artifact in scale.artifacts:
         choose(str(artifact), table_names(root), f"{where}: artifacts")
     for key in scale.plan:
@@ -159,7 +186,7 @@ def _check_base(where: str, scale: Scale, name: str) -> None:
 
 def _check_roles(root: Path, scale: Scale, where: str) -> None:
     """Raise ValueError for a role that no table asks for: misspelt, its cells would be left out without a word."""
-    rows = [row for name in table_names(root) for row in _parts(read_yaml(root / f"config/tables/{name}.yaml"), "rows")]
+    rows = [row for name in table_names(root) for row in _parts(read_config(root, f"tables/{name}.yaml"), "rows")]
     data = [name for row in rows for name in _listed(row.get("train_data"))]
     found = [base_of(where, name, dataset) for name, dataset in scale.datasets.items()]
     bases = {base.data for base in found if base}
@@ -187,7 +214,7 @@ def load_table(root: Path, name: str) -> Table:
     """A table with its rows checked."""
     choose(name, table_names(root), "table")
     where = f"config/tables/{name}.yaml"
-    table = from_mapping(Table, {**read_yaml(root / where), "name": name}, where)
+    table = from_mapping(Table, {**read_config(root, f"tables/{name}.yaml"), "name": name}, where)
     rows = []
     for number, given in enumerate(table.rows, start=1):
         row = from_mapping(Row, given, f"{where}: row {number}")

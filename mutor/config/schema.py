@@ -21,7 +21,7 @@ class Project:
     )
     seeds: tuple[int, ...] | None = setting(None, doc="seeds of every run, instead of the scale's own", low=0)
     runs: str = setting("runs", doc="folder of the runs")
-    results: str = setting("results", doc="folder of tables and figures")
+    results: str = setting(doc="folder of tables and figures; by default that of the scale, `results_folder`")
     rerun_stale: bool = setting(False, doc="run again what was made by older code")
 
     def __post_init__(self) -> None:
@@ -29,6 +29,8 @@ class Project:
             folder = getattr(self, name)
             if not folder or re.search(r"[{}\n\0]", folder):
                 raise ValueError(f"{name}: {folder!r} is not allowed; allowed: a folder without braces in its name")
+            if folder.startswith("~"):
+                raise ValueError(f"{name}: {folder!r} begins with ~, which only a shell knows; write out the folder")
 
 
 @dataclass(frozen=True, kw_only=True)

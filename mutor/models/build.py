@@ -170,3 +170,36 @@ def tokenizer(config: ModelConfig) -> Any:
     if "gguf_file" in more and found.pad_token == found.eos_token:  # what pads must not be taken for an end
         found.pad_token = found.unk_token
     return found
+
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def check_pretrained(config: ModelConfig, with_tokenizer: bool) -> None:
+    """Raise ValueError for a pretrained model that is not on disk; no torch, no network.
+
+    A name of the hub is looked up in its local cache where HF_HUB_OFFLINE is set, else it passes.
+    """
+    name = str(config.pretrained)
+    folder = Path(name)
+    if name.endswith(".gguf"):
+        _source(config)
+    elif folder.is_dir():
+        for files, what in ((("config.json",), ""), (WEIGHTS, "weights: "), (TOKENIZERS, "tokenizer: ")):
+            if (with_tokenizer or files != TOKENIZERS) and not any((folder / file).exists() for file in files):
+                raise ValueError(f"{name} is a folder without {what}{' or '.join(files[:2])}")
+    elif folder.exists():
+        raise ValueError(f"{name} is a file; allowed: a folder, as save_pretrained writes it, or a .gguf file")
+    elif name[0] in "/." or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
+        raise ValueError(f"there is no folder {name}")
+    else:
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        if constants.HF_HUB_OFFLINE and not isinstance(
+            try_to_load_from_cache(name, "config.json", revision=_revision(config)), str
+        ):
+            raise ValueError(
+                f"{name} of the hub is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; allowed: a model "
+                "that was downloaded there, or a local folder"
+            )

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from mutor.checks import choose
-from mutor.config.load import load_table
+from mutor.config.load import config_folder, load_table, results_folder
 from mutor.config.runs import Cell, Spec, cells_of, possible, settings_name
 from mutor.config.schema import Scale, Table
 from mutor.registry import TASKS, load, resolve
@@ -82,7 +82,12 @@ class Evidence:
     @cached_property
     def reported(self) -> pd.DataFrame:
         """The published values, config/reported.csv."""
-        return read_reported(self.root / "config/reported.csv")
+        return read_reported(config_folder(self.root) / "reported.csv")
+
+    @cached_property
+    def home(self) -> str:
+        """The folder that the scale's artifacts are asked of, results or results/<scale>."""
+        return results_folder(self.root, self.scale.name)
 
     def table(self, name: str) -> Table:
         """A file of config/tables."""

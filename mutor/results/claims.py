@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from mutor.checks import choose, from_mapping, setting
-from mutor.config.load import read_yaml, table_names
+from mutor.config.load import read_config, table_names
 from mutor.config.runs import Cell
 from mutor.config.schema import Scale
 from mutor.files import write_text
@@ -87,7 +87,7 @@ def load_claims(evidence: Evidence) -> list[Claim]:
     """config/claims.yaml, checked, one claim for each training set; `ours` and `theirs` are Sides (or a number)."""
     where = "config/claims.yaml"
     out = []
-    for number, given in enumerate(read_yaml(evidence.root / where).get("claims") or [], start=1):
+    for number, given in enumerate(read_config(evidence.root, "claims.yaml").get("claims") or [], start=1):
         here = f"{where}: claim {number}"
         claim = from_mapping(Claim, given, here)
         choose(claim.table, table_names(evidence.root), f"{here}: table")
@@ -217,7 +217,7 @@ def _compare(evidence: Evidence, claim: Claim, ours: Pair, theirs: Pair | None) 
         _scores(evidence, cell),
         scored,
         percent=cell.unit == "percent",
-        command=f"snakemake results/{claim.table}.csv --config scale={evidence.scale.name}",
+        command=f"snakemake {evidence.home}/{claim.table}.csv --config scale={evidence.scale.name}",
     )
 
 

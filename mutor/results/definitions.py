@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 UNREAD = ("ctx", "kind", "type_comment", "type_params", "type_ignores", "simple", "returns")
-NOT_RUN = ("TYPE_CHECKING", "typing.TYPE_CHECKING", "__name__ == '__main__'")  # conditions false at import
+NOT_RUN = ("TYPE_CHECKING", "typing.TYPE_CHECKING", "__name__ == '__main__'", "__name__ == 'baselines'")  # false
 DEFINES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 PROGRESS = ("log", "print", "self.print_line")  # they show what they are given, and nobody reads what they return
 
@@ -52,7 +52,12 @@ class Module:
 @functools.cache
 def module(root: Path, name: str) -> Module | None:
     """A module of the project below `root`; None for others."""
-    stem = root / Path(*name.split("."))
+    parts = name.split(".")
+    if parts[0] != "mutor":  # where packages are installed others stand beside
+        return None
+    stem = root / Path(*parts)
+    if parts[1:2] == ["baselines"] and not (root / "mutor/baselines").is_dir():  # a checkout
+        stem = root / Path(*parts[1:])
     file, package = (
         (stem / "__init__.py", name) if stem.is_dir() else (stem.with_suffix(".py"), name.rpartition(".")[0])
     )

@@ -159,6 +159,8 @@ def provenance(root: Path) -> dict[str, Any]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
+        if not (root / ".git").exists():  # an installed package may lie in somebody else's repository
+            return None
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None

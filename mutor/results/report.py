@@ -127,7 +127,7 @@ def missing(evidence: Evidence, tables: list[Table]) -> pd.DataFrame:
     """Settings without all their seeds, what they are missing in, and the command that fills them."""
     rows: dict[str, dict[str, Any]] = {}
     for table in tables:
-        command = f"snakemake --cores all results/{table.name}.csv --config scale={evidence.scale.name}"
+        command = f"snakemake --cores all {evidence.home}/{table.name}.csv --config scale={evidence.scale.name}"
         specs = {cell.spec.path: cell.spec for cell in evidence.cells(table) if table.needs_runs}
         for spec in specs.values():
             lacking = sorted(set(spec.seeds) - {r["seed"] for r in evidence.runs.of(spec)})

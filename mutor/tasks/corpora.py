@@ -42,6 +42,7 @@ class Corpus:
         return self.valid or ((self.test[0], "valid") if source == "generated" else self.test)
 
 
+ARRAY = "a JSON array; allowed: one object a line, {...}, or an array in a file that is named .json"
 _GSM, _MATH = ("gsm8k", "augmented_gsm8k"), ("math", "augmented_math")
 _M1, _M2, _GSM_TEST = ("openmathinstruct-2", "train_1M"), ("openmathinstruct-2", "train_2M"), ("gsm8k", "test")
 CORPORA = {
@@ -135,7 +136,7 @@ def _kept(where: tuple[str, str], origin: Origin, only: tuple[str, ...] = ()) ->
         except KeyError as error:
             raise ValueError(f"{line}: field {error} is missing") from None
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{line}: {error}") from None
+            raise ValueError(f"{line}: {error if isinstance(row, dict) else _no_object(row)}") from None
 
 
 def _rows(name: str, split: str, origin: Origin) -> Iterable[tuple[str, Row]]:
@@ -201,7 +202,15 @@ def read_rows(file: Path) -> Iterable[tuple[str, Row]]:
             try:
                 yield f"{file}:{number}", json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number}: not valid JSON: {error.msg}") from None
+                raise ValueError(f"{file}:{number}: {_no_json(line, error.msg)}") from None
+
+
+def _no_json(line: str, why: str) -> str:
+    return ARRAY if line.lstrip().startswith("[") else f"not valid JSON: {why}"
+
+
+def _no_object(row: object) -> str:
+    return ARRAY if isinstance(row, list) else f"{json.dumps(row)[:60]} is no JSON object, {{...}}"
 
 
 def _hub(name: str, split: str) -> Iterable[tuple[str, Row]]:

@@ -9,10 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from mutor.tasks.corpora import Corpus
+from mutor.tasks.corpora import CORPORA, Corpus, Origin, problems
 from mutor.tasks.formats import Problem
 from mutor.tasks.scoring import EXTRACT, FRACTION, NUMBER
+
+
+def check_file(file: Path) -> None:
+    """Raise ValueError, naming file and line, for a file of problems that can't be read or has none."""
+    if not problems(CORPORA["own"], "train", Origin("file", str(file))):
+        raise ValueError(f"{file}: there is no problem in it")
 
 
 def with_gold(found: Sequence[Problem], corpus: Corpus) -> list[Problem]:

@@ -34,7 +34,9 @@ class ImagesConfig:
         doc="scikit-learn's digits, Fashion-MNIST, or a folder with one folder of files a class",
         choices=("digits", "fashion-mnist", "folder"),
     )
-    folder: str | None = setting(None, doc="of the files; fashion-mnist: of its idx files, none: from the hub")
+    folder: str | None = setting(
+        None, doc="of the files; fashion-mnist: of its idx files, none: from the hub", on_disk="folder"
+    )
     classes: int = setting(10, doc="how many classes there are", low=1)
     pixels: int = setting(16, doc="height and width that images are scaled to", low=8)
     test_size: int = setting(300, doc="images held out: half to choose the best checkpoint, half to score it", low=10)
@@ -47,7 +49,7 @@ class ImagesConfig:
     code_width: int = setting(8, doc="width of its vectors", low=1)
     channels: tuple = setting((16, 32), doc="of its levels; each but the last halves height and width")
     tokenizer: str | None = setting(
-        None, doc="a published checkpoint of VQ-16 (vq_ds16_c2i.pt), instead of training one"
+        None, doc="a published checkpoint of VQ-16 (vq_ds16_c2i.pt), instead of training one", on_disk="file"
     )
     tokenizer_steps: int = setting(400, doc="how long the tokenizer is trained", low=1)
     features: str = setting(
@@ -56,7 +58,9 @@ class ImagesConfig:
         choices=("classifier", "inception"),
     )
     classifier_steps: int = setting(600, doc="how long the classifier is trained", low=1)
-    reference: str | None = setting(None, doc="with inception: ADM's file of reference statistics (.npz), for the FID")
+    reference: str | None = setting(
+        None, doc="with inception: ADM's file of reference statistics (.npz), for the FID", on_disk="file"
+    )
     real_samples: int = setting(10000, doc="at most so many real images are compared with", low=10)
     valid_samples: int = setting(200, doc="images drawn during training, of random classes", low=10)
     test_samples: int = setting(2000, doc="images drawn at the end, of random classes as by LlamaGen", low=10)

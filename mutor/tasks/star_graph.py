@@ -48,8 +48,8 @@ class StarGraphConfig:
     train_size: int | None = setting(None, doc="training graphs; none: new ones all the time", low=1)
     valid_size: int = setting(500, doc="graphs scored during training", low=1)
     test_size: int = setting(2000, doc="graphs scored at the end", low=1)
-    train_file: str | None = setting(None, doc="training graphs from a file in the published format")
-    test_file: str | None = setting(None, doc="test graphs from a file in the published format")
+    train_file: str | None = setting(None, doc="training graphs from a file in the published format", on_disk="file")
+    test_file: str | None = setting(None, doc="test graphs from a file in the published format", on_disk="file")
     tokens: str = setting(
         "labels",
         doc="one token a label, or the model's own tokenizer, with an end token unless all labels take as many tokens",

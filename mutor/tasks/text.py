@@ -41,11 +41,21 @@ class TextConfig:
         doc="where its rows come from; installed, with corpus python: the standard library's own files",
         choices=("hub", "folder", "generated", "installed"),
     )
-    folder: str | None = setting(None, doc="with source folder: the folder that holds one folder a dataset")
-    train_file: str | None = setting(None, doc="with corpus own: JSONL of prompt and answer")
-    valid_file: str | None = setting(None, doc="with corpus own: to choose checkpoints; none: the last is the best")
+    folder: str | None = setting(
+        None, doc="with source folder: the folder that holds one folder a dataset", on_disk="folder"
+    )
+    train_file: str | None = setting(
+        None, doc="with corpus own: JSONL of prompt and answer", on_disk="mutor.tasks.own_data:check_file"
+    )
+    valid_file: str | None = setting(
+        None,
+        doc="with corpus own: to choose checkpoints; none: the last is the best",
+        on_disk="mutor.tasks.own_data:check_file",
+    )
     test_file: str | None = setting(
-        None, doc="with corpus own: to score; gold: what is right, if not what extract finds in the answer"
+        None,
+        doc="with corpus own: to score; gold: what is right, if not what extract finds in the answer",
+        on_disk="mutor.tasks.own_data:check_file",
     )
     extract: str | None = setting(None, doc="how an answer is found in a text", choices=(*EXTRACT, None))
     compare: str | None = setting(None, doc="what is right", choices=(*COMPARE, "rouge", None))

@@ -7,42 +7,40 @@ localrules:
     report_html,
 
 
-for kind, drawing in DRAWINGS.items():
+for artifact, table in TABLES.items():
 
     rule:
         name:
-            f"draw_{kind}"
+            artifact
         input:
-            lambda wildcards: index_files(wildcards.artifact),
+            index_files(artifact),
             reported="config/reported.csv",
         output:
             report(
-                f"{RESULTS}/{{artifact}}.csv",
+                f"{RESULTS}/{artifact}.csv",
                 caption="../report/artifact.rst",
-                category="Figures" if drawing.figures else "Tables",
+                category="Figures" if table.drawing.figures else "Tables",
             ),
-            f"{RESULTS}/{{artifact}}.md",
-            f"{RESULTS}/{{artifact}}.tex",
+            f"{RESULTS}/{artifact}.md",
+            f"{RESULTS}/{artifact}.tex",
             [
                 report(
-                    f"{RESULTS}/{{artifact}}{suffix}",
+                    f"{RESULTS}/{artifact}{suffix}",
                     caption="../report/artifact.rst",
                     category="Figures",
                 )
-                for suffix in drawing.suffixes
+                for suffix in table.drawing.suffixes
             ],
         log:
-            f"{RUNS}/logs/{{artifact}}.log",
-        wildcard_constraints:
-            artifact=drawn(kind),
+            f"{RUNS}/logs/{artifact}.log",
         localrule: True
         conda:
             "../../environment.yml"
         params:
-            command=lambda wildcards: collect(wildcards.artifact),
-            state=lambda wildcards: table_state(wildcards.artifact),
+            command=collect(artifact),
+            state=table_state(artifact),
         message:
-            "Collecting {wildcards.artifact}"
+            f"Collecting {artifact}"
         shell:
             "{params.command} > {log:q} 2>&1"
 

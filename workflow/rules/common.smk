@@ -1,5 +1,6 @@
 """What the rules share: the checked configuration and the runs it asks for. No torch is imported here."""
 
+import atexit
 import fcntl
 import hashlib
 import re
@@ -9,9 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir)))
 
-from mutor.config.load import load_project, load_scale, load_table, table_names
+from mutor.config.inputs import missing
+from mutor.config.load import load_project, load_scale, load_table, results_folder
+from mutor.config.load import scale_names, table_names
 from mutor.config.runs import run_cells, specs_of
-from mutor.registry import DRAWINGS
+from mutor.config.targets import check_target
+from mutor.files import check_writable
 from mutor.results.provenance import run_code
 from mutor.results.records import drop_broken_index
 
@@ -42,7 +46,7 @@ try:
         name: run_cells(table, SCALE, PROJECT.seeds) for name, table in TABLES.items()
     }
 except ValueError as error:
-    raise WorkflowError(str(error))
+    sys.exit(f"error: {error}")
 
 RUNS, RESULTS, PYTHON = PROJECT.runs, PROJECT.results, sys.executable
 SPECS = {
@@ -56,17 +60,61 @@ ARTIFACTS = PROJECT.artifacts or SCALE.artifacts
 WANTED = [spec.path for spec in specs_of([c for a in ARTIFACTS for c in CELLS[a]])]
 
 
+def asked():
+    """The targets on the command line: not known to a workflow while it is read."""
+    if Path(sys.argv[0]).name not in ("snakemake", "__main__.py"):
+        return []
+    from snakemake.cli import get_argument_parser
+
+    return get_argument_parser().parse_known_args(sys.argv[1:])[0].targets
+
+
+def check_targets():
+    """Stop for a target that is not made here, in one line; called when all rules are known."""
+    homes = {name: results_folder(ROOT, name) for name in scale_names(ROOT)}
+    rules = {rule.name: rule for rule in workflow.rules}
+    files = [Path(file) for rule in rules.values() for file in rule.output]
+    made = [file.name for file in files if file.parent == Path(RESULTS)]
+    try:
+        for target in asked():
+            check_target(target, rules, made, PROJECT.scale, RESULTS, homes)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def not_ready():
+    """What the jobs to do would stop at, a line each: folders to write to, files, models."""
+    problems = []
+    for key, folder in (("runs", RUNS), ("results", RESULTS)):
+        try:
+            check_writable(Path(folder), key)
+        except ValueError as error:
+            problems.append(str(error))
+    jobs = workflow.dag.needrun_jobs(exclude_finished=False) if workflow.dag else []
+    runs = [job.wildcards.run for job in jobs if job.rule.name == "train"]
+    return problems + missing(SPECS[run] for run in runs)
+
+
+def say_not_ready():
+    """Behind all that a dry run prints."""
+    for problem in not_ready():
+        print(f"not ready: {problem}", file=sys.stderr)
+
+
+def say_where():
+    """What has been made, in one line."""
+    made = [str(file) for job in workflow.dag.jobs for file in job.output]
+    pages = [file for file in made if Path(file).parent == Path(RESULTS)]
+    whole = [file for file in pages if file.endswith("report.html")]
+    shown = whole or [file for file in pages if file.endswith((".md", "runs.csv"))]
+    print(f"finished: {', '.join(shown or made)}", file=sys.stderr)
+
+
 def index_files(artifact):
     """The runs, or the measurements, that an artifact is made of."""
     if TABLES[artifact].drawing.made_of == "costs":
         return [f"{RUNS}/{SCALE.name}/cost/{artifact}.done"]
     return [f"{RUNS}/{spec.path}/index.json" for spec in specs_of(CELLS[artifact])]
-
-
-def drawn(kind):
-    """The tables and figures of a kind, as a pattern of wildcards."""
-    names = [name for name, table in TABLES.items() if table.draw == kind]
-    return "|".join(map(re.escape, names)) or "none"
 
 
 def artifact_files(artifacts):
