@@ -20,7 +20,7 @@ from mutor.checks import setting
 from mutor.files import write_text
 from mutor.tasks.corpora import CORPORA, Origin, problems
 from mutor.tasks.formats import Problem
-from mutor.tasks.own_data import check_answers, check_apart, with_gold
+from mutor.tasks.own_data import as_prompts, check_answers, check_apart, with_gold
 from mutor.tasks.scoring import COMPARE, EXTRACT, rouge
 from mutor.tasks.task import Log, Source, Task
 
@@ -42,7 +42,7 @@ class TextConfig:
         choices=("hub", "folder", "generated", "installed"),
     )
     folder: str | None = setting(None, doc="with source folder: the folder that holds one folder a dataset")
-    train_file: str | None = setting(None, doc="with corpus own: JSONL of prompt and answer")
+    train_file: str | None = setting(None, doc="with corpus own: JSONL of prompt and answer, or messages")
     valid_file: str | None = setting(None, doc="with corpus own: to choose checkpoints; none: the last is the best")
     test_file: str | None = setting(
         None, doc="with corpus own: to score; gold: what is right, if not what extract finds in the answer"
@@ -145,7 +145,7 @@ class Text(Task):
         found = problems(self.corpus, split, origin, size)
         if not found:
             raise ValueError(f"{self.describe(c)}: no {split} problems in {own or c.folder or c.source}")
-        return with_gold(found, self.corpus) if own else found
+        return with_gold(as_prompts(found, self.tokenizer), self.corpus) if own else found
 
     @cached_property
     def _training(self) -> list[Problem]:
