@@ -116,7 +116,7 @@ class Text(Task):
     @classmethod
     def scored_on(cls, config: TextConfig) -> str:
         """The name of the benchmark in tables."""
-        return CORPORA[config.corpus].benchmark or Path(config.test_file or "own").stem
+        return CORPORA[config.corpus].benchmark or Path(config.test_file or "own").name
 
     @staticmethod
     def needs_tokenizer(config: TextConfig) -> bool:
@@ -286,7 +286,7 @@ class Text(Task):
     ) -> None:
         lines = []
         for problem, output, value in zip(found, outputs, values.tolist(), strict=True):
-            line = {"prompt": problem.key, "output": output, "gold": problem.gold, self.selection_metric: value}
+            line = {"prompt": problem.prompt, "output": output, "gold": problem.gold, self.selection_metric: value}
             if self.corpus.compare != "rouge":
                 line["answer"] = EXTRACT[self.corpus.extract](output)
             lines.append(json.dumps(line, ensure_ascii=False))
