@@ -22,3 +22,7 @@ rule all:
         f"{RESULTS}/runs.csv",
         f"{RESULTS}/claims.csv",
         f"{RESULTS}/report.html",
+
+
+onsuccess:
+    say_answers()

@@ -194,6 +194,9 @@ def load_table(root: Path, name: str) -> Table:
         choose(row.method, METHODS, f"{where}: row {number}: method")
         data = row.train_data if isinstance(row.train_data, list) else [row.train_data]
         rows += [replace(row, train_data=name) for name in data]
+    for row in rows:
+        for label in row.against:
+            choose(label, [other.label for other in rows], f"{where}: row {row.label!r}: against")
     shapes = {role: from_mapping(Shape, shape, f"{where}: shapes: {role}") for role, shape in table.shapes.items()}
     models = {
         role: from_mapping(ModelConfig, model, f"{where}: models: {role}") for role, model in table.models.items()

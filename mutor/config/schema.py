@@ -109,6 +109,9 @@ class Row:
     method: str = setting(doc="a registered method")
     settings: dict = setting({}, doc="settings on top of the dataset's own for this method")
     label: str = setting("", doc="name in figures, by default the method's")
+    against: tuple[str, ...] = setting(
+        (), doc="with draw verdict: labels of rows that it is compared with, on the same problems; the first decides"
+    )
     control: bool = setting(False, doc="a control, run only on datasets with `controls`")
     budget_factor: float = setting(
         1.0, was="longer", doc="trained so many times longer than the dataset's recipe says", low=0
