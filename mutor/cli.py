@@ -163,10 +163,14 @@ def _shown(file: Path, root: Path) -> Path:
 def plan(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Print what a target takes."""
     from mutor.results.plan import lines
+    from mutor.results.sizes import sized
 
-    scale = load_scale(root, project.scale)
+    scale = sized(load_scale(root, project.scale))
     chosen = [load_table(root, str(name)) for name in (args.target or project.artifacts or scale.artifacts)]
-    print("\n".join(lines(chosen, scale, root / project.runs, root / "results/reference", project.seeds)))
+    here = records.Records(root / project.runs)
+    elsewhere = records.Records(root / "results/reference" / scale.name / "runs")
+    measured = here.of_scale(scale.name) or elsewhere.of_scale(scale.name)
+    print("\n".join(lines(chosen, scale, here, measured, project.seeds)))
 
 
 def methods(args: argparse.Namespace, root: Path, project: Project) -> None:

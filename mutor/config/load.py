@@ -124,7 +124,7 @@ def load_scale(root: Path, name: str) -> Scale:
         for model in dataset.models or ():
             choose(str(model), scale.models, f"{here}: models")
         for about in dataset.plan:
-            choose(about, ("examples", "tokens"), f"{here}: plan")
+            choose(about, ("examples", "tokens", "problems"), f"{here}: plan")
         scale.datasets[key] = dataset
     for dataset_name, dataset in scale.datasets.items():  # a wrong value is found even if no table asks for it
         _check_base(where, scale, dataset_name)

@@ -63,7 +63,9 @@ class Dataset:
         doc="what models are trained by first: a dataset, or a mapping of data, model, method, settings, seed",
     )
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
-    plan: dict = setting({}, doc="for `plan` before anything ran: examples, about, and tokens of one, at most")
+    plan: dict = setting(
+        {}, doc="for `plan` before anything ran: examples, about, tokens of one, at most, and test problems"
+    )
     metrics: dict = setting(
         {}, doc="a table's metric -> what is measured in its place; no published values stand beside such data's"
     )
