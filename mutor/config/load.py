@@ -87,11 +87,15 @@ def table_names(root: Path) -> list[str]:
     return sorted(file.stem for file in (root / "config/tables").glob("*.yaml"))
 
 
-def load_scale(root: Path, name: str) -> Scale:
-    """A scale with its models, datasets and recipes checked."""
-    choose(name, scale_names(root), "scale")
+def scale_content(root: Path, name: str) -> dict[str, Any]:
+    """A file of config/scales as it is written."""
+    return read_yaml(root / f"config/scales/{choose(name, scale_names(root), 'scale')}.yaml")
+
+
+def load_scale(root: Path, name: str, content: Mapping[str, Any] | None = None) -> Scale:
+    """A scale with its models, datasets and recipes checked; content: what stands in the place of its file's."""
     where = f"config/scales/{name}.yaml"
-    scale = from_mapping(Scale, {**read_yaml(root / where), "name": name}, where)
+    scale = from_mapping(Scale, {**(content or scale_content(root, name)), "name": name}, where)
     for artifact in scale.artifacts:
         choose(str(artifact), table_names(root), f"{where}: artifacts")
     for key in scale.plan:
