@@ -36,3 +36,4 @@ onstart:
 
 onsuccess:
     say_where()
+    say_answers()

@@ -1,4 +1,4 @@
-"""Commands of `python -m mutor`, or `mutor`: run, collect, plan, compare, methods, readme, stale, cleanup."""
+"""Commands of `python -m mutor`, or `mutor`: try, run, collect, plan, compare, methods, readme, stale, cleanup."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from mutor.files import check_writable, locked, remove_folder, sweep, write_text
 from mutor.mtp.method import Method
 from mutor.registry import METHODS, load
 from mutor.results import provenance, records
+
+TRY = "does multi-token prediction help your model on your data? Train, score and say so"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,6 +80,20 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--threads", type=int, help="CPU threads, shared by its processes (default: the scale's for each)")
     one.add_argument("--rerun-stale", action="store_true", help="run again what was made by older code")
 
+    own = commands.add_parser("try", help=TRY, description=TRY)
+    own.set_defaults(command=attempt, scale=None)
+    own.add_argument("model", help="a causal LM: a folder, or a name on the Hugging Face hub")
+    own.add_argument("train", help='JSONL to train on: {"prompt": ..., "answer": ...} or {"messages": [...]} a line')
+    own.add_argument("test", help='the same, to score on; "gold": what is right, if not what extract finds')
+    own.add_argument("--valid", help="the same, scored during training; the best checkpoint is kept, too")
+    own.add_argument("--methods", nargs="+", help="methods to compare with next_token (default: those of tables/own)")
+    own.add_argument("--seeds", nargs="+", type=int, help="seeds (default: those of scales/own)")
+    own.add_argument("--extract", help="how an answer is found: whole, hashes, boxed, letter")
+    own.add_argument("--compare", help="how it is compared: text, number, mathematics, rouge")
+    own.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of scales/own")
+    own.add_argument("--quick", action="store_true", help="only a short pass: whether it works, how long it will take")
+    own.add_argument("--out", type=Path, default=Path("tries"), help="folder of all tries (default: tries)")
+
     draw = command("collect", collect, "build a table or figure from whatever runs exist")
     draw.add_argument("artifact", nargs="*", help="files of config/tables, claims, runs, report (default: all)")
     draw.add_argument("--artifacts", nargs="+", help="what the report shows (default: all wanted)")
@@ -106,13 +122,7 @@ def run(args: argparse.Namespace, root: Path, project: Project) -> None:
     from mutor.training.run import RunEnvironment
     from mutor.training.run import run as run_setting
 
-    scale = load_scale(root, project.scale)
-    settings = {}
-    for pair in args.set:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set {pair!r}: expected KEY=VALUE")
-        settings[key] = yaml.safe_load(value)
+    scale, settings = load_scale(root, project.scale), _settings(args.set)
     spec = make_spec(scale, args.data, args.model, args.method, settings, project.seeds, args.budget_factor)
     runs = root / project.runs
     check_writable(runs, "runs")
@@ -145,29 +155,43 @@ def run(args: argparse.Namespace, root: Path, project: Project) -> None:
     leave()
 
 
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair!r}: expected KEY=VALUE")
+        settings[key] = yaml.safe_load(value)
+    return settings
+
+
+def attempt(args: argparse.Namespace, root: Path, project: Project) -> int:
+    """Find out whether methods help a user's own model on their own data; status 1 where one was refused."""
+    from mutor.config.own import own_scale, own_table
+    from mutor.trying import attempt as run_all
+
+    files = {"train_file": args.train, "test_file": args.test} | ({"valid_file": args.valid} if args.valid else {})
+    given = {name: getattr(args, name) for name in ("extract", "compare") if getattr(args, name)}
+    scale = own_scale(root, args.model, files, {**given, **_settings(args.set)})
+    if project.seeds:
+        scale = replace(scale, seeds=project.seeds)
+    return int(bool(run_all(root, scale, own_table(root, args.methods), args.out, quick=args.quick)))
+
+
 def collect(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Build artifacts."""
     from mutor.results.cells import Evidence
-    from mutor.results.claims import collect_claims
-    from mutor.results.drawings import collect_artifact, collect_runs
-    from mutor.results.report import collect_report
+    from mutor.results.report import collect_all
 
     scale, folder = load_scale(root, project.scale), root / project.results
     check_writable(folder, "results")
     evidence = Evidence(root, scale, records.Records(root / project.runs), project.seeds)
     wanted = list(project.artifacts or scale.artifacts)
-    for name in args.artifact or [*wanted, "claims", "runs", "report"]:
-        if name == "runs":
-            files = collect_runs(evidence, folder)
-        elif name == "claims":
-            files = collect_claims(evidence, folder)
-        elif name == "report":
-            files = collect_report(evidence, wanted, folder)
-        else:
-            files = collect_artifact(evidence, evidence.table(name), folder)
-        for file in files:
-            print(_shown(file, root))
+    files, answers = collect_all(evidence, args.artifact or [*wanted, "claims", "runs", "report"], wanted, folder)
+    for file in files:
+        print(_shown(file, root))
     _say_problems(evidence.runs)
+    print("".join(f"\n{sentence}\n" for sentence in answers), end="")
 
 
 def _say_problems(found: records.Records) -> None:
@@ -182,10 +206,14 @@ def _shown(file: Path, root: Path) -> Path:
 def plan(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Print what a target takes."""
     from mutor.results.plan import lines
+    from mutor.results.sizes import sized
 
-    scale = load_scale(root, project.scale)
+    scale = sized(load_scale(root, project.scale))
     chosen = [load_table(root, str(name)) for name in (args.target or project.artifacts or scale.artifacts)]
-    print("\n".join(lines(chosen, scale, root / project.runs, root / "results/reference", project.seeds)))
+    here = records.Records(root / project.runs)
+    elsewhere = records.Records(root / "results/reference" / scale.name / "runs")
+    measured = here.of_scale(scale.name) or elsewhere.of_scale(scale.name)
+    print("\n".join(lines(chosen, scale, here, measured, project.seeds)))
     for problem in missing(cell.spec for table in chosen for cell in run_cells(table, scale, project.seeds)):
         print(f"not ready: {problem}", file=sys.stderr)
 

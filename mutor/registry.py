@@ -63,6 +63,7 @@ class Drawing:
     figures: tuple[Figure, ...] = ()
     printed: str = ""  # (frame, table) -> the cells printed in .md and .tex, where not all are or under other names
     about: str = ""  # (evidence, table) -> sentences on how the numbers were made
+    answer: str = ""  # (evidence, table) -> sentences that stand before all else, in .md, report and what is printed
     heading: str = "Scale: {scale.name} ({scale.description})."  # first line of .md
 
     @property
@@ -157,6 +158,11 @@ register(
             Figure(draw="mutor.results.figures_ahead:ahead_curves", shows="the same while training", suffix="_curves"),
         ),
     ),
+)
+register(
+    DRAWINGS,
+    "verdict",
+    Drawing(answer="mutor.results.helps:sentences", printed="mutor.results.helps:printed"),
 )
 register(DRAWINGS, "sweep", Drawing(figures=(Figure(draw="mutor.results.figures:sweep"),)))
 register(

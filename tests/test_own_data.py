@@ -1,5 +1,6 @@
 """A user's own data: what is right without gold, and what is refused before training, with file and line."""
 
+import copy
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import yaml
 import mutor.results.records
 import mutor.training.run
 from mutor.cli import main
+from mutor.tasks import standins
 from mutor.tasks.text import Text, TextConfig
 
 ROOT = Path(__file__).parent.parent
@@ -265,3 +267,76 @@ def test_a_finished_run_needs_no_files_and_says_where_it_is(own, capsys, monkeyp
     monkeypatch.setattr(mutor.results.records, "finished", lambda runs, spec, seed: True)
     assert main([*words, "--seeds", "1", "2"]) == 0
     assert capsys.readouterr().out == "finished: runs/own/mine/mine/next_token/default, seeds 1, 2\n"
+
+
+# chats
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
+    "[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def spoken(*texts, **more):
+    """A line of a chat: the user's and the assistant's messages, taking turns."""
+    roles = ("user", "assistant") * len(texts)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)], **more}
+
+
+def chat(folder, train, test, template=TEMPLATE, **options):
+    """The task of rows, with a tokenizer that has this chat template and puts its beginning token before each text."""
+    tokenizer = copy.deepcopy(standins.tokenizer())
+    tokenizer.chat_template, tokenizer.name_or_path = template, "someone/base"
+    for name, rows in (("train", train), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {f"{name}_file": str(folder / f"{name}.jsonl") for name in ("train", "test")}
+    return Text(TextConfig(corpus="own", **files, **options), tokenizer)
+
+
+def test_a_chat_is_a_prompt_of_the_template_and_the_last_answer(tmp_path):
+    """Tokens are the template's own: one beginning token, and the white space that it has before an answer."""
+    asked = spoken("Hello", "Hi.", "3 + 4 = ?", "It is 7 #### 7")
+    own = chat(tmp_path, [row("q", "4 #### 4"), spoken("x", "y")], [asked], extract="hashes", compare="number")
+    problem = own.problems["test"][0]
+    assert problem.prompt == "[user] Hello\n[assistant] Hi.\n[user] 3 + 4 = ?\n[assistant]"
+    assert problem.answer == " It is 7 #### 7" and problem.gold == "7" and own.score("#### 7", "7") == {"accuracy": 1}
+    ids, prefix = own.encode([problem])[0]
+    words = own.tokenizer
+    assert own.tokenizer.decode(ids[:prefix]) == f"<bos>{problem.prompt}"
+    whole = words(words.apply_chat_template(asked["messages"], tokenize=False), add_special_tokens=False)["input_ids"]
+    assert ids[:-1].tolist() == whole[:-1] and ids[-1] == words.eos_token_id  # in the place of the last line's end
+    assert [p.prompt for p in own._training] == ["q", "[user] x\n[assistant]"]
+
+
+def test_white_space_is_the_templates(tmp_path):
+    own = chat(tmp_path, [row("q", "4")], [spoken("a", "b ")], TEMPLATE.replace("[assistant]{%", "[assistant] {%"))
+    assert own.problems["test"][0].prompt.endswith("[assistant] ") and own.problems["test"][0].answer == "b"
+
+
+def test_chats_are_kept_apart_like_prompts(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: this prompt is scored on, too"):
+        chat(tmp_path, [spoken("a", "1")], [spoken("a", "2")]).train(0)
+
+
+@pytest.mark.parametrize(
+    ("line", "template", "says"),
+    [
+        (spoken("a", "b"), None,
+         "test.jsonl:1: `messages` need a chat template, and the tokenizer 'someone/base' has none; allowed: prompt"),
+        ({"messages": [{"role": r, "content": r} for r in ("user", "system", "assistant")]}, TEMPLATE,
+         "test.jsonl:1: the chat template refuses it: system comes first"),
+        (spoken("a"), TEMPLATE, "test.jsonl:1: allowed beside gold: either prompt and answer, or messages, a list"),
+        (spoken("a", "b", answer="b"), TEMPLATE, "test.jsonl:1: allowed beside gold: either prompt and answer, or"),
+        (spoken("a", "b", "c"), TEMPLATE, "test.jsonl:1: the last message has role 'user'; allowed: assistant"),
+        (spoken("a", " "), TEMPLATE, "test.jsonl:1: message 2 is {'role': 'assistant', 'content': ' '}; allowed: a"),
+        (spoken(None, "b"), TEMPLATE, "test.jsonl:1: message 1 is {'role': 'user', 'content': None}; allowed: a"),
+        ({"messages": ["a", "b"]}, TEMPLATE, "test.jsonl:1: message 1 is 'a'; allowed: a role and a content, both"),
+        (spoken("a", "b", gold=7), TEMPLATE, "test.jsonl:1: field 'gold' is 7; allowed: a text"),
+    ],
+)  # fmt: skip
+def test_chats_that_are_none_are_refused(tmp_path, line, template, says):
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        chat(tmp_path, [row("q", "4")], [line], template)
+    assert "\n" not in str(error.value)

@@ -423,6 +423,7 @@ def test_a_users_own_model_and_data_through_the_methods_of_its_table(tmp_path, t
         run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path / "runs", device="cpu"))
     csv, *_ = collect_artifact(Evidence(ROOT, scale, Records(tmp_path / "runs")), table, tmp_path)
     frame = pd.read_csv(csv)
-    assert frame["n_seeds"].eq(1).all() and frame["train_data"].eq("train").all() and len(frame) == 12
+    assert frame["n_seeds"].eq(1).all() and frame["train_data"].eq("train").all() and len(frame) == 14
+    assert frame["benchmark"].eq("test.jsonl").all()
     losses = frame[frame["metric"] == "loss"]
     assert losses["mean"].between(0.1, 8).all() and set(losses["unit"]) == {"nats"}

@@ -83,7 +83,7 @@ LANGUAGE = PAPER - 16
 AHEAD = 10  # the rows of foresight
 JOBS = {
     "smoke": 12 + 4 + 3 + AHEAD, "laptop": 2 * 12 + IMAGES + LANGUAGE + 2 + 20 + AHEAD,
-    "gpu": 52 + IMAGES + 4 + AHEAD, "paper": PAPER + IMAGES, "own": 6,
+    "gpu": 52 + IMAGES + 4 + AHEAD, "paper": PAPER + IMAGES, "own": 7,  # with the model before fine-tuning
 }  # fmt: skip
 
 
@@ -406,6 +406,8 @@ def test_a_users_own_model_and_data(tmp_path, snakemake):
     file.write_text(text.replace("max_tokens: 512", "max_tokens: 100").replace("new_tokens: 128", "new_tokens: 16"))
     done = snakemake(folder, "results/own/own.csv", "--cores", "2", "--config", "scale=own", "seeds=[42]")
     assert done.returncode == 0, done.stdout + done.stderr
+    end = (done.stdout + done.stderr).partition("mine, accuracy on test.jsonl: ")[2]
+    assert "mutor against next_token: undecided" in end  # a single seed decides nothing
     frame = pd.read_csv(folder / "results/own/own.csv")
     methods = {"next_token", "parallel_mtp", "sequential_mtp", "mutor", "lora_next_token", "lora_mutor"}
     assert set(frame["method"]) == methods and (frame["n_seeds"] == 1).all() and frame["mean"].between(0, 100).all()

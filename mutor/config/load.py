@@ -114,11 +114,15 @@ def table_names(root: Path) -> list[str]:
     return sorted(file.stem for file in (config_folder(root) / "tables").glob("*.yaml"))
 
 
-def load_scale(root: Path, name: str) -> Scale:
-    """A scale with its models, datasets and recipes checked."""
-    choose(name, scale_names(root), "scale")
+def scale_content(root: Path, name: str) -> dict[str, Any]:
+    """A file of config/scales as it is written."""
+    return read_config(root, f"scales/{choose(name, scale_names(root), 'scale')}.yaml")
+
+
+def load_scale(root: Path, name: str, content: Mapping[str, Any] | None = None) -> Scale:
+    """A scale with its models, datasets and recipes checked; content: what stands in the place of its file's."""
     where = f"config/scales/{name}.yaml"
-    scale = from_mapping(Scale, {**read_config(root, f"scales/{name}.yaml"), "name": name}, where)
+    scale = from_mapping(Scale, {**(content or scale_content(root, name)), "name": name}, where)
     for artifact in scale.artifacts:
         choose(str(artifact), table_names(root), f"{where}: artifacts")
     for key in scale.plan:
@@ -151,7 +155,7 @@ def load_scale(root: Path, name: str) -> Scale:
         for model in dataset.models or ():
             choose(str(model), scale.models, f"{here}: models")
         for about in dataset.plan:
-            choose(about, ("examples", "tokens"), f"{here}: plan")
+            choose(about, ("examples", "tokens", "problems"), f"{here}: plan")
         scale.datasets[key] = dataset
     for dataset_name, dataset in scale.datasets.items():  # a wrong value is found even if no table asks for it
         _check_base(where, scale, dataset_name)
@@ -221,6 +225,9 @@ def load_table(root: Path, name: str) -> Table:
         choose(row.method, METHODS, f"{where}: row {number}: method")
         data = row.train_data if isinstance(row.train_data, list) else [row.train_data]
         rows += [replace(row, train_data=name) for name in data]
+    for row in rows:
+        for label in row.against:
+            choose(label, [other.label for other in rows], f"{where}: row {row.label!r}: against")
     shapes = {role: from_mapping(Shape, shape, f"{where}: shapes: {role}") for role, shape in table.shapes.items()}
     models = {
         role: from_mapping(ModelConfig, model, f"{where}: models: {role}") for role, model in table.models.items()

@@ -65,7 +65,9 @@ class Dataset:
         doc="what models are trained by first: a dataset, or a mapping of data, model, method, settings, seed",
     )
     stands_in_for: str = setting("", doc="what is said beside its results when it is not the published dataset")
-    plan: dict = setting({}, doc="for `plan` before anything ran: examples, about, and tokens of one, at most")
+    plan: dict = setting(
+        {}, doc="for `plan` before anything ran: examples, about, tokens of one, at most, and test problems"
+    )
     metrics: dict = setting(
         {}, doc="a table's metric -> what is measured in its place; no published values stand beside such data's"
     )
@@ -111,6 +113,9 @@ class Row:
     method: str = setting(doc="a registered method")
     settings: dict = setting({}, doc="settings on top of the dataset's own for this method")
     label: str = setting("", doc="name in figures, by default the method's")
+    against: tuple[str, ...] = setting(
+        (), doc="with draw verdict: labels of rows that it is compared with, on the same problems; the first decides"
+    )
     control: bool = setting(False, doc="a control, run only on datasets with `controls`")
     budget_factor: float = setting(
         1.0, was="longer", doc="trained so many times longer than the dataset's recipe says", low=0

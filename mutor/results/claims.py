@@ -208,20 +208,20 @@ def _compare(evidence: Evidence, claim: Claim, ours: Pair, theirs: Pair | None) 
         number = task.chance(cell.spec.task_config) if claim.theirs == "chance" else float(str(claim.theirs))
         reference, scored = number, number
     else:
-        reference, scored = theirs[1]["reported"], _scores(evidence, theirs[0])
+        reference, scored = theirs[1]["reported"], scores_of(evidence, theirs[0])
     unpublished = is_missing(row["reported"]) or is_missing(reference)
     return compare(
         claim.direction,
         claim.margin,
         None if unpublished else row["reported"] - reference,
-        _scores(evidence, cell),
+        scores_of(evidence, cell),
         scored,
         percent=cell.unit == "percent",
         command=f"snakemake {evidence.home}/{claim.table}.csv --config scale={evidence.scale.name}",
     )
 
 
-def _scores(evidence: Evidence, cell: Cell) -> dict[int, Scored]:
+def scores_of(evidence: Evidence, cell: Cell) -> dict[int, Scored]:
     """What each seed of a cell scored."""
     return {
         record["seed"]: Scored(

@@ -2,109 +2,210 @@
 
 Times and tokens come from finished runs, of this machine or the committed reference: of the same setting, else of the
 same data and model, else of the same model. Where there are none, FLOPs are bounded by what the scale says of the size
-of its models and data (`plan`), and GPU hours follow from them.
+of its models and data (`plan`), and GPU hours follow from them. Of a user's own data they are estimated from the files
+(sizes.py), and minutes on a CPU from its speed at products of matrices.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
-from pathlib import Path
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from mutor.config.runs import Spec, run_cells, specs_of
 from mutor.config.schema import Scale, Table
+from mutor.registry import TASKS, load
 from mutor.results.flops import PEAKS, training_flops
-from mutor.results.records import Records
+from mutor.results.records import Records, curve
 
 UTILISATION = 0.4  # of the peak; what fine-tuning at these lengths may reach
+TRAINED = 3  # numbers a weight has in a checkpoint: itself and AdamW's two means
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the missing seeds of a setting take together; minutes and flops are None where nothing tells them.
+
+    mark: how sure flops are: "" from runs, "<" at most, "~" about; size: bytes of one saved model, disk: of all.
+    """
+
+    spec: Spec
+    done: int
+    todo: int
+    minutes: float | None
+    flops: float | None
+    mark: str
+    size: float
+    disk: float
+
+    def __str__(self) -> str:
+        texts = ["-", "-"]
+        if self.todo:
+            texts = ["?" if self.minutes is None else f"{self.minutes:.1f}"]
+            texts.append("?" if self.flops is None else f"{self.mark}{self.flops:.1e}" if self.flops else "0")
+        return f"{self.done:>5} {self.todo:>5} {texts[0]:>8} {texts[1]:>9}  {self.spec.path}"
+
+
+def estimates(
+    specs: list[Spec], scale: Scale, here: Records, measured: list[dict[str, Any]], speed: Callable[[], float]
+) -> list[Estimate]:
+    """Of each setting. here: the runs there are; measured: records to judge by; speed: FLOP/s of this machine."""
+    out = []
+    for spec in specs:
+        done = {record["seed"] for record in here.of(spec)} & {*spec.seeds}
+        todo = len(spec.seeds) - len(done)
+        minutes, (work, mark) = _minutes(spec, measured), _flops(spec, scale, measured)
+        if todo and minutes is None and work is not None and "problems" in spec.dataset.plan and not scale.gpus:
+            minutes = (work + _answering(spec, scale)) / speed() / UTILISATION / 60
+        size = _bytes(spec, scale, measured)
+        kept = 2 if load(TASKS, spec.dataset.task, "task").chosen_on(spec.task_config) else 1
+        minutes, work = (None if number is None else number * todo for number in (minutes, work))
+        out.append(Estimate(spec, len(done), todo, minutes, work, mark, size, size * kept * todo))
+    return out
 
 
 def lines(
-    chosen: list[Table], scale: Scale, runs: Path, reference: Path, seeds: tuple[int, ...] | None = None
+    chosen: list[Table],
+    scale: Scale,
+    here: Records,
+    measured: list[dict[str, Any]],
+    seeds: tuple[int, ...] | None = None,
 ) -> list[str]:
     """The plan as printable lines.
 
-    reference: folder of committed runs, used where `runs` has none alike; seeds: of every run, if not the scale's.
+    here: the runs that there are; measured: records of this scale to judge by, of this machine or others; seeds: of
+    every run, if not the scale's.
     """
-    here = Records(runs)
-    measured = here.of_scale(scale.name) or Records(reference / scale.name / "runs").of_scale(scale.name)
     wanted = specs_of([cell for table in chosen for cell in run_cells(table, scale, seeds)])
+    found = estimates(wanted, scale, here, measured, functools.cache(products_a_second))
     out = [
         f"scale {scale.name}: {scale.description}",
         f"{'done':>5} {'to do':>5} {'minutes':>8} {'FLOPs':>9}  setting",
+        *map(str, found),
     ]
-    total, flops, bounded, unknown, todo_all, disk = 0.0, 0.0, False, 0, 0, 0.0
-    for spec in wanted:
-        done = {record["seed"] for record in here.of(spec)}
-        todo = [s for s in spec.seeds if s not in done]
-        minutes, (work, at_most) = _minutes(spec, measured), _flops(spec, scale, measured)
-        todo_all += len(todo)
-        disk += len(todo) * 2 * _bytes(spec, scale, measured)
-        texts = ["-", "-"]
-        if todo:
-            texts = ["?" if minutes is None else f"{minutes * len(todo):.1f}"]
-            texts.append("?" if work is None else f"{'<' * at_most}{work * len(todo):.1e}")
-            unknown += minutes is None
-            bounded |= at_most
-            total += (minutes or 0) * len(todo)
-            flops += (work or 0) * len(todo)
-        out.append(f"{len(done & {*spec.seeds}):>5} {len(todo):>5} {texts[0]:>8} {texts[1]:>9}  {spec.path}")
+    todo = [one for one in found if one.todo]
+    total, flops = sum(one.minutes or 0 for one in todo), sum(one.flops or 0 for one in todo)
     unit = "GPU minutes" if scale.gpus else f"CPU core minutes, {scale.threads} a run"
     sums = [f"{total:.0f} {unit}"] * (total > 0) + [f"{flops:.1e} FLOPs"] * (flops > 0)
-    out.append(f"{len(wanted)} settings, {todo_all} seeded runs to do{': ' * bool(sums)}{', '.join(sums)}")
+    runs = sum(one.todo for one in todo)
+    out.append(f"{len(wanted)} settings, {runs} seeded runs to do{': ' * bool(sums)}{', '.join(sums)}")
     if measured:
         out.append(f"judged by {len(measured)} finished runs on {', '.join(sorted({r['device'] for r in measured}))}")
-    if unknown:
+    if unknown := sum(one.minutes is None for one in todo):
         out.append(f"{unknown} settings have no run to judge by; scheduled with at most {scale.minutes} minutes each")
-    if bounded:
+    if any(one.mark == "<" for one in todo):
         out.append("<: at most, from the longest sequences allowed; registers add up to as many tokens as answers have")
+    if any(one.mark == "~" for one in todo):
+        out.append("~: about, with four characters a token; registers add up to as many tokens as answers have")
     if scale.gpus and flops:
         hours = [f"{flops / PEAKS[name] / UTILISATION / 3600:,.0f} hours of {name}" for name in ("A100", "H100")]
         out.append(f"at {UTILISATION:.0%} of the bf16 peak: {' or '.join(hours)}")
-    out.append(f"memory {scale.memory_mb} MB a process; models kept on disk {disk / 1e6:,.0f} MB")
+    disk, beside = sum(one.disk for one in todo), max((2 * TRAINED * one.size for one in todo), default=0.0)
+    out.append(
+        f"memory {scale.memory_mb} MB a process; models kept on disk {disk / 1e6:,.0f} MB, and two checkpoints "
+        f"of up to {beside / 2e6:,.0f} MB while a run trains"
+    )
     out += [f"left out: {problem}" for problem in here.problems]
     return out + _matched(wanted, measured)
 
 
+def products_a_second() -> float:
+    """FLOP/s of this machine: float32 products of matrices, the fastest of three."""
+    matrix, seconds = np.ones((1024, 1024), dtype=np.float32), []
+    for _ in range(3):
+        began = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - began)
+    return 2 * 1024**3 / min(seconds)
+
+
 def _minutes(spec: Spec, measured: list[dict[str, Any]]) -> float | None:
-    """Minutes of one seed, over its processes: median seconds a step of the nearest finished runs times the steps."""
+    """Minutes of one seed, over its processes: median seconds a step of the nearest finished runs times the steps.
+
+    Where the plan says how many test problems there are, with the time that answers to them take.
+    """
     near, steps = _nearest(spec, measured)
-    seconds = [r["seconds_training"] * r.get("processes", 1) / r["steps"] for r in near]
-    return statistics.median(seconds) * steps / 60 if steps else None
+    problems = spec.dataset.plan.get("problems", 0)
+    if not near or (steps == 0 and not problems):
+        return None
+    training = statistics.median([_seconds_a_step(r, steps) for r in near]) * steps if steps else 0.0
+    asked = [
+        checkpoint["seconds_evaluating"] / next(iter(checkpoint["scores"].values()))["count"]
+        for r in measured
+        for checkpoint in r["checkpoints"]
+        if (r["train_data"], r["model"]) == (spec.data, spec.model) and checkpoint.get("scores") and problems
+    ]  # of all methods: the first run's have the time in them that packages take to be read
+    return (training + (statistics.median(asked) if asked else 0.0) * problems) / 60
 
 
-def _flops(spec: Spec, scale: Scale, measured: list[dict[str, Any]]) -> tuple[float | None, bool]:
-    """FLOPs of one seed, and whether they are a bound rather than an estimate."""
+def _seconds_a_step(record: dict[str, Any], steps: float) -> float:
+    """Of a finished run; of one much shorter than `steps` without its first step, which takes longer."""
+    seconds, count = record["seconds_training"], record["steps"]
+    if count < steps / 2:
+        logged = [entry for entry in curve(record) if "loss" in entry and "seconds" in entry]
+        if len(logged) > 1:
+            first, last = logged[0], logged[-1]
+            seconds, count = last["seconds"] - first["seconds"], last["step"] - first["step"]
+    return seconds * record.get("processes", 1) / count
+
+
+def _flops(spec: Spec, scale: Scale, measured: list[dict[str, Any]]) -> tuple[float | None, str]:
+    """FLOPs of one seed, and the mark of an `Estimate`."""
+    if 0 in (spec.recipe.steps, spec.recipe.epochs):
+        return 0.0, ""
     near, steps = _nearest(spec, measured)
     counted = [work / r["steps"] for r in near if (work := training_flops(r))]
     if counted and steps:
-        return statistics.median(counted) * steps, False
+        return statistics.median(counted) * steps, ""
     parameters = scale.plan.get(spec.model)
     about = spec.dataset.plan
     if parameters is None or "tokens" not in about:
-        return None, False
+        return None, ""
     recipe = spec.recipe
     sequences = (recipe.steps or 0) * recipe.batch_size or (recipe.epochs or 0) * about.get("examples", math.nan)
-    return (None, False) if math.isnan(sequences) else (6.0 * parameters * about["tokens"] * sequences, True)
+    if math.isnan(sequences):
+        return None, ""
+    return 6.0 * parameters * about["tokens"] * sequences, "~" if "problems" in about else "<"
+
+
+def _answering(spec: Spec, scale: Scale) -> float:
+    """FLOPs of the answers to the test problems, as long as allowed, and of reading their prompts."""
+    about, longest = spec.dataset.plan, getattr(spec.task_config, "new_tokens", None) or 0
+    return 2.0 * scale.plan.get(spec.model, 0) * (about.get("tokens", 0) + longest) * about.get("problems", 0)
 
 
 def _nearest(spec: Spec, measured: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
-    """The finished runs most like this one, and how many steps it will take (0: not known)."""
+    """The finished runs most like this one, and how many steps it will take (0: none, or not known)."""
     tests = (
         lambda r: r["path"] == spec.path,
         lambda r: (r["train_data"], r["model"]) == (spec.data, spec.model),
         lambda r: r["model"] == spec.model,
     )
+    trains = 0 not in (spec.recipe.steps, spec.recipe.epochs)
     for test in tests:
-        near = [r for r in measured if test(r) and r.get("steps")]
+        near = [r for r in measured if test(r) and (r.get("steps") or not trains)]
         alike = [r["steps"] for r in near if r["train_data"] == spec.data]
-        steps = spec.recipe.steps or (statistics.median(alike) if alike else 0)
-        if near and test is tests[0]:  # which may have ended when they had solved their task
+        steps = _steps(spec, alike) if trains else 0
+        if near and test is tests[0] and spec.recipe.stop_at is not None:  # they end when they have solved their task
             steps = min(steps, statistics.median(alike))
-        if near and steps:
+        if near and (steps or not trains):
             return near, steps
     return [], 0
+
+
+def _steps(spec: Spec, alike: list[int]) -> float:
+    """Steps of a recipe: as it says, as the number of training examples says, or as runs on the same data took."""
+    if spec.recipe.steps is not None:
+        return spec.recipe.steps
+    if "examples" in spec.dataset.plan:
+        return spec.recipe.for_size(int(spec.dataset.plan["examples"])).steps or 0
+    return statistics.median(alike) if alike else 0
 
 
 def _bytes(spec: Spec, scale: Scale, measured: list[dict[str, Any]]) -> float:

@@ -31,6 +31,7 @@ DIGITS = {
     "tokens": 2,
     "passes": 2,
     "s": 4,
+    "nats": 4,
     "1/s": 0,
     "GB": 2,
 }  # by unit, behind the point; others: 1
@@ -69,7 +70,7 @@ def _shape(cells: pd.DataFrame, table: Table) -> pd.DataFrame:
         name = f"{row['ran']}: {row['label']}" if several_roles else row["label"]
         column = row["metric"]
         if table.needs_runs:
-            column = f"{row['data']} {row['metric'] if several_metrics else ''}".strip()
+            column = f"{row['data']} {row['metric'] if several_metrics else ''}".strip() or row["metric"]
         columns[column] = None
         shown.setdefault(name, {})[column] = _text(row)
     texts = [[row.get(column, "") for column in columns] for row in shown.values()]
@@ -94,7 +95,10 @@ def _text(row: Mapping[Any, Any]) -> str:
 def markdown(evidence: Evidence, table: Table) -> str:
     """The table in Markdown, with what stands in for what, notes and the published values."""
     heading = table.drawing.heading.format(scale=evidence.scale)
-    parts = [f"# {table.title}", "", heading, "", caption(evidence, table), ""]
+    parts = [f"# {table.title}", ""]
+    if said := answer(evidence, table):
+        parts += [f"**{plain(said[0])}**", "", *(f"- {plain(sentence)}" for sentence in said[1:]), ""]
+    parts += [heading, "", caption(evidence, table), ""]
     if about := circumstances(evidence, table):
         parts += [" ".join(about), ""]
     if table.needs_runs:
@@ -124,6 +128,11 @@ def caption(evidence: Evidence, table: Table) -> str:
         return table.caption
     texts = [CHOSEN[split] + f" ({', '.join(names)})" * (len(chosen) > 1) for split, names in chosen.items()]
     return f"{table.caption} The best checkpoint is {'; '.join(texts)}."
+
+
+def answer(evidence: Evidence, table: Table) -> list[str]:
+    """Sentences that answer what a table asks, the first one in short, where its drawing has some."""
+    return resolve(table.drawing.answer)(evidence, table) if table.drawing.answer else []
 
 
 def circumstances(evidence: Evidence, table: Table) -> list[str]:

@@ -21,10 +21,11 @@ from mutor.config.schema import Table
 from mutor.files import write_text
 from mutor.results import claims
 from mutor.results.cells import COLUMNS, Evidence, stand_ins
+from mutor.results.drawings import collect_artifact, collect_runs
 from mutor.results.flops import training_flops
 from mutor.results.numbers import is_missing, text
 from mutor.results.records import checkpoint_metrics, problem_scores
-from mutor.results.render import caption, circumstances, published_shape
+from mutor.results.render import answer, caption, circumstances, published_shape
 from mutor.results.verdicts import RULE
 
 PAGE = 100  # rows of a table that are shown at once
@@ -44,6 +45,7 @@ def collect_report(evidence: Evidence, artifacts: list[str], folder: Path) -> li
         scale=evidence.scale,
         page=PAGE,
         runs=found,
+        answers=[said for table in tables if (said := answer(evidence, table))],
         artifacts=sorted((_artifact(evidence, table, folder) for table in tables), key=lambda one: not one["figures"]),
         stands_in=sorted({part for s in specs for part in s.stands_in_for.split("; ") if part}),
         summary=claims.summary(frame) if found else [],
@@ -60,6 +62,27 @@ def collect_report(evidence: Evidence, artifacts: list[str], folder: Path) -> li
     file = folder / "report.html"
     write_text(file, html)
     return [file]
+
+
+def collect_all(
+    evidence: Evidence, names: Sequence[str], artifacts: list[str], folder: Path
+) -> tuple[list[Path], list[str]]:
+    """Build artifacts, and the files "claims", "runs" and "report" (which shows `artifacts`), in this order.
+
+    Returns the files, and the sentences of tables that answer something.
+    """
+    files, answers = [], []
+    for name in names:
+        if name == "runs":
+            files += collect_runs(evidence, folder)
+        elif name == "claims":
+            files += claims.collect_claims(evidence, folder)
+        elif name == "report":
+            files += collect_report(evidence, artifacts, folder)
+        else:
+            files += collect_artifact(evidence, evidence.table(name), folder)
+            answers += answer(evidence, evidence.table(name))
+    return files, answers
 
 
 def _environment() -> jinja2.Environment:

@@ -171,11 +171,69 @@ def needed(
     if over_problems >= effect:
         factor = (over_problems / effect) ** 2 if effect else np.inf
         return f"more than {factor:.0f} times the problems" if factor < max_seeds else "a larger effect"
+    seeds = seeds_needed(effect, spread, over_problems, level, max_seeds)
+    return f"more than {max_seeds} seeds" if seeds is None else f"about {seeds} seeds"
+
+
+def seeds_needed(
+    effect: float, spread: float, over_problems: float = 0.0, level: float = 0.95, max_seeds: int = 1000
+) -> int | None:
+    """The fewest seeds with which half the width of an interval is below `effect`; None for more than `max_seeds`."""
     for seeds in range(2, max_seeds + 1):
         half = float(stats.t.ppf(0.5 + level / 2, seeds - 1)) * spread / seeds**0.5
         if np.hypot(half, over_problems) < effect:
-            return f"about {seeds} seeds"
-    return f"more than {max_seeds} seeds"
+            return seeds
+    return None
+
+
+def problems_needed(effect: float, half_width: float, problems: int) -> int:
+    """Problems with which half the width of an interval over problems is |effect|: half_width is that over `problems`.
+
+    A standard error falls with the root of their number, so N (half_width / effect)^2, rounded up.
+    """
+    return int(np.ceil(problems * (half_width / effect) ** 2 - 1e-9))
+
+
+def to_decide(
+    found: Interval, seeds: int, problems: int, level: float = 0.95, power: float = 0.8, most: int = 1000
+) -> str:
+    """About how many problems or seeds would decide, in words, where the interval of a difference holds zero.
+
+    With so many, an interval lies on one side of zero with probability `power`, if the measured difference is the true
+    one and more seeds spread as these do: half its width is then |difference| / (1 + z_power / z_level), 1 / 1.43 of
+    it. What is left of that beside the seeds' part is for problems (`problems_needed`), and the other way round
+    (`seeds_needed`); where neither is enough alone, both get the same share. most: times the problems, and seeds,
+    beyond which no number is told.
+    """
+    target = abs(found.estimate) / (1 + float(stats.norm.ppf(power) / stats.norm.ppf(0.5 + level / 2)))
+    if target == 0:
+        return "no number of problems or seeds can be told, as there is no difference"
+    out = "too small a difference for any number within reach"
+    if problems_needed(target, found.over_problems, problems) > most * problems:
+        return out
+    if found.spread is None:
+        more = problems_needed(target, found.over_problems, problems)
+        and_more = f", with {_about(more)} problems (now {problems})," if more > problems else ""
+        return f"three seeds or more{and_more} would decide"
+    options = []
+    from_seeds = float(stats.t.ppf(0.5 + level / 2, seeds - 1)) * found.spread / seeds**0.5
+    if from_seeds < target:
+        left = (target**2 - from_seeds**2) ** 0.5
+        options.append(f"{_about(problems_needed(left, found.over_problems, problems))} problems (now {problems})")
+    if found.over_problems < target:
+        more_seeds = seeds_needed(target, found.spread, found.over_problems, level, most)
+        options += [] if more_seeds is None else [f"about {more_seeds} seeds (now {seeds})"]
+    share = target / 2**0.5
+    more_seeds = seeds_needed(share, found.spread, 0.0, level, most)
+    if not options and more_seeds is not None:
+        more = max(problems, problems_needed(share, found.over_problems, problems))
+        options.append(f"about {more_seeds} seeds (now {seeds}) with {_about(more)} problems (now {problems})")
+    return f"{' or '.join(options)} would decide" if options else out
+
+
+def _about(count: int) -> str:
+    """A number with two digits that count: "about 740"."""
+    return f"about {float(f'{count:.2g}'):,.0f}"
 
 
 def paired(ours: np.ndarray, theirs: np.ndarray, level: float = 0.95) -> Interval:

@@ -20,10 +20,11 @@ class Problem:
     answer: str
     gold: str
     where: str = field(default="", compare=False)
+    messages: tuple[Mapping[str, str], ...] = ()  # of a chat, the answer among them; its prompt takes a tokenizer
 
     @property
     def key(self) -> str:
-        """Hash of the prompt, the problem's name in predictions."""
+        """Hash of the prompt, by which problems are told apart."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
 
 
@@ -68,6 +69,8 @@ def pair(row: Row) -> list[Problem]:
 
     Without gold it is empty here: what is right is then found in the answer.
     """
+    if "messages" in row:
+        return [conversation(row)]
     for name in ("prompt", "answer", "gold"):
         if name in row and not isinstance(row[name], str):
             raise ValueError(f"field {name!r} is {row[name]!r}; allowed: a text")
@@ -75,6 +78,22 @@ def pair(row: Row) -> list[Problem]:
             raise ValueError(f"field {name!r} is empty")
     space = "" if row["prompt"][-1:].isspace() else " "
     return [Problem(row["prompt"], space + row["answer"].strip(), row.get("gold", ""))]
+
+
+def conversation(row: Row) -> Problem:
+    """A user's own chat: the last message, the assistant's, is the answer; its prompt takes a tokenizer."""
+    messages, gold = row["messages"], row.get("gold", "-")
+    if not isinstance(messages, list) or len(messages) < 2 or "prompt" in row or "answer" in row:
+        raise ValueError("allowed beside gold: either prompt and answer, or messages, a list of two or more")
+    for number, message in enumerate(messages, start=1):
+        parts = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
+        if not all(isinstance(part, str) and part.strip() for part in parts):
+            raise ValueError(f"message {number} is {message!r}; allowed: a role and a content, both texts")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"the last message has role {messages[-1]['role']!r}; allowed: assistant")
+    if not isinstance(gold, str) or not gold.strip():
+        raise ValueError(f"field 'gold' is {gold!r}; allowed: a text")
+    return Problem("", messages[-1]["content"].strip(), row.get("gold", ""), messages=tuple(messages))
 
 
 def source(row: Row) -> list[Problem]:

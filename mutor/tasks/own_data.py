@@ -1,6 +1,6 @@
 """A user's own problems: what is right where they do not say so, and what they are refused for before any training.
 
-found = with_gold(problems(corpus, "test", Origin("file", "test.jsonl")), corpus)
+found = with_gold(as_prompts(problems(corpus, "test", Origin("file", "test.jsonl")), tokenizer), corpus)
 check_answers(found, corpus, score)
 check_apart(training, {"test": found})
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mutor.tasks.corpora import CORPORA, Corpus, Origin, problems
 from mutor.tasks.formats import Problem
@@ -20,6 +21,35 @@ def check_file(file: Path) -> None:
     """Raise ValueError, naming file and line, for a file of problems that can't be read or has none."""
     if not problems(CORPORA["own"], "train", Origin("file", str(file))):
         raise ValueError(f"{file}: there is no problem in it")
+
+
+def as_prompts(found: Sequence[Problem], tokenizer: Any) -> list[Problem]:
+    """Chats as prompt and answer: the prompt is what the tokenizer's chat template makes of all but the last message.
+
+    Without the beginning token where the tokenizer puts it, too. The answer keeps the white space that the template has
+    before it. Raises ValueError for a tokenizer without a template, and with file and line for what a template refuses.
+    """
+    return [_as_prompt(problem, tokenizer) if problem.messages else problem for problem in found]
+
+
+def _as_prompt(problem: Problem, tokenizer: Any) -> Problem:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{problem.where}: `messages` need a chat template, and the tokenizer {tokenizer.name_or_path!r} has none; "
+            "allowed: prompt and answer, or a chat model"
+        )
+    messages = [dict(message) for message in problem.messages]
+    try:
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # of the template's own, and of jinja's many kinds
+        raise ValueError(f"{problem.where}: the chat template refuses it: {str(error).splitlines()[0]}") from None
+    rest = whole.removeprefix(prompt)
+    space = rest[: len(rest) - len(rest.lstrip())] if rest.lstrip().startswith(problem.answer) else ""
+    bos = tokenizer.bos_token
+    if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        prompt = prompt.removeprefix(bos)
+    return replace(problem, prompt=prompt, answer=space + problem.answer)
 
 
 def with_gold(found: Sequence[Problem], corpus: Corpus) -> list[Problem]:

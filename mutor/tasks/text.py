@@ -20,7 +20,7 @@ from mutor.checks import setting
 from mutor.files import write_text
 from mutor.tasks.corpora import CORPORA, Origin, problems
 from mutor.tasks.formats import Problem
-from mutor.tasks.own_data import check_answers, check_apart, with_gold
+from mutor.tasks.own_data import as_prompts, check_answers, check_apart, with_gold
 from mutor.tasks.scoring import COMPARE, EXTRACT, rouge
 from mutor.tasks.task import Log, Source, Task
 
@@ -45,7 +45,7 @@ class TextConfig:
         None, doc="with source folder: the folder that holds one folder a dataset", on_disk="folder"
     )
     train_file: str | None = setting(
-        None, doc="with corpus own: JSONL of prompt and answer", on_disk="mutor.tasks.own_data:check_file"
+        None, doc="with corpus own: JSONL of prompt and answer, or messages", on_disk="mutor.tasks.own_data:check_file"
     )
     valid_file: str | None = setting(
         None,
@@ -126,7 +126,7 @@ class Text(Task):
     @classmethod
     def scored_on(cls, config: TextConfig) -> str:
         """The name of the benchmark in tables."""
-        return CORPORA[config.corpus].benchmark or Path(config.test_file or "own").stem
+        return CORPORA[config.corpus].benchmark or Path(config.test_file or "own").name
 
     @staticmethod
     def needs_tokenizer(config: TextConfig) -> bool:
@@ -155,7 +155,7 @@ class Text(Task):
         found = problems(self.corpus, split, origin, size)
         if not found:
             raise ValueError(f"{self.describe(c)}: no {split} problems in {own or c.folder or c.source}")
-        return with_gold(found, self.corpus) if own else found
+        return with_gold(as_prompts(found, self.tokenizer), self.corpus) if own else found
 
     @cached_property
     def _training(self) -> list[Problem]:
@@ -296,7 +296,7 @@ class Text(Task):
     ) -> None:
         lines = []
         for problem, output, value in zip(found, outputs, values.tolist(), strict=True):
-            line = {"prompt": problem.key, "output": output, "gold": problem.gold, self.selection_metric: value}
+            line = {"prompt": problem.prompt, "output": output, "gold": problem.gold, self.selection_metric: value}
             if self.corpus.compare != "rouge":
                 line["answer"] = EXTRACT[self.corpus.extract](output)
             lines.append(json.dumps(line, ensure_ascii=False))

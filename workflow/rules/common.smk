@@ -154,6 +154,20 @@ def collect(name):
     return shlex.join(map(str, [*words, "--runs", RUNS, "--results", RESULTS]))
 
 
+def say_answers():
+    """Print what the artifacts answer, whose question is whether something helps."""
+    asked = [name for name in ARTIFACTS if TABLES[name].drawing.answer]
+    if not asked:
+        return
+    from mutor.results.cells import Evidence
+    from mutor.results.records import Records
+    from mutor.results.render import answer
+
+    evidence = Evidence(ROOT, SCALE, Records(ROOT / RUNS), PROJECT.seeds)
+    for name in asked:
+        print("\n".join(answer(evidence, TABLES[name])), file=sys.stderr)
+
+
 def code_state():
     """A token that changes with the code, only where runs made by older code are to be made again."""
     if not PROJECT.rerun_stale:
