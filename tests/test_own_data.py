@@ -132,6 +132,7 @@ def own(tmp_path, monkeypatch):
         content = yaml.safe_load(file.read_text())
         content["models"]["mine"]["pretrained"] = pretrained
         content["datasets"]["mine"]["options"].update(options)
+        content["recipes"]["mine"]["batch_size"] = 1
         file.write_text(yaml.safe_dump(content))
         return tmp_path
 
