@@ -83,10 +83,13 @@ def windows_hold(trunk: Any) -> bool:
     return torch.allclose(masked.float(), normed.float(), atol=tolerance * float(normed.abs().max()))
 
 
-def attend_blockwise(trunk: Any) -> None:
-    """From sdpa, whose mask is dense, to the backend that needs none, where it gives the same hidden states."""
-    if trunk.config._attn_implementation != "sdpa":
-        return
+def attend_blockwise(trunk: Any) -> str:
+    """From sdpa, whose mask is dense, to the backend that needs none, where it gives the same hidden states.
+
+    Returns the name of the backend before.
+    """
+    if (before := str(trunk.config._attn_implementation)) != "sdpa":
+        return before
     layout = few_rows(trunk.vocabulary)
     wanted = trunk.probe(layout)
     try:
@@ -98,6 +101,7 @@ def attend_blockwise(trunk: Any) -> None:
     if not (found - wanted).float()[layout.segment >= 0].abs().max() <= tolerance:
         trunk.model.set_attn_implementation("sdpa")
         logging.getLogger(__name__).warning("%s: attention with a dense mask: %s", trunk.name, why)
+    return before
 
 
 def few_rows(vocabulary: int) -> Layout:
