@@ -100,8 +100,7 @@ def taken_in(model: Any) -> None:
     """Merge the adapters by `inject` into the model's weights, in place."""
     without(model, merge=True)
     for name in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(model, name):
-            delattr(model, name)
+        vars(model).pop(name, None)
 
 
 def folded(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

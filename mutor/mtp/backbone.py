@@ -27,8 +27,11 @@ from mutor.mtp.passes import BackboneOutput, Ear, Heard, Listener
 from mutor.registry import ATTENTION
 
 LAYER_NAMES = ("layers", "h", "blocks")
-NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
-TEXT_NAMES = ("language_model", "decoder", "text_model")  # of the part for texts, inside of a model for more
+NORM_NAMES = (
+    "norm", "norm_f", "ln_f", "final_norm", "final_layernorm", "final_layer_norm", "layer_norm", "layernorm",
+    "embedding_norm",
+)  # fmt: skip
+TEXT_NAMES = ("model", "language_model", "decoder", "text_model")  # of the part for texts, inside of a model for more
 EXTRA = "mtp"  # the one submodule that holds whatever a method adds to a model
 
 
@@ -80,12 +83,19 @@ class Backbone(ModelFacts):
 
     def _parts(self, base: Any) -> tuple[Any, str, str]:
         """The module that owns the layers, and their name and the final norm's there."""
-        for owner in filter(None, (base, *(getattr(base, name, None) for name in TEXT_NAMES))):
+        parts = [base, *(getattr(base, name, None) for name in TEXT_NAMES)]
+        parts += [getattr(part, name, None) for part in parts[1:] for name in TEXT_NAMES]
+        for owner in filter(None, parts):
             layers, norm = (next((n for n in names if hasattr(owner, n)), "") for names in (LAYER_NAMES, NORM_NAMES))
-            if layers and norm:
+            if layers and norm and getattr(owner, norm) is not None:
                 return owner, layers, norm
-        known = f"{', '.join(LAYER_NAMES)} beside one of {', '.join(NORM_NAMES)}"
-        raise ValueError(f"{self.name}: found none of {known} in {type(base).__name__}; it needs an adapter")
+        if why := trials.why_not(self.model):
+            raise ValueError(f"{self.name} ({self.config.model_type}) can't be trained here: {why}")
+        found = any(hasattr(base, name) for name in LAYER_NAMES)
+        what, known = ("final norm", NORM_NAMES) if found else ("layers", LAYER_NAMES)
+        raise ValueError(
+            f"{self.name}: {type(base).__name__} has no {what} named {', '.join(known)}; it needs an adapter"
+        )
 
     def logits(self, normed: Tensor) -> Tensor:
         """float32 [..., V]: the model's output layer on hidden states [..., d] that passed the final norm."""
@@ -245,16 +255,15 @@ class Backbone(ModelFacts):
     def probe(self, layout: Layout) -> Tensor:
         """[B, L, d] normed hidden states in evaluation mode, without gradients; how a model is tested for fitness.
 
-        Raises ValueError, naming the model, where it does not take an explicit mask and positions.
+        Raises ValueError, naming the model, where that fails with an explicit mask and positions.
         """
         try:
             with trials.evaluating(self.model):
                 return self(self.model, layout.to(self.embedding.weight.device)).normed
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            raise ValueError(
-                f"{self.name} ({self.config.model_type}) can't be trained here: it does not take an explicit mask and "
-                f"positions ({type(error).__name__}: {error})"
-            ) from error
+            why = f"with an explicit mask and positions it fails ({type(error).__name__}: {error})"
+            why = trials.why_not(self.model) or why
+            raise ValueError(f"{self.name} ({self.config.model_type}) can't be trained here: {why}") from error
 
 
 class _ExtraRows:
@@ -263,7 +272,7 @@ class _ExtraRows:
     An object, not closures: a copy of the model copies it, with the copy's own table.
     """
 
-    def __init__(self, table: nn.Embedding, scale: Tensor | None, divide: float | None):
+    def __init__(self, table: nn.Embedding, scale: Tensor | float | None, divide: float | None):
         """scale, divide: what a vector is multiplied with and divided by, None: left as it is."""
         self.table, self.scale, self.divide = table, scale, divide
         self.asked: list[Tensor] = []  # ids of the call under way: forward hooks only see them clamped
@@ -278,7 +287,7 @@ class _ExtraRows:
         ids, vocabulary = self.asked.pop(), int(module.weight.shape[0])
         vectors = self.table((ids - vocabulary).clamp(0, self.table.num_embeddings - 1)).to(output.dtype)
         if self.scale is not None:
-            vectors = vectors * self.scale.to(output.dtype)
+            vectors = vectors * torch.as_tensor(self.scale).to(output.dtype)
         if self.divide is not None:
             vectors = vectors / self.divide
         return torch.where((ids >= vocabulary)[..., None], vectors, output)

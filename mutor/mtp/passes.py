@@ -104,6 +104,9 @@ class Ear:
         seen, states = self.seen, self.states
         if "hidden" not in seen:
             return None
+        if seen["hidden"].ndim > 3:
+            shape = list(seen["hidden"].shape)
+            raise ValueError(f"its layers give hidden states {shape} and not one of a token, [B, L, d]")
         return BackboneOutput(
             hidden=seen["hidden"],
             normed=seen["normed"].view(seen["hidden"].shape),
