@@ -12,10 +12,10 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help smoke reproduce test mutants check format benchmark reference clean env
+.PHONY: help smoke reproduce test test-long mutants check format benchmark reference clean env
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 smoke: env  ## everything with tiny models into results/smoke: two minutes, the numbers mean nothing
 	$(BIN)/snakemake --cores all --config scale=smoke
@@ -25,6 +25,9 @@ reproduce: env  ## everything at the scale of config/config.yaml into results: h
 
 test: env check  ## check, then the tests: units, the workflow at smoke scale, dry runs of every scale
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-long: env  ## the tests that are too long for `make test`: every family of models
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses 2
 
 mutants:  ## small bugs put into the library, statistics and scoring, which tests should notice: one to two hours
 	@$(MAKE) --no-print-directory env EXTRAS=$(EXTRAS),mutants

@@ -46,6 +46,7 @@ class Marginal(Method):
     config: MarginalConfig
     source = "Mehra et al., arXiv 2502.09419"
     adds = "nothing; it needs no training"
+    trained = False
 
     def add_parameters(self) -> None:
         """Nothing. Raises ValueError for more candidates than tokens, or more paths than can be summed over."""

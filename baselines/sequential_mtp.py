@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mutor.mtp.ahead import Ahead
-    from mutor.mtp.backbone import BackboneOutput
     from mutor.mtp.drafts import Drafter
     from mutor.mtp.layout import Layout
     from mutor.mtp.loss import LossTargets
+    from mutor.mtp.passes import BackboneOutput
 
 
 @dataclass(frozen=True)

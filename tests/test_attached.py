@@ -54,9 +54,8 @@ def test_replaced_embeddings_are_refused(tiny):
     model, mutor = tiny(), MuToR.of()
     mutor.attach(model)
     model.set_input_embeddings(torch.nn.Embedding(70, 32))
-    inputs = collator_of(mutor)(PLAIN[:1])
     with pytest.raises(ValueError, match=r"LlamaForCausalLM.*embeddings were wrapped or replaced.*attach afterwards"):
-        mutor.loss_from_outputs(model(input_ids=inputs["input_ids"] % 60), inputs["labels"])
+        mutor.loss_from_outputs(None, torch.zeros(1, 1))
 
 
 def test_a_copy_reads_its_own_register(tiny, tools, family):

@@ -11,6 +11,7 @@ from test_library import collator_of, trainer_of
 from mutor import MuToR
 from mutor.mtp.collator import SAMPLES, sample_number
 from mutor.mtp.method import Method
+from mutor.mtp.passes import layout_of
 
 PLAIN = [{"input_ids": [*range(3 + n, 23 + n)], "prefix_length": 2} for n in range(12)]
 
@@ -20,7 +21,7 @@ def draws(loader, collator, epochs=3):
     found = []
     for epoch in range(epochs):
         collator.set_epoch(epoch)
-        found.append([int(line[20]) for batch in loader for line in batch["position_ids"]])
+        found.append([int(line[20]) for batch in loader for line in layout_of(batch["position_ids"]).position])
     return found
 
 
@@ -72,7 +73,7 @@ class Seen(list):
         class Watching(collator.__class__):
             def __call__(watching, examples):
                 batch = given(watching, examples)
-                first, length = batch["position_ids"], len(examples[0]["input_ids"])
+                first, length = layout_of(batch["position_ids"]).position, len(examples[0]["input_ids"])
                 self.append(list(zip([e["input_ids"][0] for e in examples], first[:, length].tolist(), strict=True)))
                 return batch
 
@@ -148,11 +149,11 @@ def test_data_without_room_for_a_register_are_refused(tiny, tmp_path):
     assert trainer.state.global_step == 0 and "\n" not in str(error.value)
     batch = collator_of(mutor)(PLAIN)
     labels = batch.pop("labels")
-    outputs = model.train()(**batch)
+    model.train()
     for _ in range(83):
-        mutor.loss_from_outputs(outputs, labels)
+        mutor.loss_from_outputs(model(**batch), labels)
     with pytest.raises(ValueError, match=words):
-        mutor.loss_from_outputs(outputs, labels)
+        mutor.loss_from_outputs(model(**batch), labels)
     longer = [*PLAIN, {"input_ids": list(range(3, 23)), "prefix_length": 1}]
     trainer_of(mutor, model, tmp_path, longer, mutor.collator(0), max_steps=2).train()
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,19 +46,30 @@ def test_numbers_of_added_parameters(tiny):
 
 
 def test_a_loss_from_outputs_by_hand(tiny):
-    """Labels of registers are their targets plus 61; token 0 is a target like any other."""
-    method = MuToR.of(a=0.25)
-    method.attach(tiny()).train()
-    logits = torch.randn(1, 5, 61, generator=torch.Generator().manual_seed(0))
-    each = cross_entropy(logits[0], torch.tensor([0, 0, 7, 0, 60]), reduction="none").tolist()
-    labels = torch.tensor([[-100, 0, 7, 61 + 0, 61 + 60]])
-    wanted = 0.75 * (each[1] + each[2]) / 2 + 0.25 * (each[3] + each[4]) / 2
-    outputs = SimpleNamespace(logits=logits)
-    assert method.loss_from_outputs(outputs, labels).item() == pytest.approx(wanted, rel=1e-5)
-    assert method.loss_from_outputs(outputs, labels, torch.tensor(8)).item() == pytest.approx(wanted / 2, rel=1e-5)
-    labels[0, 3:] = -100
-    only = method.loss_from_outputs(outputs, labels).item()
-    assert only == pytest.approx(0.75 * (each[1] + each[2]) / 2, rel=1e-5)
+    """Four tokens, registers of offset 2 behind the last three but one; token 0 is a target like any other."""
+    method = MuToR.of(d_min=2, d_max=2, a=0.25)
+    model = method.attach(tiny()).train()
+    collator = method.collator(3)
+    collator.set_epoch(0)
+    for ids, prefix, following, further in [
+        ([5, 9, 0, 7, 0, 60], 2, [(1, 0), (2, 7), (3, 0), (4, 60)], [(6, 7), (7, 0), (8, 60)]),
+        ([5, 9], 1, [(0, 9)], []),
+    ]:
+        batch = collator([{"input_ids": ids, "prefix_length": prefix}])
+        labels = batch.pop("labels")
+        assert (
+            labels[0, : len(ids)].tolist() == [-100] * prefix + ids[prefix:] and (labels[0, len(ids) :] == -100).all()
+        )
+        logits = model(**batch).logits[0].detach()
+        one, two = (
+            [float(cross_entropy(logits[at], torch.tensor(token))) for at, token in some]
+            for some in (following, further)
+        )
+        wanted = 0.75 * sum(one) / len(one) + 0.25 * sum(two) / max(1, len(two))
+        assert method.loss_from_outputs(None, labels).item() == pytest.approx(wanted, rel=1e-5)
+        model(**batch)
+        half = method.loss_from_outputs(None, labels, torch.tensor(2 * len(one))).item()
+        assert half == pytest.approx(wanted / 2, rel=1e-5)
 
 
 def test_a_new_layer_stands_where_the_last_one_does(tiny):

@@ -152,12 +152,12 @@ def test_code_that_no_run_reaches_does_not_count(project):
 # what may change numbers, and the names that are reported
 
 CHANGES = [
-    ("constant", "next_token", "star_graph", LAYOUT, "np.full(shape, -1,", "np.full(shape, -2,", ["collate"]),
+    ("constant", "next_token", "star_graph", LAYOUT, "np.full(shape, -1,", "np.full(shape, -2,", ["lay"]),
     ("term", "mutor", "star_graph", METHOD, "return loss, {", "return loss + 1e-4, {", ["Method"]),
     ("operator", "next_token", "images", "mutor/training/trainer.py", "loss * processes()", "loss / processes()",
      ["MethodTrainer"]),
     ("argument's default", "mutor", "text", LAYOUT, "row_length: int | None = None", "row_length: int | None = 64",
-     ["collate"]),
+     ["collate", "lay"]),
     ("setting's default", "mutor", "text", "mutor/config/recipe.py", "setting(0.02,", "setting(0.03,", ["Recipe"]),
     ("setting's default", "next_token", "text", "mutor/config/schema.py", "= setting(AUTO,", '= setting("eager",',
      ["ModelConfig"]),

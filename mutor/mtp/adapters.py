@@ -96,6 +96,13 @@ def inject(model: Any, rank: int, alpha: int) -> None:
         inject_adapter_in_model(config, model)
 
 
+def taken_in(model: Any) -> None:
+    """Merge the adapters by `inject` into the model's weights, in place."""
+    without(model, merge=True)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(name, None)
+
+
 def folded(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of the plain model, from that of a model with adapters by `inject`, whose own stay as they are."""
     from peft.tuners.lora import LoraLayer

@@ -14,7 +14,6 @@ trunk.add(module)                   # all of it in one module of the model
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,27 +23,16 @@ from mutor.checks import choose
 from mutor.mtp import adapters, trials
 from mutor.mtp.facts import ModelFacts
 from mutor.mtp.layout import Layout
+from mutor.mtp.passes import BackboneOutput, Ear, Heard, Listener
 from mutor.registry import ATTENTION
 
 LAYER_NAMES = ("layers", "h", "blocks")
-NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+NORM_NAMES = (
+    "norm", "norm_f", "ln_f", "final_norm", "final_layernorm", "final_layer_norm", "layer_norm", "layernorm",
+    "embedding_norm",
+)  # fmt: skip
+TEXT_NAMES = ("model", "language_model", "decoder", "text_model")  # of the part for texts, inside of a model for more
 EXTRA = "mtp"  # the one submodule that holds whatever a method adds to a model
-
-
-@dataclass
-class BackboneOutput:
-    """hidden: [B, L, d] before the final norm; normed: [B, L, d] after it; apply_layer: one more layer on [B, L, d].
-
-    states: where they are asked for, [B, L, d] what the first layer reads and what each layer gives, `hidden` last;
-    logits: the model's own, without gradients only; given: what the last layer was given beside hidden states.
-    """
-
-    hidden: Tensor
-    normed: Tensor
-    apply_layer: Callable[[nn.Module, Tensor], Tensor]
-    states: tuple[Tensor, ...] = ()
-    logits: Tensor | None = None
-    given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
 
 class Backbone(ModelFacts):
@@ -57,24 +45,26 @@ class Backbone(ModelFacts):
     def __init__(self, model: Any, initialise: Callable[[nn.Module], None] | None = None):
         self.model, self.config = model, model.config.get_text_config()
         self.name = type(model).__name__
-        base = model.base_model
-        self.layers = self._part(base, LAYER_NAMES)
-        self.norm = self._part(base, NORM_NAMES)
+        owner, layers, norm = self._parts(model.base_model)
+        self.layers, self.norm = getattr(owner, layers), getattr(owner, norm)
         self.embedding = model.get_input_embeddings()
         if self.head is None:
             raise ValueError(f"{self.name} has no output layer; a causal language model is needed")
         self.width = int(self.config.hidden_size)
         self.initialise = initialise
         self.added: nn.Module | None = None  # what the method added
+        self.trained_before: list[nn.Parameter] = []  # of the model's own, before a method froze some
         self._trained: set[str] = set()  # of it, the names of parameters that are not frozen
         self._rows: nn.Embedding | None = None
         self._outputs: list[nn.Module] = []
+        self._hooks: list[Any] = []
         self.meta = self.embedding.weight.device.type == "meta"
-        self.exact_windows = True
+        self.exact_windows, self.attention = True, self.config._attn_implementation
         if not self.meta:
             trials.check_logits(self)
             self.exact_windows = trials.windows_hold(self)
-            trials.attend_blockwise(self)
+            self.attention = trials.attend_blockwise(self)
+        self.listener = Listener(owner, self.facts(), layers, norm)
 
     @property
     def head(self) -> Any:
@@ -91,11 +81,21 @@ class Backbone(ModelFacts):
         """Of the weights."""
         return self.embedding.weight.dtype
 
-    def _part(self, base: nn.Module, names: tuple[str, ...]) -> Any:
-        for name in names:
-            if hasattr(base, name):
-                return getattr(base, name)
-        raise ValueError(f"{self.name}: found none of {', '.join(names)} in {type(base).__name__}; it needs an adapter")
+    def _parts(self, base: Any) -> tuple[Any, str, str]:
+        """The module that owns the layers, and their name and the final norm's there."""
+        parts = [base, *(getattr(base, name, None) for name in TEXT_NAMES)]
+        parts += [getattr(part, name, None) for part in parts[1:] for name in TEXT_NAMES]
+        for owner in filter(None, parts):
+            layers, norm = (next((n for n in names if hasattr(owner, n)), "") for names in (LAYER_NAMES, NORM_NAMES))
+            if layers and norm and getattr(owner, norm) is not None:
+                return owner, layers, norm
+        if why := trials.why_not(self.model):
+            raise ValueError(f"{self.name} ({self.config.model_type}) can't be trained here: {why}")
+        found = any(hasattr(base, name) for name in LAYER_NAMES)
+        what, known = ("final norm", NORM_NAMES) if found else ("layers", LAYER_NAMES)
+        raise ValueError(
+            f"{self.name}: {type(base).__name__} has no {what} named {', '.join(known)}; it needs an adapter"
+        )
 
     def logits(self, normed: Tensor) -> Tensor:
         """float32 [..., V]: the model's output layer on hidden states [..., d] that passed the final norm."""
@@ -162,8 +162,10 @@ class Backbone(ModelFacts):
         scales = (m.embed_scale for m in self.embedding.modules() if hasattr(m, "embed_scale"))
         later = getattr(self.config, "embedding_multiplier", None)
         hooks = _ExtraRows(table, next(scales, None) if scaled else None, None if scaled else later)
-        self.embedding.register_forward_pre_hook(hooks.clamp)
-        self.embedding.register_forward_hook(hooks.put)
+        self._hooks += [
+            self.embedding.register_forward_pre_hook(hooks.clamp),
+            self.embedding.register_forward_hook(hooks.put),
+        ]
         return table
 
     def add(self, module: nn.Module) -> nn.Module:
@@ -175,6 +177,16 @@ class Backbone(ModelFacts):
         self._trained = {name for name, p in self.added.named_parameters() if p.requires_grad}
         self.model.add_module(EXTRA, self.added)
         return module
+
+    def remove(self) -> None:
+        """Take everything off the model, whose attention is that of before."""
+        for hook in self._hooks:
+            hook.remove()
+        self.listener.remove()
+        if self.added is not None:
+            delattr(self.model, EXTRA)
+        if self.attention != self.config._attn_implementation:
+            self.model.set_attn_implementation(self.attention)
 
     def check_attached(self) -> None:
         """Raise ValueError where the model was changed since, so that what was added is not read, or not trained."""
@@ -214,8 +226,10 @@ class Backbone(ModelFacts):
                 yield from module.parameters()
 
     def __call__(self, model: Any, layout: Layout, *, all_states: bool = False) -> BackboneOutput:
-        """One forward of `model` (the model itself, or what a distributed wrapper made of it)."""
+        """One forward of `model`: itself, what a distributed wrapper made of it, or a pass of it that was heard."""
         self.check_attached()
+        if isinstance(model, Heard):
+            return model.output
         attention = self.config._attn_implementation
         if layout.ids.device.type == "cpu":  # on a GPU a look at the positions would make the step wait
             self.check_lengths(layout)
@@ -227,52 +241,29 @@ class Backbone(ModelFacts):
 
     def run(self, model: Any, *, all_states: bool = False, **inputs: Any) -> BackboneOutput:
         """One forward of `model` on its own arguments. Raises ValueError for a model without this one's layers."""
-        seen: dict[str, Any] = {}
-
-        def last_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen.update(args=args[1:], kwargs={k: v for k, v in kwargs.items() if k != "hidden_states"})
-            seen["hidden"] = first(output)
-
-        states: list[Tensor] = []
-
-        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states.append(args[0] if args else kwargs["hidden_states"])
-
-        hooks = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in self.layers if all_states]
-        hooks += [
-            self.layers[-1].register_forward_hook(last_layer, with_kwargs=True),
-            self.norm.register_forward_hook(lambda module, args, output: seen.update(normed=output)),
-        ]
+        ear = Ear(self.layers, self.norm, all_states=all_states)
         try:
             logits = model(**inputs).logits
         finally:
-            for hook in hooks:
-                hook.remove()
-        if "hidden" not in seen:
+            ear.stop()
+        output = ear.output(None if torch.is_grad_enabled() else logits)  # in training they are only memory
+        if output is None:
             raise ValueError(f"{self.name}: another model than the one that the method is attached to; attach to it")
-        return BackboneOutput(
-            hidden=seen["hidden"],
-            normed=seen["normed"].view(seen["hidden"].shape),
-            apply_layer=lambda layer, x: first(layer(x, *seen["args"], **seen["kwargs"])),
-            states=(*states, seen["hidden"]) if all_states else (),
-            logits=None if torch.is_grad_enabled() else logits,  # in training they are only memory
-            given=(seen["args"], seen["kwargs"]),
-        )
+        return output
 
     @torch.no_grad()
     def probe(self, layout: Layout) -> Tensor:
         """[B, L, d] normed hidden states in evaluation mode, without gradients; how a model is tested for fitness.
 
-        Raises ValueError, naming the model, where it does not take an explicit mask and positions.
+        Raises ValueError, naming the model, where that fails with an explicit mask and positions.
         """
         try:
             with trials.evaluating(self.model):
                 return self(self.model, layout.to(self.embedding.weight.device)).normed
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            raise ValueError(
-                f"{self.name} ({self.config.model_type}) can't be trained here: it does not take an explicit mask and "
-                f"positions ({type(error).__name__}: {error})"
-            ) from error
+            why = f"with an explicit mask and positions it fails ({type(error).__name__}: {error})"
+            why = trials.why_not(self.model) or why
+            raise ValueError(f"{self.name} ({self.config.model_type}) can't be trained here: {why}") from error
 
 
 class _ExtraRows:
@@ -281,7 +272,7 @@ class _ExtraRows:
     An object, not closures: a copy of the model copies it, with the copy's own table.
     """
 
-    def __init__(self, table: nn.Embedding, scale: Tensor | None, divide: float | None):
+    def __init__(self, table: nn.Embedding, scale: Tensor | float | None, divide: float | None):
         """scale, divide: what a vector is multiplied with and divided by, None: left as it is."""
         self.table, self.scale, self.divide = table, scale, divide
         self.asked: list[Tensor] = []  # ids of the call under way: forward hooks only see them clamped
@@ -296,12 +287,7 @@ class _ExtraRows:
         ids, vocabulary = self.asked.pop(), int(module.weight.shape[0])
         vectors = self.table((ids - vocabulary).clamp(0, self.table.num_embeddings - 1)).to(output.dtype)
         if self.scale is not None:
-            vectors = vectors * self.scale.to(output.dtype)
+            vectors = vectors * torch.as_tensor(self.scale).to(output.dtype)
         if self.divide is not None:
             vectors = vectors / self.divide
         return torch.where((ids >= vocabulary)[..., None], vectors, output)
-
-
-def first(output: Any) -> Tensor:
-    """The hidden states that a layer gives, alone or before other things."""
-    return output[0] if isinstance(output, tuple) else output

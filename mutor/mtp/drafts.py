@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache
 
 from mutor.mtp.ahead import TOKENS, Ahead, positions
-from mutor.mtp.backbone import Backbone, BackboneOutput, first
+from mutor.mtp.backbone import Backbone
 from mutor.mtp.layout import Layout
+from mutor.mtp.passes import BackboneOutput, first
 from mutor.mtp.slots import Slots
 
 

@@ -25,11 +25,15 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence: `ids` int64 [T], the first `prefix` of them the prompt, `sample` its number."""
+    """One training sequence: `ids` int64 [T], the first `prefix` of them the prompt, `sample` its number.
+
+    is_target: bool [T] which tokens are predicted, where those behind the prompt are not all.
+    """
 
     ids: np.ndarray
     prefix: int
     sample: int = 0
+    is_target: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,12 @@ def collate(
         if row_length is not None and tokens(example) > row_length:
             raise ValueError(f"sequence {example.sample}: {tokens(example)} tokens, rows hold {row_length}")
     rows = [[example] for example in examples] if row_length is None else _packed(examples, row_length, tokens)
-    shape = (len(rows), row_length or max(len(example.ids) for example in examples))
+    return lay(rows, pad_id, row_length)
+
+
+def lay(rows: Sequence[Sequence[Example]], pad_id: int, row_length: int | None = None) -> TokenBatch:
+    """The sequences of each row one behind the other, padded on the right: to `row_length`, or as the longest row."""
+    shape = (len(rows), row_length or max(sum(len(example.ids) for example in row) for row in rows))
     ids = np.full(shape, pad_id, dtype=np.int64)
     segment = np.full(shape, -1, dtype=np.int64)
     position = np.zeros(shape, dtype=np.int64)
@@ -80,7 +89,8 @@ def collate(
             ids[r, span] = example.ids
             segment[r, span] = number
             position[r, span] = np.arange(len(example.ids))
-            is_target[r, start + example.prefix : span.stop] = True
+            behind = np.arange(len(example.ids)) >= example.prefix
+            is_target[r, span] = behind if example.is_target is None else example.is_target
             sample[r, span] = example.sample
             start = span.stop
     return TokenBatch(*(torch.from_numpy(a) for a in (ids, segment, position, is_target, sample)))

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mutor.checks import not_default
-from mutor.mtp.settings import Progress, TrainingRecipe, TrunkSettings
+from mutor.mtp.library import Library
+from mutor.mtp.settings import Context, Progress, TrainingRecipe, TrunkSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,19 +42,6 @@ if TYPE_CHECKING:
 
 
 WEIGHTS, SETTINGS = "weights.safetensors", "method.json"  # files of `save_own`
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a layout may depend on besides the rows.
-
-    The run's seed, the dummy token, the kind of prefix, and how far training is when the rows are trained on.
-    """
-
-    seed: int = 0
-    pad_id: int = 0
-    prefix_lm: bool = False
-    progress: Progress = Progress()
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +62,7 @@ class ParameterGroup:
             raise ValueError(f"rate: {self.rate} is out of range, allowed: (0, inf); freeze what is not to be trained")
 
 
-class Method:
+class Method(Library):
     """Base of all methods: plain next-token prediction without added parameters."""
 
     Config: ClassVar[type]
@@ -99,11 +87,14 @@ class Method:
         """
         from mutor.mtp import adapters
 
+        before = [p for p in adapters.base_model(model).parameters() if p.requires_grad]
         if self.trunk_settings.trunk == "frozen":
             adapters.base_model(model).requires_grad_(False)
         elif self.trunk_settings.trunk == "lora":
             adapters.inject(model, self.trunk_settings.rank, self.trunk_settings.lora_alpha)
-        return self._attach(model, initialise)
+        self._attach(model, initialise)
+        self.trunk.trained_before = before
+        return model
 
     def _attach(self, model: Any, initialise: Callable[[nn.Module], None] | None = None) -> Any:
         from mutor.mtp.adapters import base_model

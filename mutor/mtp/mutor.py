@@ -4,7 +4,7 @@ method = MuToR.of(d_max=4, a=0.3)
 method.attach(model)                                  # any Hugging Face causal LM; adds one vector
 collator = method.collator(tokenizer.pad_token_id)    # lays out registers, anew in each epoch
 Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=[collator],
-        compute_loss_func=method.loss_from_outputs).train()
+        compute_loss_func=method.loss_from_outputs).train()   # or MultiTokenTrainer(model, args, method=method, ...)
 method.export(model, "out")                           # the plain model, registers dropped
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mutor.checks import from_mapping, setting
+from mutor.checks import setting
 from mutor.mtp.method import Context, Method
 from mutor.mtp.settings import AheadSettings
 from mutor.streams import stream
@@ -23,12 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mutor.mtp.ahead import Ahead
-    from mutor.mtp.collator import Collator
     from mutor.mtp.drafts import Drafter
     from mutor.mtp.layout import Example, Layout, TokenBatch
     from mutor.mtp.loss import LossTargets
-
-PATIENCE = 1000  # answers without any register, from the first on, before training is refused
 
 
 @dataclass(frozen=True)
@@ -76,17 +73,11 @@ class MuToR(Method):
     config: MuToRConfig
     source = "Gerontopoulos et al., arXiv 2505.10518"
     adds = "an input vector, or one per offset"
-    _short: tuple[int, ...] | None = ()  # lengths of answers so far, none of which had a register; None: one had
 
     @property
     def shortest_answer(self) -> int:  # type: ignore[override]
         """The register behind the last prefix token looks d_min ahead."""
         return self.config.d_min
-
-    @classmethod
-    def of(cls, **settings: Any) -> MuToR:
-        """The method with these settings, checked; see `Config`."""
-        return cls(from_mapping(cls.Config, settings, "mutor"))
 
     def add_parameters(self) -> None:
         """One vector (or one per offset), fed where the input id is the vocabulary size or above."""
@@ -225,60 +216,12 @@ class MuToR(Method):
         asked = range(2, draft + 2)
         return Drafter(propose, tuple((self.trunk.vocabulary + self.reach.index(k) * each, k) for k in asked))
 
-    def collator(self, pad_id: int, *, seed: int = 0, prefix_lm: bool = False) -> Collator:
-        """A data collator for a plain transformers Trainer, and a callback that tells it the epoch.
-
-        Trainer(..., data_collator=collator, callbacks=[collator]), with `remove_unused_columns=False`. Another loop
-        calls `collator.set_epoch(epoch)` before each epoch. What it takes and gives: mutor/mtp/collator.py. Raises
-        ValueError for settings that it can't follow.
-        """
-        from mutor.mtp.collator import Collator
-
-        for key, usual in {
-            "warm_up": 0.0,
-            "trunk_rate": 1.0,
-            "d_max_schedule": "constant",
-            "entropy_limit": None,
-        }.items():
-            if (given := getattr(self.config, key)) != usual:
-                raise ValueError(f"{key}: {given} is for `python -m mutor run`; a Trainer of transformers can't follow")
-        return Collator(self, Context(seed, pad_id, prefix_lm))
-
-    def loss_from_outputs(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """`compute_loss_func` of a plain transformers Trainer; labels: int64 [B, L] from `collator`.
-
-        In training (1 - a) times the loss of next tokens plus a times that of registers. In evaluation, which is when
-        the model is in evaluation mode or there are no gradients, that of next tokens alone, so that `eval_loss`
-        compares with any other model's. A batch computed in parts is the mean of its parts' losses, each weighted by
-        its share of all predicted tokens (`num_items_in_batch`, which the Trainer passes). Raises ValueError where the
-        first thousand answers are all too short for a register.
-        """
-        import torch
-        import torch.nn.functional as F
-
-        self.trunk.check_attached()
-        logits, vocabulary, a = outputs.logits, self.trunk.vocabulary, self.config.weight(self.progress)
-        register = labels >= vocabulary
-        token = (labels >= 0) & ~register
-        loss = F.cross_entropy(logits[token].float(), labels[token])
-        if self.trunk.model.training and torch.is_grad_enabled():
-            loss = (1 - a) * loss
-            if register.any():
-                self._short = None
-                loss = loss + a * F.cross_entropy(logits[register].float(), labels[register] - vocabulary)
-            elif self._short is not None:
-                self._short += tuple(token.sum(1).tolist())
-                if len(self._short) >= PATIENCE:
-                    self.check_answers(self._short)
-                    self._short = None
-        share = 1 if num_items_in_batch is None else (labels >= 0).sum() / num_items_in_batch
-        return loss * share
-
     def _check_invariant(self) -> None:
         """Refuse, by name, a model whose tokens change with registers beside them or with their order in the row."""
         import torch
 
         from mutor.mtp.layout import Example, collate, regular, with_registers
+        from mutor.mtp.trials import carrying, why_not
 
         trunk = self.trunk
         length = 8
@@ -294,11 +237,11 @@ class MuToR(Method):
         turned = trunk.probe(fed.take(backwards)).flip(1)  # a mixer that minds the order sees registers as neighbours
         change = max(float((alone - beside[:, :length]).abs().max()), float((beside - turned).abs().max()))
         tolerance = (1e-3 if alone.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
-        if not change <= tolerance:
+        if not change <= tolerance or carrying(trunk.config):  # fresh weights may hide how much
+            why = why_not(trunk.model) or "some of its layers mix tokens by their order in the row"
             raise ValueError(
                 f"{trunk.name} ({trunk.config.model_type}) can't hold registers: its tokens change by {change:.3g} "
-                "when registers stand beside them or the row is reordered: some of its layers mix tokens without the "
-                "attention mask"
+                f"when registers stand beside them or the row is reordered: {why}"
             )
 
 

@@ -31,6 +31,19 @@ class Progress:
     steps: int = 1
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a layout may depend on besides the rows.
+
+    The run's seed, the dummy token, the kind of prefix, and how far training is when the rows are trained on.
+    """
+
+    seed: int = 0
+    pad_id: int = 0
+    prefix_lm: bool = False
+    progress: Progress = Progress()
+
+
 class TrainingRecipe(Protocol):
     """What a method may read of how it is trained; the suite's own is mutor/config/recipe.py."""
 

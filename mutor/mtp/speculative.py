@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mutor.mtp.backbone import Backbone, BackboneOutput
+from mutor.mtp.backbone import Backbone
 from mutor.mtp.drafts import Beside, Drafter, Step
+from mutor.mtp.passes import BackboneOutput
 from mutor.mtp.slots import Slots
 
 

@@ -40,6 +40,22 @@ class evaluating:
             self.model.set_attn_implementation(attention)  # type: ignore[operator]
 
 
+def carrying(config: Any) -> list[str]:
+    """The types of layers that carry a state from left to right, by recurrence or convolution."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return sorted(kind for kind in kinds if any(word in kind for word in ("conv", "linear", "mamba", "recurrent")))
+
+
+def why_not(model: Any) -> str:
+    """What it is about a model that does not fit, where it says so itself; "" where it says nothing."""
+    config = model.config.get_text_config()
+    if getattr(model, "_is_stateful", False) or carrying(config):
+        return "it is recurrent: some layers carry a state along the row, whatever mask and positions say"
+    if getattr(config, "alibi", False) or any("alibi" in name for name in dir(model.base_model)):
+        return "its positions are biases by the order in the row (ALiBi), and registers stand behind all tokens"
+    return ""
+
+
 @torch.no_grad()
 def stock(trunk: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Normed hidden states [1, T, d] and logits float32 [1, T, V] of ids [1, T], without a mask."""
@@ -48,7 +64,7 @@ def stock(trunk: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     with evaluating(trunk.model):
         logits = trunk.model(input_ids=ids.to(trunk.embedding.weight.device), use_cache=False).logits.float()
     hook.remove()
-    return seen[0].view(*ids.shape, -1), logits
+    return seen[-1].view(*ids.shape, -1), logits  # NanoChat's norm is before its layers, too
 
 
 def check_logits(trunk: Any) -> None:
@@ -63,7 +79,7 @@ def check_logits(trunk: Any) -> None:
         if not torch.allclose(trunk.logits(ours), theirs, atol=tolerance * largest + 1e-6):
             raise ValueError(
                 f"{trunk.name} ({trunk.config.model_type}): its logits can't be rebuilt from its final norm and "
-                "output layer; it scales them in a way the adapter in mutor/mtp/backbone.py does not know"
+                "output layer; the adapter in mutor/mtp/backbone.py does not know what it does to them"
             )
 
 
@@ -83,10 +99,13 @@ def windows_hold(trunk: Any) -> bool:
     return torch.allclose(masked.float(), normed.float(), atol=tolerance * float(normed.abs().max()))
 
 
-def attend_blockwise(trunk: Any) -> None:
-    """From sdpa, whose mask is dense, to the backend that needs none, where it gives the same hidden states."""
-    if trunk.config._attn_implementation != "sdpa":
-        return
+def attend_blockwise(trunk: Any) -> str:
+    """From sdpa, whose mask is dense, to the backend that needs none, where it gives the same hidden states.
+
+    Returns the name of the backend before.
+    """
+    if (before := str(trunk.config._attn_implementation)) != "sdpa":
+        return before
     layout = few_rows(trunk.vocabulary)
     wanted = trunk.probe(layout)
     try:
@@ -98,6 +117,7 @@ def attend_blockwise(trunk: Any) -> None:
     if not (found - wanted).float()[layout.segment >= 0].abs().max() <= tolerance:
         trunk.model.set_attn_implementation("sdpa")
         logging.getLogger(__name__).warning("%s: attention with a dense mask: %s", trunk.name, why)
+    return before
 
 
 def few_rows(vocabulary: int) -> Layout:
