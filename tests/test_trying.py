@@ -217,8 +217,8 @@ def test_a_quick_pass_tells_how_long_the_whole_takes(files, tmp_path):
     curve = [{"step": n, "loss": 1.0, "seconds": 30.0 + 2 * (n - 1)} for n in (1, 2)]
     scored = {"names": ["last"], "seconds_evaluating": 4.0, "scores": {"accuracy": {"count": 8}}}
     record = {"path": spec.path, "train_data": spec.data, "model": spec.model, "method": "next_token", "steps": 2,
-              "seconds_training": 32.0, "file": tmp_path / "metrics.json", "device": "cpu", "trainable_parameters": 9, "tokens": 80,
-              "checkpoints": [scored]}  # fmt: skip
+              "seconds_training": 32.0, "file": tmp_path / "metrics.json", "device": "cpu", "trainable_parameters": 9,
+              "tokens": 80, "checkpoints": [scored]}  # fmt: skip
     (tmp_path / "metrics.json").write_text(json.dumps({"curve": curve}))
     found = plan.estimates([spec], scale, Records(tmp_path / "runs"), [record], lambda: 1.0)[0]
     assert spec.recipe.for_size(8).steps == 6 and found.minutes == pytest.approx(3 * 14 / 60)
