@@ -57,8 +57,8 @@ def copied(folder):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the project, shared by tests."""
-    return copied(tmp_path_factory.mktemp("project"))
+    """A copy of the project, shared by tests, in a folder with a space and a quote."""
+    return copied(tmp_path_factory.mktemp("it's a project"))
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,14 @@ def test_folders_of_any_name_are_quoted(checkout, runs, snakemake):
     assert len(lines) > 5 and all(line[line.index("--runs") + 1] == runs for line in lines)
     collect = next(shlex.split(line) for line in done.stdout.splitlines() if "-m mutor collect figure4" in line)
     assert collect[collect.index("--results") + 1] == "results of mine"
+
+
+def test_folder_that_snakemake_takes_for_a_pattern_is_refused(tmp_path, snakemake):
+    done = snakemake(copied(tmp_path / "a{b}"), "-n", "--config", "scale=smoke")
+    assert (
+        done.returncode != 0
+        and "a{b}: Snakemake can't work in a folder with braces in its name" in done.stdout + done.stderr
+    )
 
 
 def test_seeds_given_to_the_workflow_reach_its_commands(checkout, snakemake):

@@ -16,6 +16,10 @@ from mutor.results.provenance import run_code
 from mutor.results.records import drop_broken_index
 
 ROOT = Path(workflow.basedir)
+if re.search("[{}]", str(ROOT)):
+    raise WorkflowError(
+        f"{ROOT}: Snakemake can't work in a folder with braces in its name; rename it"
+    )
 
 
 def unlocked():
