@@ -48,7 +48,9 @@ def _of_a_file(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     # torch and safetensors have words of their own for a file that could not be written to its end
-    full = any(words in str(error) for words in ("No space left", "PytorchStreamWriter", "inline_container"))
+    full = any(
+        words in str(error) for words in ("No space left", "PytorchStreamWriter", "inline_container", "iostream error")
+    )
     return f"a file can't be written, no space is left: {str(error).splitlines()[0]}" if full else ""
 
 
