@@ -1,0 +1,2 @@
+def faults(trial, folder, processes):
+    return []
