@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Train and evaluate one setting; start again under a launcher where its model takes several processes."""
-    from mutor.training.devices import launch, leave, processes
+    from mutor.training.devices import join_step, launch, leave, processes
     from mutor.training.run import RunEnvironment
     from mutor.training.run import run as run_setting
 
@@ -115,6 +115,9 @@ def run(args: argparse.Namespace, root: Path, project: Project) -> None:
         settings[key] = yaml.safe_load(value)
     spec = make_spec(scale, args.data, args.model, args.method, settings, project.seeds, args.budget_factor)
     threads = max(1, args.threads // spec.processes) if args.threads else scale.threads
+    join_step()
+    if processes() not in (1, spec.processes):
+        raise ValueError(f"{processes()} processes were started, but {spec.model} has {spec.processes} at this scale")
     if spec.processes > 1 and processes() == 1:
         launch(args.arguments, spec.processes, scale.device, threads)
     env = RunEnvironment(

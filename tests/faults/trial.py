@@ -24,7 +24,15 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("Snakefile", "workflow", "config", "profiles", "mutor", "baselines", "benchmarks", "environment.yml")
-TIMES = ("seconds", "started", "finished", "memory", "resumed", "git")  # what differs between two runs of one thing
+TIMES = (
+    "seconds",
+    "started",
+    "finished",
+    "memory",
+    "speedup",
+    "resumed",
+    "git",
+)  # what differs between two runs of one thing
 RECIPES = {
     "star_graph": {"steps": 6, "log_every": 2, "eval_every": 2, "save_every": 2},
     "images": {"steps": 4, "log_every": 2, "eval_every": 2, "save_every": 2, "keep_steps": [2]},
