@@ -110,14 +110,14 @@ def of_the_workflow(trial: Trial, folder: Path, processes: int) -> list[tuple[Ca
             while True:
                 process = start()
                 try:
-                    code = process.wait(random_times.uniform(0.05, 0.6) * seconds)
+                    code = process.wait(random_times.uniform(0.05, 0.4) * seconds)
                     break
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     moments.append(f"pass {len(found)}, kill {len(moments) + 1}")
                     time.sleep(0.2)  # who was started by it ends with it
-            said = (folder / "workflow.log").read_text()
+            said = (folder / "workflow.log").read_text(errors="replace")
             wrong = f"ended with {code}: {said[-300:]}" if code else difference(fingerprint(*parts), wanted)
             found += [(Case(row, moment, lambda home: ""), wrong) for moment in moments]
             print(f"  {len(found)} kills; this pass: {wrong or 'the same'}", flush=True)
