@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help smoke reproduce test test-long mutants check format benchmark reference clean env
+.PHONY: help smoke reproduce test test-long mutants faults check format benchmark reference clean env
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-long: env  ## the tests that are too long for `make test`: every family of 
 mutants:  ## small bugs put into the library, statistics and scoring, which tests should notice: one to two hours
 	@$(MAKE) --no-print-directory env EXTRAS=$(EXTRAS),mutants
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
+
+faults: env  ## kills, full disks, damaged files, bad records, SLURM; into results/reference/faults.md: half an hour
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/faults
 
 check: env  ## lint, formatting, types: changes nothing
 	$(BIN)/ruff check .

@@ -260,7 +260,11 @@ def main():
         table = load_table(root, name)
         scaling, cases = cases_of(table, scale)
         file = file_of(Path(args.runs), args.scale, name)
-        content = measured(file)
+        try:
+            content = measured(file)
+        except ValueError as error:
+            print(f"{error}; all is measured again", flush=True)
+            content = {"device": None, "cases": {}}
         for number, case in enumerate(cases, start=1):
             model_config = (
                 scale.models[scaling.models[case.model]] if case.model in scaling.models else table.models[case.model]

@@ -51,7 +51,9 @@ def _of_a_file(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     # torch and safetensors have words of their own for a file that could not be written to its end
-    full = any(words in str(error) for words in ("No space left", "PytorchStreamWriter", "inline_container"))
+    full = any(
+        words in str(error) for words in ("No space left", "PytorchStreamWriter", "inline_container", "iostream error")
+    )
     return f"a file can't be written, no space is left: {str(error).splitlines()[0]}" if full else ""
 
 
@@ -118,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, root: Path, project: Project) -> None:
     """Train and evaluate one setting; start again under a launcher where its model takes several processes."""
-    from mutor.training.devices import is_main, launch, leave, processes
+    from mutor.training.devices import is_main, join_step, launch, leave, processes
     from mutor.training.run import RunEnvironment
     from mutor.training.run import run as run_setting
 
@@ -130,6 +132,9 @@ def run(args: argparse.Namespace, root: Path, project: Project) -> None:
         for problem in missing([spec]):
             raise ValueError(problem)
     threads = max(1, args.threads // spec.processes) if args.threads else scale.threads
+    join_step()
+    if processes() not in (1, spec.processes):
+        raise ValueError(f"{processes()} processes were started, but {spec.model} has {spec.processes} at this scale")
     if spec.processes > 1 and processes() == 1:
         launch(args.arguments, spec.processes, scale.device, threads)
     env = RunEnvironment(

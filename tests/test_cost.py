@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mutor.checks import from_mapping
+from mutor.cli import main
 from mutor.config.cost_cases import Case, cases_of, load_cases, settings_of
 from mutor.config.load import load_scale, load_table
 from mutor.config.schema import ModelConfig
@@ -222,3 +223,24 @@ def test_metrics_of_a_case_by_hand():
         }
     )
     assert "utilisation" not in metrics_of(found, "cpu (AMD EPYC)")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "empty"),
+        ("[1]", "no measurements as benchmarks/cost.py writes them"),
+        ('{"device": "d", "cases": {"a": []}}', "no measurements as benchmarks/cost.py writes them"),
+        ('{"device": "d", "cases": {"a": {"case": {}, "seconds": ["1"]}}}', "no measurements as benchmarks/cost.py"),
+    ],
+)
+def test_damaged_measurements_leave_their_table_and_stop_no_other(tmp_path, capsys, content, says):
+    file = file_of(tmp_path / "runs", "smoke", "rebuttal_latency")
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    words = ["--scale", "smoke", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert main(["collect", "rebuttal_latency", "rebuttal_flops", *words]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"left out: {file}: {says}") and said.count("\n") == 1
+    assert (pd.read_csv(tmp_path / "results/rebuttal_latency.csv")["n_seeds"] == 0).all()
+    assert (tmp_path / "results/rebuttal_flops.csv").exists()

@@ -165,11 +165,13 @@ def test_several_runs_write_down_their_revisions(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-@pytest.mark.parametrize("writer", ["torch", "safetensors", "text"])
+@pytest.mark.parametrize("writer", ["torch", "torch's stream", "safetensors", "text"])
 def test_full_disk_is_one_line(monkeypatch, capsys, writer):
     def write(*_):
         if writer == "torch":
             torch.save(torch.ones(100000), "/dev/full")
+        elif writer == "torch's stream":  # where the disk is full when it ends the file
+            raise RuntimeError("basic_ios::clear: iostream error")
         elif writer == "safetensors":
             raise safetensors.SafetensorError(
                 "Error while serializing: I/O error: No space left on device (os error 28)"

@@ -17,9 +17,11 @@ import pytest
 import test_run
 import yaml
 
+from mutor.cli import main
 from mutor.config.load import load_scale
 from mutor.config.runs import make_spec
 from mutor.results import records
+from mutor.training import devices
 from mutor.training.devices import claim, leave
 from mutor.training.run import RunEnvironment, run
 
@@ -183,6 +185,27 @@ def test_killed_command_of_two_processes_goes_on_to_the_result_of_one(project):
     assert (ours["processes"], theirs["processes"], ours["resumed"]) == (2, 1, True)
     same(ours, theirs, ["loss", "next_token", "head_2", "head_3", "grad_norm", "tokens"])
     assert all(np.allclose(weights[key], expected[key], atol=1e-4) for key in expected)
+
+
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123", "SLURM_STEP_ID": "0",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+}  # fmt: skip
+
+
+def test_tasks_of_srun_join_each_other(monkeypatch, capsys, project):
+    """The fifth of five on the second of two nodes; as many as the scale says, else it is no run of this scale."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in names} | SRUN)
+    monkeypatch.chdir(project)
+    words = ["run", "--scale", "smoke", "--data", "g2x3", "--model", "gpt2-2x32", "--method", "next_token"]
+    assert main(words) == 2
+    assert "5 processes were started, but gpt2-2x32 has 2 at this scale" in capsys.readouterr().err
+    assert [os.environ[name] for name in names] == ["5", "4", "1", "10.0.0.7", "20123"]
+    assert devices.processes() == 5 and not devices.is_main()
+    monkeypatch.setattr(os, "environ", os.environ | {"LOCAL_RANK": "0"})  # by a launcher of torch's: it says all
+    devices.join_step()
+    assert os.environ["LOCAL_RANK"] == "0"
 
 
 HOLD = """

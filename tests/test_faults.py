@@ -165,6 +165,24 @@ def test_models_damaged_before_they_are_scored_are_trained_again(spec, whole, tm
     assert f"{part}/ is damaged: {name} is not as it was written; the run starts again" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b'{"version": 1'])
+def test_damaged_record_is_named_when_it_is_made_again(spec, whole, tmp_path, capsys, content):
+    runs = copied(whole[0], tmp_path)
+    (records.seed_folder(runs, spec, 7) / "metrics.json").write_bytes(content)
+    finished_like(runs, spec, whole[1])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "it is made again" in line]
+    assert "seed7/metrics.json: " in line
+
+
+def test_what_is_set_aside_for_another_configuration_is_named(spec, whole, in_training, tmp_path, capsys):
+    runs = copied(in_training, tmp_path)
+    flip(records.seed_folder(runs, spec, 7) / "config_hash")
+    assert finished_like(runs, spec, whole[1])["resumed"] is False
+    assert "config_hash names another configuration; what was made under it is set aside" in capsys.readouterr().out
+    run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=tmp_path / "new"))
+    assert "set aside" not in capsys.readouterr().out
+
+
 def test_kill_while_stale_run_is_set_aside_leaves_no_old_model_to_score(spec, whole, tmp_path, monkeypatch):
     runs = copied(whole[0], tmp_path)
     folder = records.seed_folder(runs, spec, 7)

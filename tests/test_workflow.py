@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from mutor.config.load import load_scale, load_table, scale_names, table_names
 from mutor.config.runs import make_spec, run_cells, specs_of
@@ -57,8 +58,8 @@ def copied(folder):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the project, shared by tests."""
-    return copied(tmp_path_factory.mktemp("project"))
+    """A copy of the project, shared by tests, in a folder with a space and a quote."""
+    return copied(tmp_path_factory.mktemp("it's a project"))
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +199,10 @@ def test_a_new_drawing_is_one_entry_and_its_functions(tmp_path, snakemake):
 def test_account_and_partition_stand_outside_of_the_repository():
     """Named in a file that git tracks, they would make every record say that the code was changed."""
     words = (ROOT / "README.md").read_text()
-    assert "copy `profiles/slurm` to `profiles/site`" in words and "--profile profiles/site" in words
+    assert "copy `profiles/slurm` to `profiles/site`" in words and "--workflow-profile profiles/site" in words
+    # with --profile that of one machine counts as well, whose one GPU would be the most that a job gets
+    assert yaml.safe_load((ROOT / "profiles/default/config.yaml").read_text())["resources"] == ["gpu=1"]
+    assert "--workflow-profile profiles/slurm" in (ROOT / "profiles/slurm/config.yaml").read_text()
     ignored = subprocess.run(["git", "check-ignore", "profiles/site/config.yaml"], cwd=ROOT, capture_output=True)
     assert ignored.returncode == 0
 
@@ -213,6 +217,42 @@ def test_folders_of_any_name_are_quoted(checkout, runs, snakemake):
     assert len(lines) > 5 and all(line[line.index("--runs") + 1] == runs for line in lines)
     collect = next(shlex.split(line) for line in done.stdout.splitlines() if "-m mutor collect figure4" in line)
     assert collect[collect.index("--results") + 1] == "results of mine"
+
+
+def test_folder_that_snakemake_takes_for_a_pattern_is_refused(tmp_path, snakemake):
+    done = snakemake(copied(tmp_path / "a{b}"), "-n", "--config", "scale=smoke")
+    assert (
+        done.returncode != 0
+        and "a{b}: Snakemake can't work in a folder with braces in its name" in done.stdout + done.stderr
+    )
+
+
+def test_resources_of_jobs_on_a_cluster(tmp_path, snakemake):
+    """One node and one task, twice the memory in a second try; what a node can't hold is spread over nodes by srun."""
+    folder = copied(tmp_path / "project")
+    rules = folder / "workflow/rules/train.smk"
+    rules.write_text(rules.read_text().replace('    message:\n        "Training {wildcards.run}"\n', ""))  # all is told
+    target = "runs/paper/gsm8k/{}/next_token/default/index.json"
+    targets = [target.format(model) for model in ("llama-3-8b", "gemma-2b")]
+    scale = load_scale(ROOT, "paper")
+    said = {}
+    for attempt, changes in ((1, []), (2, ["processes_per_node=4"])):
+        words = ("-np", "--workflow-profile", "none", "--attempt", attempt, *targets, "--config", "scale=paper")
+        done = snakemake(folder, *words, *changes)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for job in re.split(r"\nrule ", done.stdout):
+            model = re.search(r"paper/gsm8k/([\w-]+)/", job)
+            if model and "-m mutor run" in job:
+                said[model[1], attempt] = dict(re.findall(r"(\w+)=([^,\n]+)", job)), job
+    for model, processes in (("llama-3-8b", 5), ("gemma-2b", 1)):
+        resources, job = said[model, 1]
+        assert (resources["nodes"], resources["tasks"], resources["gpu"]) == ("1", "1", str(processes))
+        assert int(resources["mem_mb"]) == scale.memory_mb * processes and "srun" not in job
+    resources, job = said["llama-3-8b", 2]
+    assert (resources["nodes"], resources["tasks"], resources["mpi"]) == ("2", "5", "srun")
+    assert int(resources["mem_mb"]) == scale.memory_mb * 3 * 2  # of a node with 3 of the 5 processes
+    assert re.search(rf"srun --nodes 2 --ntasks 5 --cpus-per-task {scale.threads} .* -m mutor run ", job)
+    assert int(said["gemma-2b", 2][0]["mem_mb"]) == scale.memory_mb * 2 and "srun" not in said["gemma-2b", 2][1]
 
 
 def test_seeds_given_to_the_workflow_reach_its_commands(checkout, snakemake):

@@ -23,6 +23,9 @@ class Project:
     runs: str = setting("runs", doc="folder of the runs")
     results: str = setting(doc="folder of tables and figures; by default that of the scale, `results_folder`")
     rerun_stale: bool = setting(False, doc="run again what was made by older code")
+    processes_per_node: int | None = setting(
+        None, doc="on a SLURM cluster: models of more processes are spread over nodes, by srun; none: one node", low=1
+    )
 
     def __post_init__(self) -> None:
         for name in ("runs", "results"):
@@ -87,7 +90,8 @@ class Scale:
     gpus: int = setting(0, doc="GPUs a process", low=0)
     memory_mb: int = setting(2000, doc="memory a process is scheduled with", low=100)
     processes: dict = setting(
-        {}, doc="model -> processes that train it together on one machine; losses equal those of one process"
+        {},
+        doc="model -> processes that train it together, on one machine or several; losses equal those of one process",
     )
     sharded: tuple[str, ...] = setting(
         (), doc="models of several processes that hold a part of the weights each (FSDP2)"

@@ -42,8 +42,28 @@ def file_of(runs: Path, scale: str, table: str) -> Path:
 
 
 def measured(file: Path) -> dict[str, Any]:
-    """Measurements so far: {"device": ..., "cases": {key: what was measured}}; nothing where there is no file."""
-    return read_json(file) if file.exists() else {"device": None, "cases": {}}
+    """Measurements so far: {"device": ..., "cases": {key: what was measured}}; nothing where there is no file.
+
+    Raises ValueError naming a file that is damaged.
+    """
+    content = read_json(file) if file.exists() else {"device": None, "cases": {}}
+    try:
+        for found in content["cases"].values():
+            if found["case"] is not None and "seconds" in found:
+                metrics_of(found, str(content["device"]) + f"{found['added_parameters']:d}")
+    except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError):
+        raise ValueError(f"{file}: no measurements as benchmarks/cost.py writes them") from None
+    return content
+
+
+def _shown(evidence: Evidence, table: Table) -> dict[str, Any]:
+    """A table's measurements; damaged ones are left out, and named in `runs.problems`."""
+    try:
+        return measured(file_of(evidence.runs.runs, evidence.scale.name, table.name))
+    except ValueError as error:
+        if str(error) not in evidence.runs.problems:
+            evidence.runs.problems.append(str(error))
+        return {"device": None, "cases": {}}
 
 
 def peak_of(device: str) -> float | None:
@@ -79,7 +99,7 @@ def metrics_of(found: Mapping[str, Any], device: str) -> dict[str, tuple[float, 
 
 def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
     """Cells of a cost table, one a case and metric; n_seeds counts rounds, 0 where nothing was measured."""
-    content = measured(file_of(evidence.runs.runs, evidence.scale.name, table.name))
+    content = _shown(evidence, table)
     scaling, wanted = cases_of(table, evidence.scale)
     for case in wanted:
         found = content["cases"].get(case.key)
@@ -140,7 +160,7 @@ def printed(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
 def circumstances(evidence: Evidence, table: Table) -> list[str]:
     """Sentences on the device, the number of rounds, and how the scale shrinks the cases."""
     scaling, _ = cases_of(table, evidence.scale)
-    device = measured(file_of(evidence.runs.runs, evidence.scale.name, table.name))["device"]
+    device = _shown(evidence, table)["device"]
     where = f"Measured on {device}" if device else "Not measured yet"
     out = [f"{where}; medians ± standard deviation of n rounds."]
     if smaller := _smaller(scaling):

@@ -66,7 +66,7 @@ def readme(root: Path, text: str) -> str:
     if not found:
         raise ValueError(f"README.md: needs the lines {README_MARKS[0]} and {README_MARKS[1]}")
     parts = [README_MARKS[0]]
-    for folder in sorted((root / "results/reference").iterdir()):
+    for folder in sorted(part for part in (root / "results/reference").iterdir() if part.is_dir()):
         evidence = Evidence(root, load_scale(root, folder.name), Records(folder / "runs"))
         if evidence.runs.of_scale(folder.name):  # else costs alone, which benchmarks/README.md tells
             parts += _reference(evidence, folder)

@@ -2,6 +2,7 @@
 
 launch(["run", "--data", ...], 5, "cuda")   # this program again, in 5 processes with a GPU each
 choose_device("cuda")                       # in each of them: join the others
+join_step()                                 # or: join those that srun has started, on one machine or several
 agreed(value)                               # the main process's value, in all of them
 """
 
@@ -113,6 +114,20 @@ def launch(arguments: list[str], processes: int, wanted: str, threads: int) -> N
     ]
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+
+def join_step() -> None:
+    """Where srun has started this program several times: name rank and main process as torch's launchers do."""
+    count = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if count > 1 and "LOCAL_RANK" not in os.environ:
+        place = int(os.environ["SLURM_JOB_ID"]) + 7919 * int(os.environ["SLURM_STEP_ID"])
+        os.environ |= {
+            "WORLD_SIZE": str(count),
+            "RANK": os.environ["SLURM_PROCID"],
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "MASTER_ADDR": os.environ["SLURM_LAUNCH_NODE_IPADDR"],  # where the batch runs, and task 0
+            "MASTER_PORT": str(20000 + place % 10000),  # another one for each job on a node
+        }
 
 
 def processes() -> int:

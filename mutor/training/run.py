@@ -96,15 +96,25 @@ def _run(spec: Spec, seeds: list[int], env: RunEnvironment) -> None:
         with _locked(folder, log):
             if agreed(not records.finished(env.runs, spec, seed)):
                 if is_main():
-                    _clear_foreign(folder, spec)
+                    _clear_foreign(folder, spec, log)
                 SeedRun(spec, seed, task, device, env, log).finish()
 
 
-def _clear_foreign(folder: Path, spec: Spec) -> None:
-    """Keep what belongs to this configuration; set aside a record of another one, drop its checkpoints."""
-    mark = folder / "config_hash"
-    if mark.exists() and mark.read_text() == spec.config_hash:
+def _clear_foreign(folder: Path, spec: Spec, log: Log) -> None:
+    """Keep what belongs to this configuration; set aside a record of another one, drop its checkpoints.
+
+    A record that can't be read is made again, from the models where they are whole.
+    """
+    mark, record = folder / "config_hash", folder / "metrics.json"
+    if record.exists():
+        try:
+            records.read(record)
+        except ValueError as error:
+            log(f"{error}; it is made again")
+    if mark.exists() and mark.read_bytes() == spec.config_hash.encode():
         return
+    if records.models(folder) or record.exists():
+        log(f"{mark} names another configuration; what was made under it is set aside")
     _set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(spec.config_hash)

@@ -3,6 +3,7 @@
 import atexit
 import fcntl
 import hashlib
+import math
 import re
 import shlex
 import sys
@@ -20,6 +21,10 @@ from mutor.results.provenance import run_code
 from mutor.results.records import drop_broken_index
 
 ROOT = Path(workflow.basedir)
+if re.search("[{}]", str(ROOT)):
+    raise WorkflowError(
+        f"{ROOT}: Snakemake can't work in a folder with braces in its name; rename it"
+    )
 
 
 def unlocked():
@@ -37,7 +42,8 @@ def unlocked():
     return handle
 
 
-ALIVE = unlocked()  # held until this process ends
+# held until this process ends; a job on another machine, which may not see that it is held, leaves all as it is
+ALIVE = unlocked() if workflow.is_main_process else None
 try:
     PROJECT = load_project(ROOT, config)
     SCALE = load_scale(ROOT, PROJECT.scale)
@@ -52,7 +58,7 @@ RUNS, RESULTS, PYTHON = PROJECT.runs, PROJECT.results, sys.executable
 SPECS = {
     spec.path: spec for spec in specs_of([c for cells in CELLS.values() for c in cells])
 }
-for path in SPECS:
+for path in SPECS if workflow.is_main_process else ():
     broken = drop_broken_index(ROOT / RUNS / path)
     if broken:
         print(f"{RUNS}/{path}: {broken}; it is run again", file=sys.stderr)
@@ -126,6 +132,28 @@ def base_index(wildcards):
     """The run that makes the base model, if there is one."""
     base = SPECS[wildcards.run].base
     return [f"{RUNS}/{base.path}/index.json"] if base else []
+
+
+def nodes(wildcards):
+    """How many nodes of a cluster a run is spread over."""
+    processes = SPECS[wildcards.run].processes
+    return math.ceil(processes / (PROJECT.processes_per_node or processes))
+
+
+def memory(wildcards, attempt):
+    """Memory of a run on each of its nodes; twice as much where it failed before."""
+    here = math.ceil(SPECS[wildcards.run].processes / nodes(wildcards))
+    return SCALE.memory_mb * here * min(attempt, 2)
+
+
+def launcher(wildcards):
+    """What starts a run that is spread over nodes, once for each process; its own launcher takes one node."""
+    if nodes(wildcards) == 1:
+        return ""
+    words = ["srun", "--nodes", nodes(wildcards)]
+    words += ["--ntasks", SPECS[wildcards.run].processes]
+    words += ["--cpus-per-task", SCALE.threads, "--cpu-bind=none"]
+    return shlex.join(map(str, [*words, "--kill-on-bad-exit=1"])) + " "
 
 
 def run_arguments(wildcards):

@@ -20,10 +20,18 @@ rule train:
         "../../environment.yml"
     threads: lambda wildcards: SCALE.threads * SPECS[wildcards.run].processes
     resources:
-        mem_mb=lambda wildcards: SCALE.memory_mb * SPECS[wildcards.run].processes,
+        mem_mb=memory,
         runtime=SCALE.minutes,
         gpu=lambda wildcards: SCALE.gpus * SPECS[wildcards.run].processes,
+        nodes=nodes,
+        tasks=lambda wildcards: (
+            SPECS[wildcards.run].processes if nodes(wildcards) > 1 else 1
+        ),
+        tasks_per_gpu=0,  # else SLURM starts the command once a GPU
+        cpus_per_task=lambda wildcards: SCALE.threads if nodes(wildcards) > 1 else None,
+        mpi=lambda wildcards: "srun" if nodes(wildcards) > 1 else None,
     params:
+        launcher=launcher,
         python=PYTHON,
         arguments=run_arguments,
         config_hash=lambda wildcards: SPECS[wildcards.run].config_hash,
@@ -31,7 +39,7 @@ rule train:
     message:
         "Training {wildcards.run}"
     shell:
-        "{params.python:q} -m mutor run {params.arguments} --threads {threads} 2>&1 | tee -a {log:q}"
+        "{params.launcher}{params.python:q} -m mutor run {params.arguments} --threads {threads} 2>&1 | tee -a {log:q}"
 
 
 rule measure:
@@ -44,7 +52,7 @@ rule measure:
         or "none",
     conda:
         "../../environment.yml"
-    threads: workflow.cores or 1  # nothing runs beside what is timed
+    threads: workflow.resource_settings.cores or SCALE.threads  # nothing runs beside what is timed
     resources:
         mem_mb=SCALE.memory_mb,
         runtime=SCALE.minutes,
