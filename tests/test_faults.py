@@ -1,6 +1,7 @@
 """Processes that die at a bad moment and what they leave: named, and never part of a result without a word."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -172,6 +173,19 @@ def test_damaged_record_is_named_when_it_is_made_again(spec, whole, tmp_path, ca
     finished_like(runs, spec, whole[1])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "it is made again" in line]
     assert "seed7/metrics.json: " in line
+
+
+def test_half_written_index_of_a_killed_run_does_not_stay(spec, whole, tmp_path, monkeypatch):
+    runs = copied(whole[0], tmp_path)
+    home = runs / spec.path
+    (home / "index.json").unlink()
+    with monkeypatch.context() as patch:
+        kill(patch, os, "replace", lambda source, target: target == home / "index.json")
+        with pytest.raises(Killed):
+            run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=runs))
+    assert len(list(home.glob(".index.json.*"))) == 1
+    run(spec, spec.seeds, RunEnvironment(root=ROOT, runs=runs))
+    assert sorted(p.name for p in home.iterdir()) == [".lock", "index.json", "seed7"]
 
 
 def test_what_is_set_aside_for_another_configuration_is_named(spec, whole, in_training, tmp_path, capsys):

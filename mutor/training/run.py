@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from mutor.config.runs import Spec
-from mutor.files import damage, locked, remove_folder, write_json
+from mutor.files import damage, locked, remove_folder, sweep, write_json
 from mutor.registry import TASKS, load
 from mutor.results import provenance, records
 from mutor.tasks.task import Log, Task
@@ -71,7 +71,10 @@ def write_index(spec: Spec, seeds: tuple[int, ...], runs: Path) -> None:
     """index.json of a setting: its finished seeds, what the workflow waits for."""
     folders = {seed: records.seed_folder(runs, spec, seed) / "metrics.json" for seed in seeds}
     content = {"config_hash": spec.config_hash, "seeds": {str(s): f.stat().st_size for s, f in folders.items()}}
-    write_json(Path(runs) / spec.path / "index.json", content)
+    home = Path(runs) / spec.path
+    with locked(home / ".lock"):  # nobody else writes an index now, so what is half-written is of the dead
+        sweep(home)
+        write_json(home / "index.json", content)
 
 
 def _run(spec: Spec, seeds: list[int], env: RunEnvironment) -> None:

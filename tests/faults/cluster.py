@@ -54,7 +54,7 @@ PartitionName=long Nodes=ALL
 """
 SYSTEM = Path("/etc/slurm/slurm.conf")  # found without SLURM_CONF, which the executor takes out of a job's environment
 PATH = "smoke/g2x3-walks/gpt2-2x32/next_token/default"
-STEPS, MANY_STEPS = 600, 4000  # some checkpoints; more than a minute of training
+STEPS, MANY_STEPS = 600, 3000  # some checkpoints; more than a minute of training
 
 
 def missing() -> str:
@@ -182,8 +182,9 @@ def _ended(process: subprocess.Popen) -> str:
 
 def _resumed(jobs: Jobs, process: subprocess.Popen) -> str:
     """Ended well, in a second job that went on from a checkpoint."""
-    log = jobs.folder / f"runs/{PATH}/run.log"
-    return _ended(process) or ("" if "resumed from step" in log.read_text() else "did not go on from a checkpoint")
+    wrong = _ended(process)
+    log = (jobs.folder / f"runs/{PATH}/run.log").read_text() + jobs.said()  # which has the logs of jobs that failed
+    return wrong or ("" if "resumed from step" in log else "did not go on from a checkpoint")
 
 
 def _cancelled(jobs: Jobs) -> str:
@@ -221,8 +222,10 @@ def _controller(jobs: Jobs) -> str:
 
 
 def _two_nodes(jobs: Jobs) -> str:
-    wrong = _ended(jobs.start(config=("processes_per_node=1",)))
-    return wrong or ("" if "--nodes=2" in jobs.said() or "nodes=2" in jobs.said() else "was not spread over two nodes")
+    process = jobs.start(config=("processes_per_node=1",))
+    jobs.wait_for("config_hash")
+    nodes = told(jobs.environment, "squeue", "--noheader", "--format=%D").split()
+    return _ended(process) or ("" if nodes == ["2"] else f"ran on {nodes} nodes")
 
 
 def _hopeless(jobs: Jobs) -> str:

@@ -220,20 +220,25 @@ def fingerprint(runs: Path, *others: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for folder in (runs, *others):
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            name = file.relative_to(folder).as_posix()
-            if file.name in ("manifest.json", "index.json"):
-                content = json.loads(file.read_text())
-                found[name] = sorted(content.get("seeds", content))
-            elif file.suffix == ".json":
-                found[name] = timeless(json.loads(file.read_text()))
-            elif file.suffix == ".csv":
-                with open(file, newline="") as handle:
-                    found[name] = [timeless(row) for row in csv.DictReader(handle)]
-            elif file.suffix not in (".log", ".tsv", ".html", ".lock"):
-                found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-            else:
-                found[name] = ""
+            try:
+                content = _content(file)
+            except ValueError:  # half-written
+                content = "damaged"
+            found[file.relative_to(folder).as_posix()] = content
     return found
+
+
+def _content(file: Path) -> Any:
+    if file.name in ("manifest.json", "index.json"):
+        content = json.loads(file.read_text())
+        return sorted(content.get("seeds", content))
+    if file.suffix == ".json":
+        return timeless(json.loads(file.read_text()))
+    if file.suffix == ".csv":
+        with open(file, newline="") as handle:
+            return [timeless(row) for row in csv.DictReader(handle)]
+    timed = file.suffix in (".log", ".tsv", ".html", ".lock")
+    return "" if timed else hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def difference(ours: dict[str, Any], wanted: dict[str, Any]) -> str:
