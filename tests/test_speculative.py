@@ -35,6 +35,7 @@ METHODS = {
     "lookup": PromptLookup,
 }
 BOTH = pytest.mark.parametrize("prefix_lm", [False, True])
+FURTHER = ["gemma", "qwen3"]  # families that `make test-long` decodes with every method
 
 
 class Scripted:
@@ -100,7 +101,10 @@ def stock(tiny):
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [*itertools.product(METHODS, ["gpt2", "llama"]), *itertools.product(["heads", "mutor"], ["gemma", "qwen3"])],
+    [
+        pytest.param(name, family, marks=[pytest.mark.long] * (family in FURTHER and name not in ("heads", "mutor")))
+        for name, family in itertools.product(METHODS, ["gpt2", "llama", *FURTHER])
+    ],
 )
 def test_texts_are_those_of_greedy_decoding(tools, tiny, stock, name, family):
     """200 prompts of different lengths in one batch, whose rows accept different numbers."""
