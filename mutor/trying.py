@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mutor.config import own
+from mutor.config.load import CODE
 from mutor.config.runs import Spec, run_cells, specs_of
 from mutor.config.schema import Scale, Table
 from mutor.registry import TASKS, load
@@ -34,12 +35,12 @@ def attempt(root: Path, scale: Scale, table: Table, out: Path, *, quick: bool = 
     _check(specs[0])
     _print_plan(table, scale, folder)
     if not quick:
-        refused = _run(root, specs, scale, folder)
+        refused = _run(specs, scale, folder)
         _print_verdict(root, table, scale, folder)
     else:
         few = own.quick(scale)
         todo = specs_of(run_cells(table, few))
-        refused = _run(root, todo, few, folder / "quick")
+        refused = _run(todo, few, folder / "quick")
         asked = min(own.ASKED, int(scale.datasets[specs[0].data].plan["problems"]))
         print(
             f"\n{len(todo) - len(refused)} of {len(todo)} settings work: {own.QUICK['steps']} steps of training, "
@@ -65,12 +66,12 @@ def _print_plan(table: Table, scale: Scale, folder: Path) -> None:
     print("\n".join(lines([table], scale, here, here.of_scale(scale.name) or quick.of_scale(scale.name))), flush=True)
 
 
-def _run(root: Path, specs: list[Spec], scale: Scale, folder: Path) -> list[str]:
+def _run(specs: list[Spec], scale: Scale, folder: Path) -> list[str]:
     """Train and score settings, as `python -m mutor run` does; returns what methods were refused for."""
     from mutor.training.run import run
     from mutor.training.seed import RunEnvironment
 
-    env = RunEnvironment(root=root, runs=folder / "runs", device=scale.device, threads=scale.threads)
+    env = RunEnvironment(root=CODE, runs=folder / "runs", device=scale.device, threads=scale.threads)
     refused = []
     for number, spec in enumerate(specs, start=1):
         try:
