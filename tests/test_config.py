@@ -374,3 +374,11 @@ def test_targets_that_are_not_made_are_named_with_those_that_are(target, says):
     made = ["table1.csv", "table1.md", "claims.csv"]
     with pytest.raises(ValueError, match=re.escape(says)) if says else contextlib.nullcontext():
         check_target(target, ["all", "table1"], made, "gpu", "out", homes)
+
+
+def test_config_yaml_is_checked_where_the_command_says_otherwise(tmp_path):
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    file = tmp_path / "config/config.yaml"
+    file.write_text(re.sub(r"^scale: .*$", "scale: [smoke]", file.read_text(), flags=re.M))
+    with pytest.raises(ValueError, match=r"config\.yaml: scale: \['smoke'\] is not str"):
+        load_project(tmp_path, {"scale": "smoke"})

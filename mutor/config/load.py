@@ -88,10 +88,11 @@ def load_project(root: Path, changes: Mapping[str, Any] | None = None) -> Projec
         changes["seeds"] = [int(s) if isinstance(s, str) and s.isdecimal() else s for s in changes["seeds"]]
     if changes.get("rerun_stale") in ("true", "false"):  # so do these words
         changes["rerun_stale"] = changes["rerun_stale"] == "true"
-    values = {**read_config(root, "config.yaml"), **changes}
-    if values.get("results") is None:
-        values["results"] = results_folder(root, values.get("scale", Project.scale))
-    project = from_mapping(Project, values, "config/config.yaml")
+    content = read_config(root, "config.yaml")
+    for values in (content, {**content, **changes}):  # what the file says is checked, too, where something replaces it
+        if values.get("results") is None:
+            values = {**values, "results": results_folder(root, values.get("scale", Project.scale))}
+        project = from_mapping(Project, values, "config/config.yaml")
     choose(project.scale, scale_names(root), "scale")
     for name in project.artifacts or ():
         choose(str(name), table_names(root), "artifacts")
