@@ -113,7 +113,8 @@ def section(found: list[tuple[Case, str]], seconds: float) -> str:
 def write(title: str, text: str) -> None:
     """Replace a section of the table; the order is that of PARTS."""
     old = TABLE.read_text() if TABLE.exists() else ""
-    sections = dict(re.findall(r"^## (.+)\n\n([^#]*)", old, re.M)) | {title: text}
+    parts = re.split(r"^## (.+)\n", old, flags=re.M)[1:]
+    sections = dict(zip(parts[::2], parts[1::2], strict=True)) | {title: text}
     order = [name for name, _ in PARTS.values() if name in sections]
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     TABLE.write_text("\n".join([HEAD, *(f"## {name}\n\n{sections[name].strip()}\n" for name in order)]))

@@ -105,7 +105,9 @@ def cluster() -> Iterator[dict[str, str]]:
             daemon.wait()
         for file in folder.glob("*.pid"):  # of one that was started anew
             with contextlib.suppress(ValueError, psutil.NoSuchProcess):
-                psutil.Process(int(file.read_text())).terminate()
+                late = psutil.Process(int(file.read_text()))
+                late.terminate()
+                late.wait(30)
         SYSTEM.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -243,7 +245,7 @@ FAULTS: dict[str, tuple[str, Callable[[Jobs], str], dict[str, Any]]] = {
     "undisturbed": ("nothing happens; the partition is chosen by scale", _undisturbed, {}),
     "cancelled": ("scancel while it trains", _cancelled, {"steps": STEPS}),
     "killed": ("kill -9 of the step's process", _killed, {"steps": STEPS}),
-    "time limit": ("a job meets its time limit of a minute, twice or more", _time_limit, {"steps": MANY_STEPS}),
+    "time limit": ("a job meets its time limit of a minute", _time_limit, {"steps": MANY_STEPS}),
     "memory": ("a job takes more memory than it asked for: the second asks for more", _memory, {"memory_mb": 700}),
     "controller": ("slurmctld is killed and started again", _controller, {"steps": STEPS}),
     "two nodes": ("two processes on two nodes, by srun", _two_nodes, {"processes": {"gpt2-2x32": 2}, "accumulate": 2}),
