@@ -48,7 +48,7 @@ class Recipe:
 
     def for_size(self, size: int | None) -> "Recipe":
         """The recipe in steps, for training data of `size` examples (none: without end)."""
-        if 0 in (self.steps, self.epochs):
+        if not self.trains:
             return replace(self, steps=0, epochs=None)
         if size is None:
             if self.steps is None or self.eval_every is None:
@@ -61,6 +61,11 @@ class Recipe:
         if steps == 0:
             raise ValueError(f"epochs: {self.epochs} of {epoch} steps are none; allowed: 0, or enough for one")
         return replace(self, steps=steps, epochs=None, eval_every=self.eval_every or epoch)
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a step: with none, a model is scored as it is."""
+        return 0 not in (self.steps, self.epochs)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

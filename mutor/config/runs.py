@@ -157,7 +157,7 @@ def _recipe(where: str, scale: Scale, name: str, model: str | None = None, budge
         changed = replace(recipe, epochs=round(recipe.epochs * budget_factor, 3))
     else:
         changed = replace(recipe, steps=round((recipe.steps or 0) * budget_factor))
-    if budget_factor and 0 in (changed.steps, changed.epochs) and 0 not in (recipe.steps, recipe.epochs):
+    if budget_factor and recipe.trains and not changed.trains:
         raise ValueError(f"{where}: budget_factor: {budget_factor} of the recipe for {name} leaves no step")
     return changed
 

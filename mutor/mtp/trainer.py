@@ -16,6 +16,7 @@ It trains as a stock Trainer does with `method.collator` and `method.loss_from_o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
@@ -167,14 +168,11 @@ class MultiTokenTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class _plain_rows:
-    """Context: the trainer's data loaders give what is evaluated on."""
-
-    def __init__(self, trainer: MultiTokenTrainer):
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self.trainer.data_collator = self.trainer._collator.plain()
-
-    def __exit__(self, *error: object) -> None:
-        self.trainer.data_collator = self.trainer._collator
+@contextlib.contextmanager
+def _plain_rows(trainer: MultiTokenTrainer) -> Iterator[None]:
+    """Inside, the trainer's data loaders give what is evaluated on."""
+    trainer.data_collator = trainer._collator.plain()
+    try:
+        yield
+    finally:
+        trainer.data_collator = trainer._collator

@@ -125,8 +125,7 @@ class Evidence:
                 choose(cell.measured, names[cell.checkpoint], f"{record['file']}: metric")
                 found.append(record)
             except ValueError as error:
-                if str(error) not in self.runs.problems:
-                    self.runs.problems.append(str(error))
+                self.runs.leave_out(error)
         return found
 
     def _frame(self, table: Table) -> pd.DataFrame:

@@ -274,14 +274,16 @@ def here_and_elsewhere(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[st
     return frame[here], list(dict.fromkeys(names))
 
 
-def summary(frame: pd.DataFrame) -> list[str]:
-    """What came out, in sentences: how many comparisons got which verdict, which claims are decided by all theirs."""
-    here, _ = here_and_elsewhere(frame)
-    counts = here["verdict"].value_counts()
+def counted(frame: pd.DataFrame) -> str:
+    """How many comparisons got which verdict, the most frequent one first: "52 undecided, 10 same direction"."""
+    return ", ".join(f"{count} {verdict}" for verdict, count in frame["verdict"].value_counts().items())
+
+
+def summary(here: pd.DataFrame) -> list[str]:
+    """What came out of a scale's claims, in sentences: verdicts, and which claims are decided by all comparisons."""
     if here.empty:
         return []
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    out = [f"{len(here)} comparisons of {here['claim'].nunique()} claims: {told}."]
+    out = [f"{len(here)} comparisons of {here['claim'].nunique()} claims: {counted(here)}."]
     agreed = {
         "Came out as claimed": ("reproduced", "same direction"),
         "The other way": ("contradicted", "opposite direction"),

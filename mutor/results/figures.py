@@ -72,6 +72,12 @@ def counted(label: str, rows: pd.DataFrame) -> str:
     return f"{label} (n={seeds[0]}{f' to {seeds[-1]}' if len(seeds) > 1 else ''})"
 
 
+def around(rows: pd.DataFrame) -> list[pd.Series]:
+    """How far the ends of rows' intervals are from their means, below and above; 0 where there is none."""
+    low, mean, high = (rows[column].astype(float) for column in ("ci_low", "mean", "ci_high"))
+    return [(mean - low).fillna(0), (high - mean).fillna(0)]
+
+
 def solve_rates(evidence: Evidence, table: Table) -> Figure:
     """One panel a graph: every seed a point, how many solve it, chance a dashed line, published a cross.
 
@@ -184,9 +190,8 @@ def _lines(evidence: Evidence, table: Table, over: str, line: pd.Series) -> Figu
             axis.plot(x, mean, "-", color=own, label=counted(name, rows), lw=1.4)
             axis.plot(x, rows["reported"].astype(float), "x:", color=own, lw=1, ms=5)
             apart = (number - (len(lines) - 1) / 2) * 0.012 * (max(x) - min(x))  # so that no interval hides another
-            ends = [(mean - rows["ci_low"].astype(float)).fillna(0), (rows["ci_high"].astype(float) - mean).fillna(0)]
             axis.errorbar(
-                [at + apart for at in x], mean, yerr=ends, fmt="none", color=own, capsize=2, lw=0.9, alpha=0.7
+                [at + apart for at in x], mean, yerr=around(rows), fmt="none", color=own, capsize=2, lw=0.9, alpha=0.7
             )
             for at, values in zip(x, rows["values"], strict=True):
                 axis.plot([at + apart] * len(values), values, "o", color=own, ms=4, mec="white", mew=0.4)

@@ -19,6 +19,7 @@ from mutor.results.figures import (
     DASHES,
     MARKERS,
     ROW,
+    around,
     broken_line,
     colour_of,
     counted,
@@ -47,9 +48,8 @@ def ahead(evidence: Evidence, table: Table) -> Figure:
             mean = mine["mean"].astype(float)
             named = counted(label, mine) if len(mine) else label
             axis.plot(far[mine.index], mean, ms=5, lw=1.3, label=named, **look)
-            ends = [(mean - mine["ci_low"].astype(float)).fillna(0), (mine["ci_high"].astype(float) - mean).fillna(0)]
             axis.errorbar(
-                far[mine.index], mean, yerr=ends, fmt="none", color=look["color"], capsize=2, lw=0.8, alpha=0.6
+                far[mine.index], mean, yerr=around(mine), fmt="none", color=look["color"], capsize=2, lw=0.8, alpha=0.6
             )
             for k, values in zip(far[mine.index], mine["values"], strict=True):
                 axis.plot([k] * len(values), values, ".", color=look["color"], ms=3, alpha=0.7)

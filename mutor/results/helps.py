@@ -119,7 +119,7 @@ def verdict(evidence: Evidence, ours: Cell, theirs: Cell, cells: list[Cell]) -> 
     """One cell against another, of the same model and data; one of no steps counts for every seed."""
     names = _name(ours, cells), _name(theirs, cells)
     one, other = scores_of(evidence, ours), scores_of(evidence, theirs)
-    if 0 in (theirs.spec.recipe.steps, theirs.spec.recipe.epochs):
+    if not theirs.spec.recipe.trains:
         other = {seed: scored for seed in one for scored in other.values()}
     common = sorted(one.keys() & other.keys())
     found = difference({s: one[s] for s in common}, {s: other[s] for s in common}, percent=ours.unit == "percent")
@@ -155,7 +155,7 @@ def _ratio(pairs: list[tuple[dict[str, Any], dict[str, Any]]], field: str) -> st
 
 def _warning(evidence: Evidence, cells: list[Cell]) -> str:
     """What to check where all that was trained scores 0 or all 100; empty otherwise."""
-    trained = [cell for cell in cells if 0 not in (cell.spec.recipe.steps, cell.spec.recipe.epochs)]
+    trained = [cell for cell in cells if cell.spec.recipe.trains]
     values = {one.value for cell in trained for one in scores_of(evidence, cell).values()}
     if values not in ({0.0}, {100.0}):
         return ""

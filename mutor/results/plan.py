@@ -157,7 +157,7 @@ def _seconds_a_step(record: dict[str, Any], steps: float) -> float:
 
 def _flops(spec: Spec, scale: Scale, measured: list[dict[str, Any]]) -> tuple[float | None, str]:
     """FLOPs of one seed, and the mark of an `Estimate`."""
-    if 0 in (spec.recipe.steps, spec.recipe.epochs):
+    if not spec.recipe.trains:
         return 0.0, ""
     near, steps = _nearest(spec, measured)
     counted = [work / r["steps"] for r in near if (work := training_flops(r))]
@@ -187,7 +187,7 @@ def _nearest(spec: Spec, measured: list[dict[str, Any]]) -> tuple[list[dict[str,
         lambda r: (r["train_data"], r["model"]) == (spec.data, spec.model),
         lambda r: r["model"] == spec.model,
     )
-    trains = 0 not in (spec.recipe.steps, spec.recipe.epochs)
+    trains = spec.recipe.trains
     for test in tests:
         near = [r for r in measured if test(r) and (r.get("steps") or not trains)]
         alike = [r["steps"] for r in near if r["train_data"] == spec.data]

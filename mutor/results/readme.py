@@ -9,7 +9,7 @@ import pandas as pd
 from mutor.config.load import load_scale
 from mutor.results.cells import COLUMNS, Evidence
 from mutor.results.claims import COLUMNS as CLAIM_COLUMNS
-from mutor.results.claims import claim_frame, load_claims, shown
+from mutor.results.claims import claim_frame, counted, load_claims, shown
 from mutor.results.drawings import RUN_COLUMNS
 from mutor.results.figures import graph_name
 from mutor.results.records import Records
@@ -99,11 +99,10 @@ def _reference(evidence: Evidence, folder: Path) -> list[str]:
     headlines = frame[frame["claim"].isin([c.claim for c in load_claims(evidence) if c.headline])]
     if len(headlines):
         parts += [grid(one_row_each(headlines, str(where)).set_index("claim"), str), ""]
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in frame["verdict"].value_counts().items())
     named, known = headlines["claim"].nunique(), frame["claim"].nunique()
     return [
         *parts,
-        f"These are {named} of {known} claims. All of them make {len(frame)} comparisons: {counts}.",
+        f"These are {named} of {known} claims. All of them make {len(frame)} comparisons: {counted(frame)}.",
         f"[claims.md]({where}/claims.md) has each, with the rule and with what stands in for what. All tables and",
         f"figures are in [{where}]({where}): [report.html]({where}/report.html) shows them on one page,",
         f"[runs.csv]({where}/runs.csv) has a row for each seeded run.",

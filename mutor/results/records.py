@@ -145,9 +145,14 @@ class Records:
                         _same_data(record, found.values())
                         found[record["seed"], record["config_hash"]] = record
                 except ValueError as error:
-                    self.problems.append(str(error))
+                    self.leave_out(error)
             self._settings[path] = [found[key] for key in sorted(found)]
         return self._settings[path]
+
+    def leave_out(self, error: ValueError) -> None:
+        """Name what is wrong with something that is left out, once."""
+        if str(error) not in self.problems:
+            self.problems.append(str(error))
 
     def _slim(self, record: dict[str, Any]) -> dict[str, Any]:
         """A record as it is kept: a curve is most of it, and thousands share their settings and their code."""

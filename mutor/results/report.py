@@ -36,8 +36,7 @@ def collect_report(evidence: Evidence, artifacts: list[str], folder: Path) -> li
     """Write report.html from the evidence, and from the figures that are in `folder`."""
     tables = [evidence.table(name) for name in artifacts]
     found = evidence.runs.of_scale(evidence.scale.name)
-    frame = claims.claim_frame(evidence)
-    here, elsewhere = claims.here_and_elsewhere(frame)
+    here, elsewhere = claims.here_and_elsewhere(claims.claim_frame(evidence))
     specs = [cell.spec for table in tables for cell in evidence.cells(table)]
     page = _environment().from_string((importlib.resources.files("mutor.results") / "report.html").read_text())
     bundle = importlib.resources.files("itables") / "html"
@@ -48,7 +47,7 @@ def collect_report(evidence: Evidence, artifacts: list[str], folder: Path) -> li
         answers=[said for table in tables if (said := answer(evidence, table))],
         artifacts=sorted((_artifact(evidence, table, folder) for table in tables), key=lambda one: not one["figures"]),
         stands_in=sorted({part for s in specs for part in s.stands_in_for.split("; ") if part}),
-        summary=claims.summary(frame) if found else [],
+        summary=claims.summary(here) if found else [],
         claims=_grid(claims.shown(here), mark="verdict"),
         rule=RULE,
         elsewhere=elsewhere,
