@@ -71,3 +71,13 @@ def test_contexts_of_two_sizes():
 def test_they_come_from_python_alone(options):
     with pytest.raises(ValueError, match=r"source: '.*' does not go with corpus"):
         from_mapping(TextConfig, options, "datasets: x: options")
+
+
+def test_one_token_a_byte():
+    """As many tokens as bytes and one to begin with, all of them told apart; digits too, which BPE may not join."""
+    tokenizer = Text(TextConfig(**{**OPTIONS, "tokens": "bytes", "test_size": 2, "valid_size": 2})).tokenizer
+    text = "def f(x):\n\treturn 12 é\n"
+    ids = tokenizer(text)["input_ids"]
+    assert len(tokenizer) == 3 + 256 and ids[0] == tokenizer.bos_token_id
+    assert len(ids) == 1 + len(text.encode()) and len(set(ids)) == 1 + len(set(text.encode()))
+    assert tokenizer.decode(ids[1:]) == text

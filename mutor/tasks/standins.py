@@ -72,10 +72,11 @@ def rows(name: str, split: str) -> Iterator[Row]:
     return _first(name, split, {_asked(row) for found in held_out.values() for row in found})
 
 
-@lru_cache(maxsize=1)
-def tokenizer() -> Any:
-    """A byte-level BPE tokenizer of 1,024 tokens trained on the generated corpora; digits stand alone.
+@lru_cache(maxsize=2)
+def tokenizer(kind: str = "standin") -> Any:
+    """A byte-level BPE tokenizer of 1,024 tokens trained on the generated corpora; or of bytes.
 
+    kind: "standin", or "bytes": one token for each byte, so for each character of plain English. Digits stand alone.
     Every text survives it unchanged. It puts its beginning token before what it reads, as Llama's and Gemma's do.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -88,15 +89,15 @@ def tokenizer() -> Any:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<bos>", "<eos>"]
+    special, alphabet = ["<pad>", "<bos>", "<eos>"], sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
+        vocab_size=len(special + alphabet) if kind == "bytes" else 1024,
         special_tokens=special,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=alphabet,
         show_progress=False,
     )
-    texts = itertools.islice(_stream("mix", "train"), 4000)
-    problems = [p for row in texts for p in PUBLISHED["mix"].read(row)]
+    rows = itertools.islice(_stream("mix", "train"), 0 if kind == "bytes" else 4000)
+    problems = [p for row in rows for p in PUBLISHED["mix"].read(row)]
     bpe.train_from_iterator([p.prompt + p.answer for p in problems], trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")

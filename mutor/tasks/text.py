@@ -71,7 +71,11 @@ class TextConfig:
     prefix_lm: bool = setting(True, doc="prompts are read in both directions, in training and at inference")
     calculator: bool = setting(True, doc="keep GSM8K's calculator marks <<48/2=24>> in training answers")
     expect: str | None = setting(None, doc="data_hash of an earlier run; other data are refused")
-    tokens: str = setting("model", doc="the model's tokenizer, or one of the stand-ins", choices=("model", "standin"))
+    tokens: str = setting(
+        "model",
+        doc="the model's tokenizer, the stand-ins' own, or one token a byte",
+        choices=("model", "standin", "bytes"),
+    )
 
     def __post_init__(self) -> None:
         if self.corpus == "own":
@@ -100,7 +104,7 @@ class Text(Task):
             raise ValueError(f"tokens: {config.tokens!r} goes with {'a' if tokenizer is None else 'no'} tokenizer")
         from mutor.tasks import standins
 
-        super().__init__(config, tokenizer or standins.tokenizer())
+        super().__init__(config, tokenizer or standins.tokenizer(config.tokens))
         changes = {k: getattr(config, k) for k in ("extract", "compare", "max_tokens", "new_tokens")}
         self.corpus = replace(CORPORA[config.corpus], **{k: v for k, v in changes.items() if v is not None})
         self.vocabulary = len(self.tokenizer) if tokenizer is None else None
