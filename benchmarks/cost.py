@@ -31,7 +31,7 @@ from mutor.files import write_json
 from mutor.models.build import build
 from mutor.mtp.layout import IGNORE, Example
 from mutor.mtp.method import Context
-from mutor.registry import METHODS, fastest_attention, load
+from mutor.registry import METHODS, load
 from mutor.results import provenance
 from mutor.results.cost import as_dict, file_of, measured, metrics_of
 from mutor.training.optim import optimizer
@@ -161,9 +161,9 @@ def one_sequence(method, model, example, of):
 
 @contextlib.contextmanager
 def attending(setup, case):
-    """The model's attention as a case wants it: the fastest that trains here, a dense mask, or no mask at all."""
-    as_fast = case.attention == "auto" and not case.one_at_a_time
-    setup.model.set_attn_implementation(fastest_attention(setup.device) if as_fast else "sdpa")
+    """The model's attention as a case wants it: blockwise as in training, a dense or block mask, or no mask at all."""
+    names = {"auto": "sdpa" if case.one_at_a_time else "blockwise", "dense": "sdpa", "causal": "sdpa"}
+    setup.model.set_attn_implementation(names.get(case.attention, case.attention))
     if case.attention == "causal":  # whole rows, so the model's own causal attention is the same
         with unittest.mock.patch("mutor.mtp.facts.attention_mask", lambda *of, **windows: None):
             yield
@@ -264,7 +264,7 @@ def main():
             content = measured(file)
         except ValueError as error:
             print(f"{error}; all is measured again", flush=True)
-            content = {"device": None, "cases": {}}
+            content = {"cases": {}}
         for number, case in enumerate(cases, start=1):
             model_config = (
                 scale.models[scaling.models[case.model]] if case.model in scaling.models else table.models[case.model]
@@ -275,7 +275,8 @@ def main():
                     profile(case, reference, model_config, device, file.parent / "profiles")
                 continue
             found = content["cases"].get(case.key, {})
-            if found.get("case") == as_dict(case) and "seconds" in found and not args.again:
+            done = found.get("case") == as_dict(case) and "seconds" in found and found["device"] == device_name(device)
+            if done and not args.again:
                 continue
             if args.only and not any(text in case.key for text in args.only):
                 continue
@@ -289,8 +290,8 @@ def main():
             except ValueError as error:  # one case that can't be measured does not keep the others from it
                 text = f"not measured: {error}"
                 new = {"error": text}
-            content["cases"][case.key] = {**new, "case": as_dict(case)}
-            content |= {"device": device_name(device), **provenance.provenance(root)}
+            made_by = {"device": device_name(device), **provenance.provenance(root)}
+            content["cases"][case.key] = {**new, "case": as_dict(case), **made_by}
             write_json(file, content)
             print(f"{name} {number}/{len(cases)} {case.key}: {text}  ({time.monotonic() - began:.0f} s)", flush=True)
             if device == "cuda":

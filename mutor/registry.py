@@ -37,7 +37,7 @@ class AttentionBackend:
 
 METHODS: dict[str, str] = {}
 TASKS: dict[str, str] = {}
-ATTENTION: dict[str, AttentionBackend] = {}  # the fastest in training first
+ATTENTION: dict[str, AttentionBackend] = {}
 AUTO = "auto"  # attention as transformers loads a model, and `attach` makes sdpa blockwise where that is exact
 DRAWINGS: dict[str, Drawing] = {}
 
@@ -95,11 +95,6 @@ def answers_under(attention: str) -> str:
     return (attention in ATTENTION and ATTENTION[attention].answers_under) or attention
 
 
-def fastest_attention(device: str) -> str:
-    """The fastest backend that trains on this type of device."""
-    return next(name for name, backend in ATTENTION.items() if device != "cpu" or backend.cpu_gradients)
-
-
 register(METHODS, "next_token", "mutor.baselines.next_token:NextToken")
 register(METHODS, "parallel_mtp", "mutor.baselines.parallel_mtp:ParallelMTP")
 register(METHODS, "sequential_mtp", "mutor.baselines.sequential_mtp:SequentialMTP")
@@ -123,12 +118,12 @@ register(TASKS, "star_graph", "mutor.tasks.star_graph:StarGraph")
 register(TASKS, "text", "mutor.tasks.text:Text")
 register(TASKS, "images", "mutor.tasks.images:Images")
 
+register(ATTENTION, "blockwise", AttentionBackend("mutor.mtp.blockwise:bounds_mask"))
 register(
     ATTENTION,
     "flex_attention",
     AttentionBackend("mutor.mtp.attention:block_mask", answers_under="sdpa", cpu_gradients=False),
 )
-register(ATTENTION, "blockwise", AttentionBackend("mutor.mtp.blockwise:bounds_mask"))
 register(ATTENTION, "sdpa", AttentionBackend("mutor.mtp.attention:dense_mask"))
 register(ATTENTION, "eager", AttentionBackend("mutor.mtp.attention:additive_mask"))
 register(DRAWINGS, "table", Drawing())

@@ -60,7 +60,7 @@ def case(**changes):
 def test_the_published_cases_are_there():
     """What the rebuttal measured, at its sizes, and every model and reference named."""
     table = load_table(ROOT, "rebuttal_latency")
-    scaling, cases = cases_of(table, replace(load_scale(ROOT, "smoke"), cost={}))
+    scaling, cases = cases_of(table, replace(load_scale(ROOT, "gpu"), cost={}))
     assert scaling.tokens == scaling.batch == 1
     found = {c.published: c for c in cases if c.published and c.model != "llama-3-8b"}
     assert len(found) == 4
@@ -79,6 +79,7 @@ def test_cases_over_a_value_are_compared_at_the_same_value():
         same = c.reference(cases)
         assert (c.tokens, c.batch) == (same.tokens, same.batch) and same.method == "next_token"
     assert max(c.tokens for c in cases) <= 1024
+    assert not any(c.attention == "flex_attention" for c in cases)  # it trains on no CPU
     assert [settings_of(c)["d_max"] for c in cases if c.label == "parallel_mtp"] == [2, 4, 6, 16]
 
 
@@ -90,7 +91,8 @@ def test_cells_name_what_they_are_swept_over(tmp_path):
     mutor = [("mutor", "registers", count) for count in (16, 64, 128, 256)]
     assert swept[:5] == [("next_token", "", 0), *mutor]
     lengths = (256, 1024, 2048, 4096, 8192)
-    assert swept[5:10] == [("next_token", "tokens", length) for length in lengths] and len(swept) == 5 + 3 * 5
+    assert swept[5:10] == [("next_token", "tokens", length) for length in lengths] and len(swept) == 5 + 3 * 5 + 3
+    assert swept[-3:] == [("mutor, grouped, block mask", "tokens", length) for length in (256, 1024, 4096)]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_measurements_are_kept_and_drawn(bench, tmp_path, monkeypatch):
     whole = gpu.frame(gpu.table("rebuttal_latency"))
     assert set(whole["reported"].dropna()) == {0.35, 0.34, 0.16, 1.4} and (whole["n_seeds"] == 0).all()
     content = json.loads(file_of(tmp_path / "runs", "smoke", "rebuttal_latency").read_text())
-    assert content["device"] and content["versions"]["torch"]
+    assert all(found["device"] and found["versions"]["torch"] for found in content["cases"].values())
 
 
 def test_metrics_of_a_case_by_hand():
@@ -230,8 +232,8 @@ def test_metrics_of_a_case_by_hand():
     [
         ("", "empty"),
         ("[1]", "no measurements as benchmarks/cost.py writes them"),
-        ('{"device": "d", "cases": {"a": []}}', "no measurements as benchmarks/cost.py writes them"),
-        ('{"device": "d", "cases": {"a": {"case": {}, "seconds": ["1"]}}}', "no measurements as benchmarks/cost.py"),
+        ('{"cases": {"a": []}}', "no measurements as benchmarks/cost.py writes them"),
+        ('{"cases": {"a": {"case": {}, "device": "d", "seconds": ["1"]}}}', "no measurements as benchmarks/cost.py"),
     ],
 )
 def test_damaged_measurements_leave_their_table_and_stop_no_other(tmp_path, capsys, content, says):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mutor.checks import choose, from_mapping, setting
-from mutor.registry import METHODS, load
+from mutor.registry import ATTENTION, METHODS, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,9 @@ class Case:
     one_at_a_time: bool = setting(False, doc="the published fine-tuning recipe: a dense mask, one sequence a pass")
     attention: str = setting(
         "auto",
-        doc="auto: the fastest that trains here; dense: a dense mask; causal: no mask at all",
-        choices=("auto", "dense", "causal"),
+        doc="auto: blockwise, without a mask; dense: a dense mask; causal: the model's own, without a mask; "
+        "flex_attention: a block mask, on a GPU alone",
+        choices=("auto", "dense", "causal", "flex_attention"),
     )
     against: str = setting(doc="label of the case whose time is 1")
     sweep_over: str | None = setting(
@@ -93,7 +94,7 @@ def settings_of(case: Case) -> dict[str, Any]:
 
 def cases_of(table: Any, scale: Any) -> tuple[CostScaling, list[Case]]:
     """How a scale shrinks a table's cases, and the cases as it measures them, those beyond its longest sequence left
-    out."""
+    out, and on a CPU those of attention that trains on none."""
     scaling = from_mapping(CostScaling, scale.cost, f"config/scales/{scale.name}.yaml: cost")
 
     def length(tokens: int) -> int:
@@ -101,6 +102,8 @@ def cases_of(table: Any, scale: Any) -> tuple[CostScaling, list[Case]]:
 
     out = []
     for case in load_cases(table.sections, f"config/tables/{table.name}.yaml"):
+        if scale.device == "cpu" and case.attention in ATTENTION and not ATTENTION[case.attention].cpu_gradients:
+            continue
         settings, value = dict(case.settings), case.value
         if case.sweep_over in ("tokens", "registers") and value is not None:
             value = length(value)

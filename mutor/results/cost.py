@@ -42,15 +42,15 @@ def file_of(runs: Path, scale: str, table: str) -> Path:
 
 
 def measured(file: Path) -> dict[str, Any]:
-    """Measurements so far: {"device": ..., "cases": {key: what was measured}}; nothing where there is no file.
+    """Measurements so far: {"cases": {key: what was measured, and by what}}; nothing where there is no file.
 
     Raises ValueError naming a file that is damaged.
     """
-    content = read_json(file) if file.exists() else {"device": None, "cases": {}}
+    content = read_json(file) if file.exists() else {"cases": {}}
     try:
         for found in content["cases"].values():
             if found["case"] is not None and "seconds" in found:
-                metrics_of(found, str(content["device"]) + f"{found['added_parameters']:d}")
+                metrics_of(found, found["device"] + f"{found['added_parameters']:d}")
     except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError):
         raise ValueError(f"{file}: no measurements as benchmarks/cost.py writes them") from None
     return content
@@ -62,7 +62,7 @@ def _shown(evidence: Evidence, table: Table) -> dict[str, Any]:
         return measured(file_of(evidence.runs.runs, evidence.scale.name, table.name))
     except ValueError as error:
         evidence.runs.leave_out(error)
-        return {"device": None, "cases": {}}
+        return {"cases": {}}
 
 
 def peak_of(device: str) -> float | None:
@@ -98,13 +98,11 @@ def metrics_of(found: Mapping[str, Any], device: str) -> dict[str, tuple[float, 
 
 def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
     """Cells of a cost table, one a case and metric; n_seeds counts rounds, 0 where nothing was measured."""
-    content = _shown(evidence, table)
     scaling, wanted = cases_of(table, evidence.scale)
+    there = _wanted(evidence, table)
     for case in wanted:
-        found = content["cases"].get(case.key)
-        # left by an older configuration
-        found = found if found and found["case"] == as_dict(case) and "seconds" in found else None
-        values = metrics_of(found, content["device"]) if found else {}
+        found = there.get(case.key)
+        values = metrics_of(found, found["device"]) if found else {}
         row = _described(case, scaling)
         for metric in table.metrics:
             mean, std = values.get(metric, (None, None))
@@ -119,6 +117,13 @@ def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
                 "reported": None if row["stands_in_for"] else evidence.published(table).beside(same),
                 "values": found["seconds"] if found else [],
             }
+
+
+def _wanted(evidence: Evidence, table: Table) -> dict[str, dict[str, Any]]:
+    """Key -> measurement of the cases as the configuration has them now."""
+    there, (_, cases) = _shown(evidence, table)["cases"], cases_of(table, evidence.scale)
+    found = {case.key: (case, there[case.key]) for case in cases if case.key in there}
+    return {key: f for key, (case, f) in found.items() if f["case"] == as_dict(case) and "seconds" in f}
 
 
 def _described(case: Case, scaling: CostScaling) -> dict[str, Any]:
@@ -159,8 +164,8 @@ def printed(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
 def circumstances(evidence: Evidence, table: Table) -> list[str]:
     """Sentences on the device, the number of rounds, and how the scale shrinks the cases."""
     scaling, _ = cases_of(table, evidence.scale)
-    device = _shown(evidence, table)["device"]
-    where = f"Measured on {device}" if device else "Not measured yet"
+    devices = sorted({found["device"] for found in _wanted(evidence, table).values()})
+    where = f"Measured on {' and '.join(devices)}" if devices else "Not measured yet"
     out = [f"{where}; medians ± standard deviation of n rounds."]
     if smaller := _smaller(scaling):
         out.append(f"Here cases have {' and '.join(smaller)} of what their names say.")
