@@ -320,14 +320,33 @@ def test_a_wrong_kernel_is_found_and_a_dense_mask_used(tiny, tools, monkeypatch,
 
 def test_a_kernel_without_masks_gets_none(monkeypatch):
     """A prefix-LM's tokens need one, so that all of it goes with a dense mask."""
-    cpu, layout = kernels.KERNELS["cpu"], several()
-    parts = [torch.randn(2, 2, layout.ids.shape[1], 8) for _ in range(3)]
-    monkeypatch.setattr(blockwise, "kernel_for", lambda *of: replace(cpu, takes_masks=False))
-    mask = blockwise.bounds_mask(layout)
-    assert blockwise.planned(mask).masked
-    found, _ = blockwise.attention(None, *parts, mask, scaling=1.0)
+    layout = several()
+    assert blockwise.planned(blockwise.bounds_mask(layout)).masked
+    assert goes_dense(layout, monkeypatch)
+
+
+@pytest.mark.parametrize(("lengths", "dense"), [((20, 9), False), ((20, 9, 4), True)])
+def test_a_gpu_gets_few_groups(lengths, dense, monkeypatch):
+    """Each group is some dozens of small kernels a layer, which take longer than a dense mask."""
+    method = MuToR.of()
+    method.trunk = SimpleNamespace(vocabulary=50)
+    layout, _ = method.prepare_batch([Example(np.arange(n + 1), 1, n) for n in lengths], Context(), None)
+    plan = blockwise.planned(blockwise.bounds_mask(layout))
+    assert len(plan.groups) == len(lengths) and not plan.masked
+    assert goes_dense(layout, monkeypatch) == dense
+
+
+def goes_dense(layout, monkeypatch):
+    """Whether a kernel that takes no masks, as a GPU's, leaves this layout to a dense mask."""
+    parts = [torch.randn(len(layout.ids), 2, layout.ids.shape[1], 8) for _ in range(3)]
+    monkeypatch.setattr(blockwise, "kernel_for", lambda *of: replace(kernels.KERNELS["cpu"], takes_masks=False))
+    called = []
+    monkeypatch.setattr(blockwise, "_dense", lambda mask: called.append(1) or dense_mask(layout))
+    found, _ = blockwise.attention(torch.nn.Identity(), *parts, blockwise.bounds_mask(layout), scaling=1.0)
     dense, _ = sdpa_attention_forward(torch.nn.Identity(), *parts, dense_mask(layout), scaling=1.0)
-    assert torch.equal(found, dense)
+    there = layout.segment >= 0
+    assert torch.allclose(found[there], dense[there], atol=1e-5)
+    return bool(called)
 
 
 def test_a_model_that_it_would_change_keeps_the_dense_mask(tiny, monkeypatch, caplog):

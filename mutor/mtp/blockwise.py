@@ -12,8 +12,8 @@ own backward pass returns its block's share, as in ring attention (Liu et al., a
 
 A model takes it by name, attn_implementation="blockwise", once this module is imported; `attach` sees to both. Its
 mask is int32 [B, 1, L, 4], by `bounds_mask`. Without such a mask it is transformers' sdpa. It is sdpa with the same
-rule as a dense mask where attention weights are dropped out, where keys and values differ in width, and where there is
-no kernel.
+rule as a dense mask where attention weights are dropped out, where keys and values differ in width, where there is
+no kernel, and on a GPU where sequences of many lengths would take many small calls.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from mutor.mtp.kernels import Kernel, kernel_for
 from mutor.mtp.layout import Layout
 
 NAME = "blockwise"
+FEW = 2  # groups of sequences that a GPU takes one after the other
 ALIKE = 0.7  # sequences that share a call: the shortest has at least this share of the longest's tokens
 
 
@@ -59,7 +60,7 @@ def attention(
     kernel = kernel_for(query.device, query.dtype, query.shape[-1])
     whole = not kwargs.get("dropout") and query.shape[-1] == value.shape[-1]
     plan = planned(attention_mask) if kernel and whole else None
-    if kernel is None or plan is None or (plan.masked and not kernel.takes_masks):
+    if kernel is None or plan is None or not plan.fits(kernel):
         out, _ = sdpa_attention_forward(module, query, key, value, _dense(attention_mask), **kwargs)
         return out, None
     if plan.plain:
@@ -194,6 +195,10 @@ class Plan:
     groups: list[Group]
     padded: bool
     masked: bool
+
+    def fits(self, kernel: Kernel) -> bool:
+        """Whether the kernel does it: a GPU's, which takes no masks, in few calls. Many take longer than a dense mask."""
+        return kernel.takes_masks or (not self.masked and len(self.groups) <= FEW)
 
     @property
     def plain(self) -> bool:
