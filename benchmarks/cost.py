@@ -9,12 +9,10 @@ to runs/<scale>/cost/<table>.json, each as soon as it is there, so a killed call
 """
 
 import argparse
-import contextlib
 import math
 import os
 import sys
 import time
-import unittest.mock
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,28 +157,22 @@ def one_sequence(method, model, example, of):
     (((1 - a) * losses[0] + a * losses[1]) / of).backward()
 
 
-@contextlib.contextmanager
-def attending(setup, case):
-    """The model's attention as a case wants it: blockwise as in training, a dense or block mask, or no mask at all."""
-    names = {"auto": "sdpa" if case.one_at_a_time else "blockwise", "dense": "sdpa", "causal": "sdpa"}
+def attend(setup, case):
+    """Give the model the attention that a case wants."""
+    names = {"auto": "sdpa" if case.one_at_a_time else "blockwise", "dense": "sdpa"}
     setup.model.set_attn_implementation(names.get(case.attention, case.attention))
-    if case.attention == "causal":  # whole rows, so the model's own causal attention is the same
-        with unittest.mock.patch("mutor.mtp.facts.attention_mask", lambda *of, **windows: None):
-            yield
-    else:
-        yield
 
 
 def turn(setup, case, batch, steps):
     """Seconds a step, of `steps` steps."""
-    with attending(setup, case):
-        if setup.device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(steps):
-            setup.step(case, batch)
-        if setup.device == "cuda":
-            torch.cuda.synchronize()
+    attend(setup, case)
+    if setup.device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        setup.step(case, batch)
+    if setup.device == "cuda":
+        torch.cuda.synchronize()
     return (time.perf_counter() - began) / steps
 
 

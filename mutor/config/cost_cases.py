@@ -27,9 +27,8 @@ class Case:
     one_at_a_time: bool = setting(False, doc="the published fine-tuning recipe: a dense mask, one sequence a pass")
     attention: str = setting(
         "auto",
-        doc="auto: blockwise, without a mask; dense: a dense mask; causal: the model's own, without a mask; "
-        "flex_attention: a block mask, on a GPU alone",
-        choices=("auto", "dense", "causal", "flex_attention"),
+        doc="auto: as in training; dense: a dense mask; flex_attention: a block mask, on a GPU alone",
+        choices=("auto", "dense", "flex_attention"),
     )
     against: str = setting(doc="label of the case whose time is 1")
     sweep_over: str | None = setting(
