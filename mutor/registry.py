@@ -115,6 +115,9 @@ register(METHODS, "next_latent", "mutor.baselines.next_latent:NextLatent")
 register(METHODS, "joint_mtp", "mutor.baselines.joint_mtp:JointMTP")
 
 register(TASKS, "star_graph", "mutor.tasks.star_graph:StarGraph")
+register(TASKS, "sat", "mutor.tasks.sat:Sat")
+register(TASKS, "countdown", "mutor.tasks.countdown:Countdown")
+register(TASKS, "fact_chains", "mutor.tasks.fact_chains:FactChains")
 register(TASKS, "text", "mutor.tasks.text:Text")
 register(TASKS, "images", "mutor.tasks.images:Images")
 

@@ -25,6 +25,9 @@ Stream = Literal[
     "held_out_graphs",  # data seed: 0 for validation, 1 for test
     "fixed_graphs",  # to train on; data seed
     "new_graphs",  # to train on: block of samples
+    "held_out_problems",  # of generated tasks; data seed: 0 for validation, 1 for test
+    "fixed_problems",  # to train on; data seed
+    "new_problems",  # to train on: block of samples
     "held_out_images",  # data seed
     "image_versions",  # data seed: version
     "real_images",  # that drawn ones are compared with; data seed

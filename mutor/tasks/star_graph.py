@@ -24,12 +24,10 @@ import numpy as np
 from mutor.checks import setting
 from mutor.streams import stream
 from mutor.tasks.graphs import Graphs, generate, keys, read_file, write_line
-from mutor.tasks.task import Log, Source, Task
+from mutor.tasks.task import BLOCK, Log, Source, Task, answers, endless
 
 if TYPE_CHECKING:
     from mutor.mtp.method import Context, Method
-
-BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -182,22 +180,12 @@ class StarGraph(Task):
                 rng = stream("fixed_graphs", c.data_seed)
                 graphs = self._fresh(rng, c.train_size, self._forbidden, unique=False)
             return Source(lambda index: self.encode(graphs[index]), len(graphs))
-        blocks: dict[int, Graphs] = {}
 
-        def block(number: int) -> Graphs:
-            if number not in blocks:
-                if len(blocks) > 4:
-                    blocks.clear()
-                rng = stream("new_graphs", seed, number)
-                blocks[number] = self._fresh(rng, BLOCK, self._forbidden, unique=False)
-            return blocks[number]
+        def block(number: int) -> list[tuple[np.ndarray, int]]:
+            rng = stream("new_graphs", seed, number)
+            return self.encode(self._fresh(rng, BLOCK, self._forbidden, unique=False))
 
-        def examples(index: np.ndarray) -> list[tuple[np.ndarray, int]]:
-            home = index // BLOCK
-            parts = Graphs.join([block(int(b))[index[home == b] % BLOCK] for b in np.unique(home)])
-            return self.encode(parts[np.argsort(np.argsort(home, kind="stable"))])
-
-        return Source(examples, None)
+        return endless(block)
 
     def examples(self, split: str) -> list[tuple[np.ndarray, int]]:
         """The held-out graphs of a split."""
@@ -284,29 +272,8 @@ class StarGraph(Task):
         self, model: Any, method: Method, context: Context, examples: list[tuple[np.ndarray, int]], batch_size: int
     ) -> np.ndarray:
         """int64 [N, l]: the labels that the model answers with, -1 for whatever is no label."""
-        import torch
-
-        from mutor.mtp.answers import Prompts
-
-        found = np.full((len(examples), self.config.l), -1)
-        longest = max(len(ids) - prefix for ids, prefix in examples)  # of all, so that no score depends on a batch
-        sizes = np.array([prefix for _, prefix in examples])
-        for size in np.unique(sizes):  # prompts of equal length need no padding
-            rows = np.flatnonzero(sizes == size)
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                ids = torch.from_numpy(np.stack([examples[i][0][:size] for i in part])).to(model.device)
-                prompts = Prompts(
-                    ids,
-                    torch.ones_like(ids),
-                    longest,
-                    end_id=self.end_id,
-                    pad_id=context.pad_id,
-                    prefix_lm=context.prefix_lm,
-                )
-                for i, answer in zip(part, method.answer(model, prompts).tolist(), strict=True):
-                    found[i] = self._labels(answer, self.config.l)
-        return found
+        found = answers(model, method, context, examples, batch_size, self.end_id)
+        return np.array([self._labels(answer, self.config.l) for answer in found])
 
     def data_hash(self) -> str:
         """A hash of the held-out graphs."""

@@ -39,11 +39,63 @@ class Source:
     dropped: int = 0
 
 
+BLOCK = 4096  # examples of an endless source that are made together
+
+
+def endless(make: Callable[[int], Sequence[tuple[np.ndarray, int]]]) -> Source:
+    """Examples without end. make: the number of a block to its BLOCK examples, the same whenever it is asked."""
+    blocks: dict[int, Sequence[tuple[np.ndarray, int]]] = {}
+
+    def examples(index: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        found = []
+        for number, place in zip(*np.divmod(index, BLOCK), strict=True):
+            if number not in blocks:
+                if len(blocks) > 4:
+                    blocks.clear()
+                blocks[number] = make(int(number))
+            found.append(blocks[number][place])
+        return found
+
+    return Source(examples, None)
+
+
 def in_order(source: Source) -> Iterator[tuple[np.ndarray, int]]:
     """All training examples, or the first thousand where there is no end."""
     size = 1000 if source.size is None else source.size
     for start in range(0, size, 256):
         yield from source.examples(np.arange(start, min(size, start + 256)))
+
+
+def answers(
+    model: Any,
+    method: Method,
+    context: Context,
+    examples: Sequence[tuple[np.ndarray, int]],
+    batch_size: int,
+    end_id: int | None = None,
+) -> list[list[int]]:
+    """What the method answers to each example's prompt: as many tokens as the longest answer has, `end_id` ends it.
+
+    So no answer depends on what it shares a batch with.
+    """
+    import torch
+
+    from mutor.mtp.answers import Prompts
+
+    found: list[list[int]] = [[]] * len(examples)
+    longest = max(len(ids) - prefix for ids, prefix in examples)
+    sizes = np.array([prefix for _, prefix in examples])
+    for size in np.unique(sizes):  # prompts of equal length need no padding
+        rows = np.flatnonzero(sizes == size)
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            ids = torch.from_numpy(np.stack([examples[i][0][:size] for i in part])).to(model.device)
+            prompts = Prompts(
+                ids, torch.ones_like(ids), longest, end_id=end_id, pad_id=context.pad_id, prefix_lm=context.prefix_lm
+            )
+            for i, answer in zip(part, method.answer(model, prompts).tolist(), strict=True):
+                found[i] = answer
+    return found
 
 
 class Task:
