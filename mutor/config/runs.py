@@ -133,6 +133,12 @@ class Cell:
         """Rates are in percent, as published; k tokens ahead, or with k drafts, a metric has the unit without."""
         return UNITS.get(self.metric.partition("_ahead_")[0].partition("_draft_")[0], "percent")
 
+    @property
+    def solved_at(self) -> float | None:
+        """The rate from which a seed counts as solved, where the task's seeds are counted."""
+        solved_at: float | None = load(TASKS, self.spec.dataset.task, "task").solved_at
+        return solved_at if self.unit == "percent" else None
+
 
 def settings_name(settings: Mapping[str, Any]) -> str:
     """Sorted key=value of what is not default, or `default`."""

@@ -47,19 +47,25 @@ COLUMNS = {  # of every table's .csv, and what they say
     "n_seeds": "seeded runs behind the number; 0: not run",
     "mean": "over seeds",
     "std": "sample standard deviation over seeds",
-    "ci_low": "lower end of the 95% interval, for other seeds and other problems",
+    "ci_low": "lower end of the mean's 95% interval, for other seeds and other problems; none where seeds are counted",
     "ci_high": "its upper end",
     "reported": "the published value",
     "reported_difference": "mean - reported, where nothing stands in for the published model or data",
     "stands_in_for": "what stands in for which published model and data; empty: nothing",
     "settings": "all settings of the method that are not its defaults, key=value",
+    "n_solved": "seeds that solve the task, where it is learned wholly or not at all and seeds are counted",
+    "solved_low": "lower end of the exact 95% interval of their share, in percent",
+    "solved_high": "its upper end",
 }
 PUBLISHED_SETTINGS = ("d_max", "a", "registers", "placement", "register_embedding")
-NUMBERS = ("mean", "std", "ci_low", "ci_high", "reported", "reported_difference", "chance")
+NUMBERS = (
+    *("mean", "std", "ci_low", "ci_high", "reported", "reported_difference", "chance"),
+    *("n_solved", "solved_low", "solved_high", "solved_at"),
+)
 # for drawing, not in the .csv: name in figures, with and without the steps; the method with the settings that no column
 # has; every seed's number; what ran, for which role; the training data, as a stand-in where they have the published
 # name; of cost tables, a section with what ran for it, what is swept over and its value
-FOR_DRAWING = ["label", "line", "kind", "values", "chance", "ran", "data", "panel", "sweep", "x"]
+FOR_DRAWING = ["label", "line", "kind", "values", "chance", "solved_at", "ran", "data", "panel", "sweep", "x"]
 
 
 class Evidence:
@@ -152,7 +158,7 @@ def run_rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
         values = [checkpoint_metrics(record, cell.checkpoint)[cell.measured] for record in found]
         alike = len(found) == 1 or same_problems(*(record.get("test_data_hash") for record in found))
         scores = [problem_scores(record, cell.checkpoint, cell.measured) for record in found if alike]
-        summary = summarise(values, scores, possible=possible(cell.unit))
+        summary = summarise(values, scores, possible=possible(cell.unit), solved_at=cell.solved_at)
         row = _described(cell)
         task = load(TASKS, cell.spec.dataset.task, "task")
         yield row | {
@@ -162,6 +168,10 @@ def run_rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
             "std": summary.std,
             "ci_low": summary.ci_low,
             "ci_high": summary.ci_high,
+            "n_solved": summary.n_solved,
+            "solved_low": summary.solved_low,
+            "solved_high": summary.solved_high,
+            "solved_at": cell.solved_at,
             "reported": _published(evidence.published(table), cell, row["train_data"]),
             "values": values,
             "chance": task.chance(cell.spec.task_config) if hasattr(task, "chance") else None,

@@ -39,7 +39,7 @@ COLUMNS = {  # of claims.csv, and what they say
     "direction": "what is claimed of ours - theirs",
     "margin": "how far off still counts",
     "published": "ours - theirs as published",
-    "measured": "ours - theirs as measured",
+    "measured": "ours - theirs as measured; where seeds are counted, in percent of them (for the claim, of a number)",
     "ci_low": "lower end of its 95% interval",
     "ci_high": "its upper end",
     "covers": "what the interval accounts for; problems alone decide nothing",
@@ -47,6 +47,8 @@ COLUMNS = {  # of claims.csv, and what they say
     "verdict": "by the rule in claims.md",
     "to_decide": "what would decide it",
     "stands_in_for": "what stands in for which published model and data",
+    "solved": "where seeds are counted: how many solve the task, ours against theirs, or are for the claim",
+    "p": "of Fisher's exact test of these counts, two-sided",
 }
 
 
@@ -218,6 +220,7 @@ def _compare(evidence: Evidence, claim: Claim, ours: Pair, theirs: Pair | None) 
         scored,
         percent=cell.unit == "percent",
         command=f"snakemake {evidence.home}/{claim.table}.csv --config scale={evidence.scale.name}",
+        solved_at=cell.solved_at,
     )
 
 
@@ -247,7 +250,9 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in frame.to_dict("records"):
         measured = text(row["measured"], "+.1f")
-        if measured and not is_missing(row["ci_low"]):
+        if not is_missing(row["solved"]):
+            measured = f"{row['solved']} seeds" + ("" if is_missing(row["p"]) else f" (p = {row['p']:.2g})")
+        elif measured and not is_missing(row["ci_low"]):
             measured += f" ({row['ci_low']:+.1f} to {row['ci_high']:+.1f}; n={row['n_seeds']})"
         than = f"{row['ours']} {row['direction'].replace('equal', 'equal to')} {row['theirs']}"
         if not is_missing(row["margin"]):

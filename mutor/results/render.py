@@ -88,8 +88,16 @@ def _text(row: Mapping[Any, Any]) -> str:
     if is_missing(row["mean"]):
         return ""
     form = f".{DIGITS.get(row['unit'], 1)}f"
+    if not is_missing(row["n_solved"]):
+        return solved(row) + (f", mean {text(row['mean'], form)}{published}" if published else "")
     spread = "" if is_missing(row["std"]) else f" ± {text(row['std'], form)}"
     return f"{text(row['mean'], form)}{spread} (n={row['n_seeds']}){published}"
+
+
+def solved(row: Mapping[Any, Any]) -> str:
+    """Seeds that solve a cell's task, with the exact interval of their share: "9 of 10 solved (56 to 100%)"."""
+    share = f"{row['solved_low']:.0f} to {row['solved_high']:.0f}%"
+    return f"{row['n_solved']:.0f} of {row['n_seeds']} solved ({share})"
 
 
 def markdown(evidence: Evidence, table: Table) -> str:
@@ -143,12 +151,16 @@ def circumstances(evidence: Evidence, table: Table) -> list[str]:
 def _numbers(cells: pd.DataFrame) -> str:
     """What the numbers are, with units: "accuracy, percent, mean ± ..."; and whose the published ones are."""
     names: dict[str, list[str]] = {}
-    for metric, unit in dict(zip(cells["metric"], cells["unit"], strict=True)).items():
+    counted = cells["solved_at"].notna()
+    for metric, unit in dict(zip(cells[~counted]["metric"], cells[~counted]["unit"], strict=True)).items():
         names.setdefault(unit, []).append(metric)
     units = "; ".join(f"{', '.join(metrics)}, {unit}" for unit, metrics in names.items())
+    said = [f"{units}, mean ± standard deviation over seeds (n = seeds)."] if units else []
+    for metric, least in dict(zip(cells[counted]["metric"], cells[counted]["solved_at"], strict=True)).items():
+        said.append(f"{metric}: seeds that reach {least:g}%, with the exact 95% interval of their share of all seeds.")
     beside = (cells["stands_in_for"] != "") & cells["reported"].notna()
     published = " Published: of the models and data that are stood in for." if beside.any() else ""
-    return f"{units}, mean ± standard deviation over seeds (n = seeds).{published}"
+    return " ".join(said) + published
 
 
 def _problems(evidence: Evidence, specs: list[Spec]) -> list[str]:
