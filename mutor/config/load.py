@@ -124,8 +124,9 @@ def load_scale(root: Path, name: str, content: Mapping[str, Any] | None = None) 
     """A scale with its models, datasets and recipes checked; content: what stands in the place of its file's."""
     where = f"config/scales/{name}.yaml"
     scale = from_mapping(Scale, {**(content or scale_content(root, name)), "name": name}, where)
-    for artifact in scale.artifacts:
-        choose(str(artifact), table_names(root), f"{where}: artifacts")
+    for key in ("artifacts", "path_only"):
+        for artifact in getattr(scale, key):
+            choose(str(artifact), table_names(root), f"{where}: {key}")
     for key in scale.plan:
         choose(key, scale.models, f"{where}: plan")
     for name, allowed in (("max_seeds", table_names(root)), ("processes", list(scale.models))):

@@ -48,11 +48,11 @@ DASHES = ("-", "--", ":", "-.")
 ROW = 3  # panels side by side
 
 
-def save(draw: Callable[[Evidence, Table], Figure], evidence: Evidence, table: Table, stem: Path) -> list[Path]:
+def save(draw: Callable[[], Figure], stem: Path) -> list[Path]:
     """Draw a figure and write it as .png and .svg, without dates, so that the same data gives the same file."""
     files = [stem.with_name(f"{stem.name}{ending}") for ending in (".png", ".svg")]
     with plt.rc_context(STYLE):
-        figure = draw(evidence, table)
+        figure = draw()
         # the canvases themselves, as savefig draws twice for each file; the layout found for the first holds for both
         write(files[0], lambda f: FigureCanvasAgg(figure).print_png(f, metadata={"Software": None}))
         figure.set_layout_engine("none")
@@ -316,7 +316,7 @@ def side_by_side(count: int, panel: tuple[float, float], margin: float = 0.0) ->
 def title_of(evidence: Evidence, table: Table, more: str) -> str:
     """What is shown, what ran, and at which scale."""
     ran = ", ".join(dict.fromkeys(evidence.frame(table)["ran"]))
-    return f"{table.title}{more} — {ran} — scale {evidence.scale.name}"
+    return f"{table.title}{more} — {ran} — scale {evidence.scale.name}{', path only' * evidence.path_only(table)}"
 
 
 def foot(figure: Figure, frame: pd.DataFrame, panels: int, about: Sequence[str] = ()) -> None:

@@ -115,6 +115,16 @@ def lines(
     return out + _matched(wanted, measured)
 
 
+def gpu_hours(specs: list[Spec], scale: Scale) -> str:
+    """Hours on a GPU that all seeds of settings take together, before anything ran: "at most 2,300 hours of H100"."""
+    found = [_flops(spec, scale, []) for spec in specs]
+    known = sum(work * len(spec.seeds) for spec, (work, _) in zip(specs, found, strict=True) if work)
+    if not known:
+        return "not known"
+    bound = "at most " if any(mark == "<" for _, mark in found) else ""
+    return f"{bound}{known / PEAKS['H100'] / UTILISATION / 3600:,.0f} hours of H100"
+
+
 def products_a_second() -> float:
     """FLOP/s of this machine: float32 products of matrices, the fastest of three."""
     matrix, seconds = np.ones((1024, 1024), dtype=np.float32), []

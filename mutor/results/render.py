@@ -18,6 +18,7 @@ CHOSEN = {  # by what names the best checkpoint, see Task.chosen_on
     "test": "chosen on the test problems themselves, as in the paper",
     "": "the last one, as there are no validation problems",
 }
+PATH_ONLY = "Path only at this scale: it shows that every step works, from prompt to cell, and nothing of the methods."
 MARKDOWN = str.maketrans({"|": r"\|", "\\": r"\\", "<": "&lt;", "\n": " "})
 LATEX = str.maketrans(
     {char: f"\\{char}" for char in "&%$#_{}"}
@@ -132,10 +133,9 @@ def caption(evidence: Evidence, table: Table) -> str:
         now = task.chosen_on(config)
         for split in {record.get("chosen_on", now) for record in evidence.records_of(cell)} or {now}:
             chosen.setdefault(split, {})[task.describe(config)] = None
-    if not chosen:
-        return table.caption
     texts = [CHOSEN[split] + f" ({', '.join(names)})" * (len(chosen) > 1) for split, names in chosen.items()]
-    return f"{table.caption} The best checkpoint is {'; '.join(texts)}."
+    best = f" The best checkpoint is {'; '.join(texts)}." if chosen else ""
+    return f"{PATH_ONLY} " * evidence.path_only(table) + table.caption + best
 
 
 def answer(evidence: Evidence, table: Table) -> list[str]:
