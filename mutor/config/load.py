@@ -132,8 +132,13 @@ def load_scale(root: Path, name: str, content: Mapping[str, Any] | None = None) 
     for name, allowed in (("max_seeds", table_names(root)), ("processes", list(scale.models))):
         for key, value in getattr(scale, name).items():
             choose(key, allowed, f"{where}: {name}")
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{where}: {name}: {key}: {value!r} is not allowed; allowed: 1, 2, ...")
+            numbers = value if name == "max_seeds" and isinstance(value, dict) else {"": value}
+            labels = _labels(root, key) if "" not in numbers else [""]
+            for label, number in numbers.items():
+                here = f"{where}: {name}: {key}{': ' * bool(label)}{label}"
+                choose(label, labels, here)
+                if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                    raise ValueError(f"{here}: {number!r} is not allowed; allowed: 1, 2, ...")
     for key in scale.sharded:
         choose(str(key), scale.models, f"{where}: sharded")
         if scale.processes.get(key, 1) == 1:
@@ -174,6 +179,12 @@ def load_scale(root: Path, name: str, content: Mapping[str, Any] | None = None) 
                 _method_config(f"{where}: datasets: {dataset_name}: settings: {method}", method, variant or {})
     _check_roles(root, scale, where)
     return scale
+
+
+def _labels(root: Path, table: str) -> list[str]:
+    """What `max_seeds` may name of a table: the labels of its rows, the methods of those without, and others."""
+    rows = _parts(read_config(root, f"tables/{table}.yaml"), "rows")
+    return ["others", *(str(row.get("label") or row.get("method")) for row in rows)]
 
 
 def _check_base(where: str, scale: Scale, name: str) -> None:

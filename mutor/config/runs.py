@@ -267,7 +267,7 @@ def cells_of(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -
     """
     out = []
     for row in table.rows:
-        limits = [n for n in (row.max_seeds, scale.max_seeds.get(table.name)) if n is not None]
+        limits = [n for n in (row.max_seeds, _most_seeds(scale, table, row)) if n is not None]
         row = replace(row, max_seeds=min(limits, default=None))
         for data, dataset in scale.datasets.items():
             if dataset.role != row.train_data or (row.control and not dataset.controls):
@@ -285,6 +285,12 @@ def cells_of(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -
                     checkpoint = _checkpoint(f"{table.name}, {data}", table, row, spec)
                     out += [Cell(row, spec, metric, checkpoint) for metric in table.metrics]
     return out
+
+
+def _most_seeds(scale: Scale, table: Table, row: Row) -> int | None:
+    """How many seeds a scale gives a row: the table's number, or the one at the row's label or method, or at others."""
+    given = scale.max_seeds.get(table.name)
+    return given.get(row.label or row.method, given.get("others")) if isinstance(given, dict) else given
 
 
 def _checkpoint(where: str, table: Table, row: Row, spec: Spec) -> str:
