@@ -135,8 +135,8 @@ def load_scale(root: Path, name: str, content: Mapping[str, Any] | None = None) 
             numbers = value if name == "max_seeds" and isinstance(value, dict) else {"": value}
             labels = _labels(root, key) if "" not in numbers else [""]
             for label, number in numbers.items():
+                choose(label, labels, f"{where}: {name}: {key}")
                 here = f"{where}: {name}: {key}{': ' * bool(label)}{label}"
-                choose(label, labels, here)
                 if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                     raise ValueError(f"{here}: {number!r} is not allowed; allowed: 1, 2, ...")
     for key in scale.sharded:

@@ -125,7 +125,8 @@ def _claim_frame(evidence: Evidence) -> pd.DataFrame:
             # none where the scale has nothing in the place of the table's models, or concludes nothing from it
             cells = [] if evidence.path_only(table) else evidence.cells(table)
             found = evidence.frame(table).to_dict("records") if cells else []
-            pairs[claim.table] = list(zip(cells, found, strict=True))
+            both = zip(cells, found, strict=True)  # what is measured in the place of a claim's metric can't decide it
+            pairs[claim.table] = [(cell, row) for cell, row in both if cell.measured == cell.metric]
         rows += _rows(evidence, claim, pairs[claim.table])
     return pd.DataFrame(rows, columns=[*COLUMNS, "ran", "data"])
 

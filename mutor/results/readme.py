@@ -103,7 +103,7 @@ def _reference(evidence: Evidence, folder: Path) -> list[str]:
     return [
         *parts,
         f"These are {named} of {known} claims. All of them make {len(frame)} comparisons: {counted(frame)}.",
-        f"[claims.md]({where}/claims.md) has each, with the rule and with what stands in for what. All tables and",
+        f"[verdict.md]({where}/verdict.md) has each, with the rule and with what stands in for what. All tables and",
         f"figures are in [{where}]({where}): [report.html]({where}/report.html) shows them on one page,",
         f"[runs.csv]({where}/runs.csv) has a row for each seeded run.",
         "",
