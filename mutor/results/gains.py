@@ -113,7 +113,7 @@ def draw(evidence: Evidence, found: Sequence[Gain]) -> Figure:
         axis.set_yticks(range(len(rows)), [f"{g.label}  ({g.found.counted or f'n={g.found.seeds}'})" for g in rows])
         name = data.split(", ")[0] if "labels=" in data else data
         axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{metric.replace('_', ' ')} ({rows[0].unit})")
-        axis.set_title(wrapped(f"{graph_name(name)}{data.removeprefix(name)}", 44), fontsize=8.5)
+        axis.set_title(wrapped(f"{graph_name(name)}{data.removeprefix(name)}", 28), fontsize=8.5)
     if not found:
         axes[0].axis("off")
         axes[0].text(0.5, 0.5, "no runs yet", ha="center", color="#777777")

@@ -155,7 +155,8 @@ def markdown(evidence: Evidence, tables: Sequence[Table]) -> str:
     parts = ["# Does multi-token prediction help?", "", f"Scale: {evidence.scale.name} ({evidence.scale.description})."]
     for one in three_answers(evidence, tables):
         first, *rest = one.sentences
-        parts += ["", f"## {one.question}", "", plain(first), "", *(f"- {plain(sentence)}" for sentence in rest)]
+        parts += ["", f"## {one.question}", "", plain(first), *([""] if rest else [])]
+        parts += [f"- {plain(sentence)}" for sentence in rest]
         if len(one.table):
             parts += ["", grid(one.table.set_index("table"))]
         if one.question == HELPS:
