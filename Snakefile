@@ -21,6 +21,7 @@ rule all:
         artifact_files(ARTIFACTS),
         f"{RESULTS}/runs.csv",
         f"{RESULTS}/claims.csv",
+        f"{RESULTS}/verdict.md",
         f"{RESULTS}/report.html",
 
 

@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--out", type=Path, default=Path("tries"), help="folder of all tries (default: tries)")
 
     draw = command("collect", collect, "build a table or figure from whatever runs exist")
-    draw.add_argument("artifact", nargs="*", help="files of config/tables, claims, runs, report (default: all)")
+    draw.add_argument(
+        "artifact", nargs="*", help="files of config/tables, claims, verdict, runs, report (default: all)"
+    )
     draw.add_argument("--artifacts", nargs="+", help="what the report shows (default: all wanted)")
     draw.add_argument("--seeds", nargs="+", type=int, help="seeds that no run should lack (default: config.yaml's)")
     draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's, or the scale's)")
@@ -192,7 +194,9 @@ def collect(args: argparse.Namespace, root: Path, project: Project) -> None:
     check_writable(folder, "results")
     evidence = Evidence(root, scale, records.Records(root / project.runs), project.seeds)
     wanted = list(project.artifacts or scale.artifacts)
-    files, answers = collect_all(evidence, args.artifact or [*wanted, "claims", "runs", "report"], wanted, folder)
+    files, answers = collect_all(
+        evidence, args.artifact or [*wanted, "claims", "verdict", "runs", "report"], wanted, folder
+    )
     for file in files:
         print(_shown(file, root))
     _say_problems(evidence.runs)

@@ -11,7 +11,7 @@ from mutor.files import write_json
 from mutor.results import claims, record_schema, records
 from mutor.results.cells import Evidence
 from mutor.results.stats import Interval
-from mutor.results.verdicts import judge
+from mutor.results.verdicts import Scored, compare, difference, judge
 
 ROOT = find_root()
 
@@ -65,14 +65,19 @@ def put(folder, cell, seed, solved, test_data_hash="t", count=200, metric="solve
     write_json(records.seed_folder(folder, spec, seed) / "metrics.json", record)
 
 
-def frame_of(folder, solved, scale="smoke", count=200):
+def frame_of(folder, solved, scale="smoke", count=200, table="figure4", metric="solve_rate"):
     """The claims frame of runs: label or method -> problems solved by each seed, of `count`."""
     loaded = load_scale(ROOT, scale)
-    for cell in cells_of(load_table(ROOT, "figure4"), loaded):
+    for cell in cells_of(load_table(ROOT, table), loaded):
         key = cell.row.label or cell.spec.method
-        for seed, right in zip((42, 43, 44), solved.get(key, ()), strict=False):
-            put(folder, cell, seed, right, count=count)
+        for number, right in enumerate(solved.get(key, ())):
+            put(folder, cell, 42 + number, right, count=count, metric=metric)
     return judged(scale, folder)
+
+
+def problems_of(folder, solved, count=200):
+    """The same of generated problems, whose rates have a mean over seeds."""
+    return frame_of(folder, solved, count=count, table="table1", metric="accuracy")
 
 
 def of(frame, words):
@@ -82,26 +87,37 @@ def of(frame, words):
 
 
 def test_verdicts_on_made_up_runs(tmp_path):
+    """Seeds are counted: 6 of 6 against 0 of 6 is p = 2 / 924, 3 of 3 against 0 of 6 is 1 / 84, 2 of 3 is 1 / 12."""
     frame = frame_of(
         tmp_path,
         {
-            "next_token": (1000, 980, 1020),
-            "mutor": (1980, 1990, 2000),
-            "parallel_mtp": (1000, 1500, 2000),
-            "mutor, d = 1": (1500, 1520, 1480),
+            "next_token": (1000, 980, 1020, 1010, 990, 1000),
+            "mutor": (1980, 1990, 2000, 1900, 1905, 2000),
+            "parallel_mtp": (1000, 1500, 2000, 1000, 1899, 1000),
+            "teacherless": (2000, 1990, 1980),
+            "mutor, d = 1": (2000, 2000, 1000),
         },
         count=2000,
     )
-    chance, solves = of(frame, "stays at chance"), of(frame, "fails on")
-    assert (chance["verdict"], solves["verdict"]) == ("same direction", "same direction")
-    assert solves["measured"] == pytest.approx(99.5 - 50) and solves["n_seeds"] == 3
-    assert solves["covers"] == "seeds and problems" and solves["ci_low"] > 40
+    chance, solves = of(frame, "stays near chance"), of(frame, "fails on")
+    assert (chance["verdict"], chance["solved"], chance["measured"]) == ("same direction", "6 of 6", 100)
+    assert (solves["verdict"], solves["solved"], solves["n_seeds"]) == ("same direction", "6 of 6 against 0 of 6", 6)
+    assert solves["p"] == pytest.approx(2 / 924) and (solves["measured"], solves["covers"]) == (100, "seeds")
+    assert solves["ci_low"] == pytest.approx(100 - 2**0.5 * 100 * (1 - 0.025 ** (1 / 6))) and solves["ci_high"] == 100
     wide = of(frame, "Parallel heads are above")
-    assert wide["verdict"] == "undecided" and wide["to_decide"].startswith("about ") and "seeds" in wide["to_decide"]
-    assert of(frame, "no further than the next token")["verdict"] == "opposite direction"
+    assert (wide["verdict"], wide["solved"], wide["p"]) == ("undecided", "1 of 6 against 0 of 6", 1)
+    assert wide["to_decide"] == "about 33 seeds a side"  # 6 of 33 are the first of such a share
+    assert of(frame, "Teacherless training")["p"] == pytest.approx(1 / 84)
+    assert of(frame, "Teacherless training")["verdict"] == "same direction"
+    assert of(frame, "no further than the next token")["verdict"] == "undecided"
+    text = claims.shown(frame).set_index("claim")["measured"]
+    assert (
+        text["MuToR solves star graphs that next-token prediction fails on"]
+        == "6 of 6 against 0 of 6 seeds (p = 0.0022)"
+    )
     missing = of(frame, "Sequential modules are above")
     assert missing["verdict"] == "not run" and "snakemake results/smoke/figure4.csv" in missing["to_decide"]
-    assert of(frame, "Llama 3 8B")["verdict"] == "not at this scale"
+    assert of(frame, "on summaries")["verdict"] == "not at this scale"
     content = yaml.safe_load((ROOT / "config/claims.yaml").read_text())
     assert {c["claim"] for c in content["claims"]} == set(frame["claim"])
 
@@ -111,20 +127,58 @@ def test_verdicts_on_made_up_runs(tmp_path):
 )
 def test_none_right_of_three_seeds_is_not_without_doubt(tmp_path, ours, verdict, low, high):
     """Two methods that are always wrong are not known to be equal; one that is always right is known to be better."""
-    frame = frame_of(tmp_path, {"next_token": (0, 0, 0), "mutor": (ours,) * 3}, count=30)
-    row = of(frame, "fails on")
+    frame = problems_of(tmp_path, {"next_token": (0, 0, 0), "mutor": (ours,) * 3}, count=30)
+    row = of(frame, "above next-token prediction (Gemma")
     assert (row["verdict"], row["n_seeds"]) == (verdict, 3) and row["measured"] == pytest.approx(ours / 0.3)
     assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high), abs=0.01)
-    chance = of(frame, "95% or more")  # against a number: Wilson's of the rate
+    scored = {s: Scored(ours / 0.3, np.arange(30) < ours, "t") for s in (42, 43, 44)}  # a number: Wilson's of the rate
+    number = difference(scored, 95.0, percent=True).difference
     wilson = (0, 11.35) if ours == 0 else (88.65, 100)
-    assert (chance["ci_low"], chance["ci_high"]) == pytest.approx([x - 95 for x in wilson], abs=0.01)
+    assert (number.low, number.high) == pytest.approx([x - 95 for x in wilson], abs=0.01)
 
 
 def test_one_seed_is_over_problems_and_decides_nothing(tmp_path):
-    row = of(frame_of(tmp_path, {"next_token": (0,), "mutor": (200,)}), "fails on")
+    what = "above next-token prediction (Gemma"
+    row = of(problems_of(tmp_path, {"next_token": (0,), "mutor": (200,)}), what)
     assert (row["n_seeds"], row["covers"], row["verdict"]) == (1, "problems", "undecided") and row["ci_low"] > 90
     assert row["to_decide"] == "three seeds or more"
-    assert of(frame_of(tmp_path, {"next_token": (0, 0), "mutor": (200, 200)}), "fails on")["verdict"] != "undecided"
+    assert of(problems_of(tmp_path, {"next_token": (0, 0), "mutor": (200, 200)}), what)["verdict"] != "undecided"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+        ((1, 1), (0, 40), "inconclusive"),  # p = 1 / 41, but of a single seed
+        ((2, 2), (0, 40), "reproduced"),
+        ((0, 40), (2, 2), "contradicted"),
+        ((3, 3), (0, 3), "inconclusive"),
+        ((4, 4), (0, 4), "reproduced"),
+        ((9, 10), (9, 10), "inconclusive"),
+    ],
+)
+def test_a_single_counted_seed_decides_nothing(ours, theirs, verdict):
+    sides = [{n: Scored(100.0 if n < k else 50.0, None, None) for n in range(of)} for k, of in (ours, theirs)]
+    found = compare("above", 0, None, *sides, percent=True, command="", solved_at=95.0)
+    assert found.verdict == verdict and bool(found.to_decide) == (verdict == "inconclusive")
+    turned = compare("below", 0, None, *sides, percent=True, command="", solved_at=95.0)
+    assert turned.verdict == {"reproduced": "contradicted", "contradicted": "reproduced"}.get(verdict, verdict)
+
+
+@pytest.mark.parametrize(
+    ("values", "direction", "margin", "number", "verdict"),
+    [
+        ([96.0] * 6, "above", 0, 95.0, "reproduced"), ([96.0] * 5, "above", 0, 95.0, "inconclusive"),
+        ([50.0] * 6, "above", 0, 95.0, "contradicted"), ([94.9] * 6, "above", 1, 95.0, "reproduced"),
+        ([52.0, 48.0, 50.0, 51.0, 49.0, 54.9], "equal", 5, 50.0, "reproduced"),
+        ([56.0] * 6, "equal", 5, 50.0, "contradicted"), ([96.0] * 6, "below", 0, 95.0, "contradicted"),
+        ([96.0] * 9 + [50.0], "above", 0, 95.0, "reproduced"),
+        ([96.0] * 8 + [50.0] * 2, "above", 0, 95.0, "inconclusive"),
+    ],
+)  # fmt: skip
+def test_most_seeds_are_for_a_claim_about_a_number(values, direction, margin, number, verdict):
+    side = {seed: Scored(value, None, None) for seed, value in enumerate(values)}
+    found = compare(direction, margin, None, side, number, percent=True, command="", solved_at=95.0)
+    assert found.verdict == verdict and found.to_decide == ("six seeds or more" if verdict == "inconclusive" else "")
 
 
 def test_best_of_all_is_held_against_each_other_setting(tmp_path):
@@ -147,7 +201,7 @@ def test_published_effects_stand_beside(tmp_path):
     table1 = frame[(frame["table"] == "table1") & (frame["theirs"] == "next_token") & (frame["direction"] == "above")]
     gains = {(r["role"], r["train_data"]): round(r["published"], 2) for _, r in table1.iterrows()}
     assert gains["gemma-2b", "gsm8k"] == 3.23 and gains["gemma-2b", "2m-gsm"] == 1.54
-    assert gains["llama-3-8b", "1m-math"] == 2.0
+    assert gains["gemma-2b", "1m-math"] == 1.4
     longer = frame[(frame["table"] == "table13") & frame["theirs"].str.contains("1.667 times")]
     assert sorted(round(v, 2) for v in longer["published"]) == [0.51, 0.77, 1.23, 1.61]
     extra = of(frame, "1.4 times the data")
@@ -158,45 +212,50 @@ def test_published_effects_stand_beside(tmp_path):
     assert agree.all()  # the sources' own numbers support what they claim
 
 
-@pytest.mark.parametrize("by", ["method", "seed"])
-def test_different_problems_are_compared_by_seeds(tmp_path, by):
-    """Each side has its own, or each seed."""
-    scale = load_scale(ROOT, "smoke")
-    for cell in cells_of(load_table(ROOT, "figure4"), scale):
-        if not cell.row.control and cell.spec.method in ("next_token", "mutor"):
-            for seed, right in ((42, 90), (43, 110)):
-                mutor = cell.spec.method == "mutor"
-                put(tmp_path, cell, seed, right + 50 * mutor, cell.spec.method if by == "method" else str(seed))
-    row = of(judged("smoke", tmp_path), "fails on")
-    assert row["covers"] == "seeds" and row["measured"] == pytest.approx(25)
+def test_problems_of_each_side_are_compared_by_seeds():
+    ours, theirs = (
+        {42: Scored(45.0 + more, None, name), 43: Scored(55.0 + more, None, name)}
+        for name, more in (("a", 25), ("b", 0))
+    )
+    found = difference(ours, theirs, percent=True).difference
+    assert found.covers == "seeds" and found.estimate == pytest.approx(25)
     half = 4.302653 * (2 * 7.0710678**2 / 2) ** 0.5 / 1  # Welch at equal variances: t with 2 degrees of freedom
-    assert row["ci_high"] - 25 == pytest.approx(half, rel=1e-4)
+    assert found.high - 25 == pytest.approx(half, rel=1e-4)
 
 
-def test_a_difference_by_seeds_is_no_more_than_possible(tmp_path):
+def test_problems_of_each_seed_are_compared_seed_by_seed():
+    """A graph a seed: what differs between graphs is not what differs between methods."""
+    rates = {42: (10.0, 12.0), 43: (50.0, 53.0), 44: (90.0, 94.0)}
+    ours, theirs = (
+        {seed: Scored(pair[side], np.zeros(5), f"graph {seed}") for seed, pair in rates.items()} for side in (1, 0)
+    )
+    found = difference(ours, theirs, percent=True).difference
+    assert (found.estimate, found.covers, found.spread) == (3.0, "seeds", 1.0)
+    assert found.high - 3 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)  # t(0.975, 2), a standard deviation of 1
+    del theirs[44]  # not the same seeds: Welch's
+    assert difference(ours, theirs, percent=True).difference.spread > 40
+
+
+def test_a_difference_by_seeds_is_no_more_than_possible():
     """Welch's half-width of (0, 100) against (0, 10) is far above 100."""
-    for cell in cells_of(load_table(ROOT, "figure4"), load_scale(ROOT, "smoke")):
-        if not cell.row.control and cell.spec.method in ("next_token", "mutor"):
-            for seed, right in ((42, 0), (43, 200 if cell.spec.method == "mutor" else 20)):
-                put(tmp_path, cell, seed, right, test_data_hash=cell.spec.method + str(seed))
-    frame = judged("smoke", tmp_path)
-    row, number = of(frame, "fails on"), of(frame, "95% or more")
-    assert row["covers"] == number["covers"] == "seeds" and row["measured"] == pytest.approx(45)
-    assert (row["ci_low"], row["ci_high"], number["ci_low"], number["ci_high"]) == (-100, 100, -95, 5)
+    ours, theirs = ({42: Scored(0.0, None, None), 43: Scored(value, None, None)} for value in (100.0, 10.0))
+    row, number = (difference(ours, other, percent=True).difference for other in (theirs, 95.0))
+    assert row.covers == number.covers == "seeds" and row.estimate == pytest.approx(45)
+    assert (row.low, row.high, number.low, number.high) == (-100, 100, -95, 5)
 
 
 def test_other_training_data_are_compared_problem_by_problem(tmp_path):
     """1.4 times the data, one seed a side: the test problems are the same, so they tell how sure the difference is."""
     for test_data_hash in ("t", None):
-        for cell in cells_of(load_table(ROOT, "table3"), load_scale(ROOT, "laptop")):
+        for cell in cells_of(load_table(ROOT, "table3"), load_scale(ROOT, "paper")):
             right = {"mutor": 120, "next_token": 100}[cell.spec.method]
             put(tmp_path, cell, 42, right, test_data_hash, metric="accuracy", data_hash=cell.spec.data)
-        row = of(judged("laptop", tmp_path), "1.4 times the data")
+        row = of(judged("paper", tmp_path), "1.4 times the data")
         assert row["measured"] == pytest.approx(10) and row["n_seeds"] == 1
         if test_data_hash:
             assert row["covers"] == "problems" and 5 < row["ci_low"] < row["ci_high"] < 15
         else:  # a record that does not name its problems
-            assert row["covers"] == "nothing" and np.isnan(row["ci_low"]) and row["verdict"] == "undecided"
+            assert row["covers"] == "nothing" and np.isnan(row["ci_low"]) and row["verdict"] == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -225,6 +284,8 @@ def test_wrong_claims_are_named(tmp_path, change, says):
 
 
 def test_collect_writes_them(tmp_path, capsys):
-    assert main(["collect", "claims", "--scale", "smoke", "--runs", str(tmp_path), "--results", str(tmp_path)]) == 0
-    text = (tmp_path / "claims.md").read_text()
+    args = ["--scale", "smoke", "--runs", str(tmp_path), "--results", str(tmp_path)]
+    assert main(["collect", "claims", "verdict", *args]) == 0
+    text = (tmp_path / "verdict.md").read_text()
     assert "whole\ninterval lies above" in text and "| not run |" in text and "MuToR is best at d_max 4" in text
+    assert "| not run |" not in text.split("## Needs the paper scale")[1] and (tmp_path / "claims.csv").exists()

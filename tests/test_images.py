@@ -314,6 +314,21 @@ def test_real_images_score_as_such_and_noise_does_not(digits, monkeypatch, tmp_p
     assert real["log_likelihood"] == -real["loss"] and "fid" not in real and "inception_score" not in real
 
 
+def test_log_likelihood_is_that_of_the_codes_one_by_one(digits, monkeypatch):
+    """In nats a code, of held-out images, by the model's plain forward pass; a model that knows more has more."""
+    method, model = attached_to(digits)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.1)
+    monkeypatch.setattr(digits, "draw", lambda *args: torch.zeros(50, 1, 8, 8))
+    metrics, _ = digits.evaluate(model, method, Context(), "test", 7)  # whatever the batches
+    ids = torch.tensor(np.array([ids for ids, _ in digits.examples("test")]))
+    with torch.no_grad():
+        told = model(input_ids=ids).logits[:, :-1, : digits.config.codes].log_softmax(-1)
+    by_hand = told.gather(2, ids[:, 1:, None]).mean()
+    assert metrics["log_likelihood"] == pytest.approx(float(by_hand), abs=1e-4) and by_hand < -np.log(16)
+
+
 def test_classes_are_drawn_at_random_and_for_all_models_the_same(digits, monkeypatch):
     """As LlamaGen's sampling does, not all in turn: counts spread like those of independent draws."""
     from mutor.tasks.images import Images

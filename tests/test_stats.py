@@ -1,5 +1,7 @@
 """Statistics against scipy, cases worked by hand, and their own promises in simulation."""
 
+from math import comb
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -8,11 +10,15 @@ from mutor.config.runs import possible
 from mutor.results.stats import (
     Interval,
     Summary,
+    clopper_pearson,
+    fisher,
     graded,
     interval,
     needed,
     over_seeds,
     paired,
+    seeds_to_tell_apart,
+    shares_apart,
     summarise,
     wilson,
 )
@@ -273,3 +279,59 @@ def test_seeds_differ_unless_by_rounding():
     assert over_seeds([0.1 + 0.2, 0.3]) is None and over_seeds([50.0, 50.0], [0.1 + 0.2, 0.3]) is None
     for seeds in ([1e-9, 2e-9], [50.0, 50.0001], [1.0, 1.0, 2.0]):  # small numbers and differences are some
         assert over_seeds(seeds) is not None
+
+
+# seeds that are counted
+
+
+def tail(count, of, share):
+    """The chance of `count` or more of `of`, by the binomial sum."""
+    return sum(comb(of, k) * share**k * (1 - share) ** (of - k) for k in range(count, of + 1))
+
+
+@pytest.mark.parametrize(("count", "of"), [(0, 3), (1, 3), (3, 3), (9, 10), (10, 10), (5, 10), (17, 20)])
+def test_exact_interval_leaves_a_fortieth_on_each_side(count, of):
+    """At its ends as many or more, as few or fewer, have the chance 0.025; where none or all are seen it is open."""
+    low, high = clopper_pearson(count, of)
+    assert low == 0 if count == 0 else tail(count, of, low) == pytest.approx(0.025)
+    assert high == 1 if count == of else 1 - tail(count + 1, of, high) == pytest.approx(0.025)
+
+
+def test_fishers_test_sums_the_tables_that_are_no_more_likely():
+    """By the hypergeometric sum, for all counts of 10 and 3 seeds, and of 5 and 5."""
+    for one, other in ((10, 3), (5, 5)):
+        for solved in range(one + other + 1):
+            chances = {
+                k: comb(one, k) * comb(other, solved - k) / comb(one + other, solved)
+                for k in range(max(0, solved - other), min(one, solved) + 1)
+            }
+            for k, chance in chances.items():
+                by_hand = sum(c for c in chances.values() if c <= chance * (1 + 1e-9))
+                assert fisher((k, one), (solved - k, other)) == pytest.approx(by_hand), (one, other, solved, k)
+    assert fisher((3, 3), (0, 3)) == pytest.approx(0.1) and fisher((4, 4), (0, 4)) == pytest.approx(2 / 70)
+
+
+def test_difference_of_counted_shares_by_hand():
+    """10 of 10 have 69.2 to 100%, 0 of 10 have 0 to 30.8: below 100 points by the root of two squares of 30.8."""
+    end = 0.025**0.1
+    found = shares_apart((10, 10), (0, 10))
+    assert (found.estimate, found.high, found.covers) == (1, 1, "seeds")
+    assert found.low == pytest.approx(1 - 2**0.5 * (1 - end)) and shares_apart((0, 10), (10, 10)).high == -found.low
+    assert shares_apart((3, 3), (0, 3)).low < 0 < shares_apart((4, 4), (0, 4)).low
+    uneven = shares_apart((9, 10), (1, 3))
+    (low, high), (lowest, highest) = clopper_pearson(9, 10), clopper_pearson(1, 3)
+    assert uneven.low == pytest.approx(0.9 - 1 / 3 - np.hypot(0.9 - low, highest - 1 / 3))
+    assert uneven.high == pytest.approx(0.9 - 1 / 3 + np.hypot(high - 0.9, 1 / 3 - lowest))
+
+
+def test_seeds_to_tell_apart():
+    assert seeds_to_tell_apart(1, 0) == 4 and seeds_to_tell_apart(0, 1) == 4 and seeds_to_tell_apart(0.5, 0.5) is None
+    assert seeds_to_tell_apart(0.9, 0.8, max_seeds=20) is None
+
+
+def test_counted_seeds_have_no_interval_of_a_mean():
+    found = summarise([95.0, 94.9, 100.0], [np.ones(9)] * 3, solved_at=95.0)
+    assert (found.n_seeds, found.n_solved, found.ci_low, found.ci_high, found.covers) == (3, 2, None, None, "")
+    assert found.mean == pytest.approx(96.6333, abs=1e-4) and found.std == pytest.approx(2.917, abs=1e-3)
+    assert (found.solved_low, found.solved_high) == pytest.approx([100 * x for x in clopper_pearson(2, 3)])
+    assert summarise([95.0, 94.9, 100.0]).n_solved is None and summarise([], solved_at=95.0) == Summary(0)

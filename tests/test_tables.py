@@ -68,12 +68,15 @@ def test_seeds_on_other_problems_are_not_stacked(tmp_path):
     """Scores of problems stand in one column only where all seeds' records name the same problems."""
     found = {}
     for kind, hashes in (("same", "tt"), ("others", "tu"), ("unnamed", (None, None))):
-        cell = next(c for c in run_cells(load_table(ROOT, "figure4"), load_scale(ROOT, "smoke")))
+        cell = next(c for c in run_cells(load_table(ROOT, "table1"), load_scale(ROOT, "smoke")))
         for seed, rate, test_data_hash in zip((42, 43), (48.0, 52.0), hashes, strict=True):
             file = records.seed_folder(tmp_path / kind, cell.spec, seed) / "metrics.json"
-            write_json(file, record(cell.spec, seed, rate) | {"test_data_hash": test_data_hash})
+            told = record(cell.spec, seed, rate) | {"test_data_hash": test_data_hash}
+            scored = {"scores": {"accuracy": told["checkpoints"][0]["scores"]["solve_rate"]}}
+            told["checkpoints"] = [told["checkpoints"][0] | scored | {"metrics": {"accuracy": rate}}]
+            write_json(file, told)
         evidence_here = evidence("smoke", tmp_path / kind)
-        frame = evidence_here.frame(evidence_here.table("figure4"))
+        frame = evidence_here.frame(evidence_here.table("table1"))
         found[kind] = frame[frame["mean"].notna()].iloc[0][["ci_low", "ci_high"]].tolist()
     alone = summarise([48.0, 52.0])
     assert found["others"] == found["unnamed"] == pytest.approx([alone.ci_low, alone.ci_high])

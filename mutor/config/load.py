@@ -124,15 +124,21 @@ def load_scale(root: Path, name: str, content: Mapping[str, Any] | None = None) 
     """A scale with its models, datasets and recipes checked; content: what stands in the place of its file's."""
     where = f"config/scales/{name}.yaml"
     scale = from_mapping(Scale, {**(content or scale_content(root, name)), "name": name}, where)
-    for artifact in scale.artifacts:
-        choose(str(artifact), table_names(root), f"{where}: artifacts")
+    for key in ("artifacts", "path_only"):
+        for artifact in getattr(scale, key):
+            choose(str(artifact), table_names(root), f"{where}: {key}")
     for key in scale.plan:
         choose(key, scale.models, f"{where}: plan")
     for name, allowed in (("max_seeds", table_names(root)), ("processes", list(scale.models))):
         for key, value in getattr(scale, name).items():
             choose(key, allowed, f"{where}: {name}")
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{where}: {name}: {key}: {value!r} is not allowed; allowed: 1, 2, ...")
+            numbers = value if name == "max_seeds" and isinstance(value, dict) else {"": value}
+            labels = _labels(root, key) if "" not in numbers else [""]
+            for label, number in numbers.items():
+                choose(label, labels, f"{where}: {name}: {key}")
+                here = f"{where}: {name}: {key}{': ' * bool(label)}{label}"
+                if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                    raise ValueError(f"{here}: {number!r} is not allowed; allowed: 1, 2, ...")
     for key in scale.sharded:
         choose(str(key), scale.models, f"{where}: sharded")
         if scale.processes.get(key, 1) == 1:
@@ -173,6 +179,12 @@ def load_scale(root: Path, name: str, content: Mapping[str, Any] | None = None) 
                 _method_config(f"{where}: datasets: {dataset_name}: settings: {method}", method, variant or {})
     _check_roles(root, scale, where)
     return scale
+
+
+def _labels(root: Path, table: str) -> list[str]:
+    """What `max_seeds` may name of a table: the labels of its rows, the methods of those without, and others."""
+    rows = _parts(read_config(root, f"tables/{table}.yaml"), "rows")
+    return ["others", *(str(row.get("label") or row.get("method")) for row in rows)]
 
 
 def _check_base(where: str, scale: Scale, name: str) -> None:

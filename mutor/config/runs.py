@@ -134,6 +134,12 @@ class Cell:
         """Rates are in percent, as published; k tokens ahead, or with k drafts, a metric has the unit without."""
         return UNITS.get(self.metric.partition("_ahead_")[0].partition("_draft_")[0], "percent")
 
+    @property
+    def solved_at(self) -> float | None:
+        """The rate from which a seed counts as solved, where the task's seeds are counted."""
+        solved_at: float | None = load(TASKS, self.spec.dataset.task, "task").solved_at
+        return solved_at if self.unit == "percent" else None
+
 
 def settings_name(settings: Mapping[str, Any]) -> str:
     """Sorted key=value of what is not default, or `default`."""
@@ -262,7 +268,7 @@ def cells_of(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -
     """
     out = []
     for row in table.rows:
-        limits = [n for n in (row.max_seeds, scale.max_seeds.get(table.name)) if n is not None]
+        limits = [n for n in (row.max_seeds, _most_seeds(scale, table, row)) if n is not None]
         row = replace(row, max_seeds=min(limits, default=None))
         for data, dataset in scale.datasets.items():
             if dataset.role != row.train_data or (row.control and not dataset.controls):
@@ -280,6 +286,12 @@ def cells_of(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -
                     checkpoint = _checkpoint(f"{table.name}, {data}", table, row, spec)
                     out += [Cell(row, spec, metric, checkpoint) for metric in table.metrics]
     return out
+
+
+def _most_seeds(scale: Scale, table: Table, row: Row) -> int | None:
+    """How many seeds a scale gives a row: the table's number, or the one at the row's label or method, or at others."""
+    given = scale.max_seeds.get(table.name)
+    return given.get(row.label or row.method, given.get("others")) if isinstance(given, dict) else given
 
 
 def _checkpoint(where: str, table: Table, row: Row, spec: Spec) -> str:

@@ -98,7 +98,12 @@ class Scale:
     )
     minutes: int = setting(60, doc="longest time a run with its seeds is scheduled with", low=1)
     seeds: tuple[int, ...] = setting((42, 43, 44), doc="seeds of every run", low=0)
-    max_seeds: dict = setting({}, doc="table -> only so many of the seeds for its rows")
+    max_seeds: dict = setting(
+        {}, doc="table -> only so many of the seeds for its rows, or a mapping: label of a row, or others -> so many"
+    )
+    path_only: tuple[str, ...] = setting(
+        (), doc="tables that show only that every step works, from prompt to cell: nothing is concluded from them"
+    )
     artifacts: tuple[str, ...] = setting(doc="the tables and figures of this scale, names of files in config/tables")
     models: dict = setting({}, doc="name -> model")
     datasets: dict = setting({}, doc="name -> dataset")

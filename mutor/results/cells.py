@@ -28,7 +28,7 @@ from mutor.tasks.corpora import CORPORA
 T = TypeVar("T")
 COLUMNS = {  # of every table's .csv, and what they say
     "artifact": "the table or figure",
-    "scale": "the scale, a file of config/scales",
+    "scale": "the scale, a file of config/scales; with `path only` where nothing follows from the numbers",
     "role": "the published model whose place is taken, as in config/reported.csv",
     "model": "the model that ran",
     "method": "the training method, a name of `python -m mutor methods`",
@@ -47,19 +47,38 @@ COLUMNS = {  # of every table's .csv, and what they say
     "n_seeds": "seeded runs behind the number; 0: not run",
     "mean": "over seeds",
     "std": "sample standard deviation over seeds",
-    "ci_low": "lower end of the 95% interval, for other seeds and other problems",
+    "ci_low": "lower end of the mean's 95% interval, for other seeds and other problems; none where seeds are counted",
     "ci_high": "its upper end",
     "reported": "the published value",
     "reported_difference": "mean - reported, where nothing stands in for the published model or data",
     "stands_in_for": "what stands in for which published model and data; empty: nothing",
     "settings": "all settings of the method that are not its defaults, key=value",
+    "n_solved": "seeds that solve the task, where it is learned wholly or not at all and seeds are counted",
+    "solved_low": "lower end of the exact 95% interval of their share, in percent",
+    "solved_high": "its upper end",
 }
 PUBLISHED_SETTINGS = ("d_max", "a", "registers", "placement", "register_embedding")
-NUMBERS = ("mean", "std", "ci_low", "ci_high", "reported", "reported_difference", "chance")
+NUMBERS = (
+    *("mean", "std", "ci_low", "ci_high", "reported", "reported_difference", "chance"),
+    *("n_solved", "solved_low", "solved_high", "solved_at", "reported_error"),
+)
 # for drawing, not in the .csv: name in figures, with and without the steps; the method with the settings that no column
 # has; every seed's number; what ran, for which role; the training data, as a stand-in where they have the published
 # name; of cost tables, a section with what ran for it, what is swept over and its value
-FOR_DRAWING = ["label", "line", "kind", "values", "chance", "ran", "data", "panel", "sweep", "x"]
+FOR_DRAWING = [
+    "label",
+    "line",
+    "kind",
+    "values",
+    "chance",
+    "solved_at",
+    "reported_error",
+    "ran",
+    "data",
+    "panel",
+    "sweep",
+    "x",
+]
 
 
 class Evidence:
@@ -101,6 +120,10 @@ class Evidence:
         """The published values that belong to a table."""
         return self.once("published", table.name, lambda: Published(self.reported, table))
 
+    def path_only(self, table: Table) -> bool:
+        """Whether a table shows at this scale only that every step works, and nothing is concluded from it."""
+        return table.name in self.scale.path_only
+
     def frame(self, table: Table) -> pd.DataFrame:
         """One row a cell, in the table's order, with COLUMNS and FOR_DRAWING.
 
@@ -137,7 +160,7 @@ class Evidence:
             )
         columns = [*COLUMNS, *FOR_DRAWING]
         blank = {column: None if column in NUMBERS else "" for column in columns}
-        blank |= {"artifact": table.name, "scale": self.scale.name}
+        blank |= {"artifact": table.name, "scale": self.scale.name + ", path only" * self.path_only(table)}
         rows = [blank | row for row in rows]
         for row in rows:
             if row["mean"] is not None and row["reported"] is not None and not row["stands_in_for"]:
@@ -152,7 +175,7 @@ def run_rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
         values = [checkpoint_metrics(record, cell.checkpoint)[cell.measured] for record in found]
         alike = len(found) == 1 or same_problems(*(record.get("test_data_hash") for record in found))
         scores = [problem_scores(record, cell.checkpoint, cell.measured) for record in found if alike]
-        summary = summarise(values, scores, possible=possible(cell.unit))
+        summary = summarise(values, scores, possible=possible(cell.unit), solved_at=cell.solved_at)
         row = _described(cell)
         task = load(TASKS, cell.spec.dataset.task, "task")
         yield row | {
@@ -162,7 +185,11 @@ def run_rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
             "std": summary.std,
             "ci_low": summary.ci_low,
             "ci_high": summary.ci_high,
-            "reported": _published(evidence.published(table), cell, row["train_data"]),
+            "n_solved": summary.n_solved,
+            "solved_low": summary.solved_low,
+            "solved_high": summary.solved_high,
+            "solved_at": cell.solved_at,
+            **_published(evidence.published(table), cell, row["train_data"]),
             "values": values,
             "chance": task.chance(cell.spec.task_config) if hasattr(task, "chance") else None,
         }
@@ -183,11 +210,14 @@ def _corpus(spec: Spec) -> Any:
     return CORPORA.get(getattr(spec.task_config, "corpus", ""))
 
 
-def _published(published: Published, cell: Cell, train_data: str) -> float | None:
-    """The published value beside a run's cell: none where the data have metrics of their own."""
+def _published(published: Published, cell: Cell, train_data: str) -> dict[str, float]:
+    """The published value beside a run's cell, and its standard error if told.
+
+    None where the data have metrics of their own.
+    """
     spec = cell.spec
     if spec.dataset.metrics:
-        return None
+        return {}
     stated: dict[str, list[str]] = {
         "role": [spec.model_config.role],
         "method": [spec.method],
@@ -199,7 +229,9 @@ def _published(published: Published, cell: Cell, train_data: str) -> float | Non
     for setting in ("d_max", "a", "register_embedding", "placement"):
         ours = str(getattr(spec.method_config, setting, ""))
         stated[setting] = [{"all": "every_token", "every": "every_second_token"}.get(ours, ours)]
-    return published.beside(stated, spec.budget_factor)
+    found = published.row_beside(stated, spec.budget_factor) or {}
+    told = {"reported": found.get("value"), "reported_error": found.get("std_error")}
+    return {column: float(value) for column, value in told.items() if value}
 
 
 def _described(cell: Cell) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the sources claim, held against the runs: config/claims.yaml -> results/claims.csv and .md.
+"""What the sources claim, held against the runs: config/claims.yaml -> results/claims.csv.
 
 A claim compares two cells of a table, or a cell with a number. It gets its verdict from the 95% interval of the
 difference ours - theirs, over seeds and problems, by one rule (verdicts.RULE); nobody judges.
@@ -16,14 +16,12 @@ import pandas as pd
 from mutor.checks import choose, from_mapping, setting
 from mutor.config.load import read_config, table_names
 from mutor.config.runs import Cell
-from mutor.config.schema import Scale
 from mutor.files import write_text
 from mutor.registry import METHODS, TASKS, load
 from mutor.results.cells import Evidence
 from mutor.results.numbers import is_missing, text
 from mutor.results.records import checkpoint_metrics, problem_scores
-from mutor.results.render import grid
-from mutor.results.verdicts import RULE, Compared, Scored, compare, least_favourable
+from mutor.results.verdicts import Compared, Scored, compare, least_favourable
 
 COLUMNS = {  # of claims.csv, and what they say
     "claim": "in words",
@@ -39,14 +37,16 @@ COLUMNS = {  # of claims.csv, and what they say
     "direction": "what is claimed of ours - theirs",
     "margin": "how far off still counts",
     "published": "ours - theirs as published",
-    "measured": "ours - theirs as measured",
+    "measured": "ours - theirs as measured; where seeds are counted, in percent of them (for the claim, of a number)",
     "ci_low": "lower end of its 95% interval",
     "ci_high": "its upper end",
     "covers": "what the interval accounts for; problems alone decide nothing",
     "n_seeds": "seeds on both sides",
-    "verdict": "by the rule in claims.md",
+    "verdict": "by the rule in verdict.md",
     "to_decide": "what would decide it",
     "stands_in_for": "what stands in for which published model and data",
+    "solved": "where seeds are counted: how many solve the task, ours against theirs, or are for the claim",
+    "p": "of Fisher's exact test of these counts, two-sided",
 }
 
 
@@ -122,9 +122,11 @@ def _claim_frame(evidence: Evidence) -> pd.DataFrame:
     for claim in load_claims(evidence):
         table = evidence.table(claim.table)
         if claim.table not in pairs:
-            cells = evidence.cells(table)  # none where the scale has nothing in the place of the table's models
+            # none where the scale has nothing in the place of the table's models, or concludes nothing from it
+            cells = [] if evidence.path_only(table) else evidence.cells(table)
             found = evidence.frame(table).to_dict("records") if cells else []
-            pairs[claim.table] = list(zip(cells, found, strict=True))
+            both = zip(cells, found, strict=True)  # what is measured in the place of a claim's metric can't decide it
+            pairs[claim.table] = [(cell, row) for cell, row in both if cell.measured == cell.metric]
         rows += _rows(evidence, claim, pairs[claim.table])
     return pd.DataFrame(rows, columns=[*COLUMNS, "ran", "data"])
 
@@ -218,6 +220,7 @@ def _compare(evidence: Evidence, claim: Claim, ours: Pair, theirs: Pair | None) 
         scored,
         percent=cell.unit == "percent",
         command=f"snakemake {evidence.home}/{claim.table}.csv --config scale={evidence.scale.name}",
+        solved_at=cell.solved_at,
     )
 
 
@@ -234,12 +237,11 @@ def scores_of(evidence: Evidence, cell: Cell) -> dict[int, Scored]:
 
 
 def collect_claims(evidence: Evidence, folder: Path) -> list[Path]:
-    """Write claims.csv and claims.md."""
+    """Write claims.csv; verdict.md shows it."""
+    file = folder / "claims.csv"
     frame = claim_frame(evidence)
-    files = [folder / "claims.csv", folder / "claims.md"]
-    write_text(files[0], frame[[*COLUMNS]].to_csv(index=False, lineterminator="\n", float_format="%.6g"))
-    write_text(files[1], markdown(frame, evidence.scale))
-    return files
+    write_text(file, frame[[*COLUMNS]].to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    return [file]
 
 
 def shown(frame: pd.DataFrame) -> pd.DataFrame:
@@ -247,7 +249,9 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in frame.to_dict("records"):
         measured = text(row["measured"], "+.1f")
-        if measured and not is_missing(row["ci_low"]):
+        if not is_missing(row["solved"]):
+            measured = f"{row['solved']} seeds" + ("" if is_missing(row["p"]) else f" (p = {row['p']:.2g})")
+        elif measured and not is_missing(row["ci_low"]):
             measured += f" ({row['ci_low']:+.1f} to {row['ci_high']:+.1f}; n={row['n_seeds']})"
         than = f"{row['ours']} {row['direction'].replace('equal', 'equal to')} {row['theirs']}"
         if not is_missing(row["margin"]):
@@ -292,23 +296,3 @@ def summary(here: pd.DataFrame) -> list[str]:
         claims = [str(name) for name, own in here.groupby("claim", sort=False) if own["verdict"].isin(verdicts).all()]
         out.append(f"{words}, wherever compared: {'; '.join(claims) or 'none'}.")
     return out
-
-
-def markdown(frame: pd.DataFrame, scale: Scale) -> str:
-    """The claims that this scale has runs for, then the others by name, and the rule."""
-    here, elsewhere = here_and_elsewhere(frame)
-    parts = [
-        "# What the sources claim, and what came out",
-        "",
-        f"Scale: {scale.name} ({scale.description}).",
-        "",
-        "Differences ours - theirs, with 95% intervals (n = seeds).",
-        "",
-    ]
-    parts += [grid(shown(here).set_index("claim")) if len(here) else "Nothing that is claimed is part of this scale."]
-    parts += ["", *(f"- Stands in for {words}." for words in sorted(set(filter(None, here["stands_in_for"]))))]
-    parts += ["", "How verdicts come about:", "", *RULE.splitlines()]
-    if elsewhere:
-        parts += ["", "Claims about models and data that are not part of this scale:", ""]
-        parts += [f"- {claim} ({source})" for claim, source in elsewhere]
-    return "\n".join(parts) + "\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -32,7 +33,8 @@ def collect_artifact(evidence: Evidence, table: Table, folder: Path) -> list[Pat
         from mutor.results.figures import save  # matplotlib, which tables do without
 
         for figure in table.drawing.figures:
-            files += save(resolve(figure.draw), evidence, table, folder / f"{table.name}{figure.suffix}")
+            draw = partial(resolve(figure.draw), evidence, table)
+            files += save(draw, folder / f"{table.name}{figure.suffix}")
     return files
 
 

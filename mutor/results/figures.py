@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mutor.registry import METHODS, TASKS, load
 from mutor.results.cells import Evidence, stand_ins
 from mutor.results.numbers import is_missing
 from mutor.results.records import curve
+from mutor.results.render import solved
 
 STYLE: Any = {
     "font.size": 9,
@@ -45,14 +46,13 @@ COLOURS = [
 MARKERS = "os^Dv*P"  # of settings of a method
 DASHES = ("-", "--", ":", "-.")
 ROW = 3  # panels side by side
-SOLVED = 95.0  # percent of a test set from which a seed counts as one that solves the task
 
 
-def save(draw: Callable[[Evidence, Table], Figure], evidence: Evidence, table: Table, stem: Path) -> list[Path]:
+def save(draw: Callable[[], Figure], stem: Path) -> list[Path]:
     """Draw a figure and write it as .png and .svg, without dates, so that the same data gives the same file."""
     files = [stem.with_name(f"{stem.name}{ending}") for ending in (".png", ".svg")]
     with plt.rc_context(STYLE):
-        figure = draw(evidence, table)
+        figure = draw()
         # the canvases themselves, as savefig draws twice for each file; the layout found for the first holds for both
         write(files[0], lambda f: FigureCanvasAgg(figure).print_png(f, metadata={"Software": None}))
         figure.set_layout_engine("none")
@@ -79,10 +79,7 @@ def around(rows: pd.DataFrame) -> list[pd.Series]:
 
 
 def solve_rates(evidence: Evidence, table: Table) -> Figure:
-    """One panel a graph: every seed a point, how many solve it, chance a dashed line, published a cross.
-
-    A seed either learns the task or does not, so that a mean over seeds is no seed's rate: none is drawn.
-    """
+    """One panel a graph: every seed a point, how many solve it, chance a dashed line, published a cross."""
     frame = evidence.frame(table)
     frame = frame[frame["metric"] == table.metrics[0]]
     groups = list(dict.fromkeys(frame["train_data"].str.replace(" reversed", "")))
@@ -90,24 +87,32 @@ def solve_rates(evidence: Evidence, table: Table) -> Figure:
     figure, axes = side_by_side(len(groups), (4.1, 1 + 0.3 * max(map(len, panels), default=1)), 1.2)
     for axis, group, rows in zip(axes, groups, panels, strict=False):
         for y, row in enumerate(rows):
-            _setting(axis, y, row, means=False)
+            _setting(axis, y, row)
         if rows:
             axis.axvline(rows[0]["chance"], color="#555555", ls="--", lw=1)
             axis.text(rows[0]["chance"], -0.75, " chance 1/n", color="#555555", fontsize=7.5, va="center")
         axis.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -1.05), xlabel="solve rate (%)", title=graph_name(group))
-        solved = [sum(value >= SOLVED for value in row["values"]) for row in rows]
-        brackets = [f"  ({k} of {r['n_seeds']})" if r["n_seeds"] else "" for r, k in zip(rows, solved, strict=True)]
-        names = [row["label"] + seeds for row, seeds in zip(rows, brackets, strict=True)]
-        axis.set_yticks(range(len(rows)), names)
-    said = f"; in brackets: seeds that solve {SOLVED:.0f}% or more"
+        axis.set_yticks(range(len(rows)), [_named(row) for row in rows])
+    said = f"; seeds that solve {frame['solved_at'].max():.0f}% or more, with the exact interval of their share"
     published = "; crosses: published" if frame["reported"].notna().any() else ""
     figure.suptitle(wrapped(title_of(evidence, table, said + published), 20 + 45 * min(len(groups), ROW)), fontsize=10)
     foot(figure, frame, min(len(groups), ROW))
     return figure
 
 
-def _setting(axis: Axes, y: int, row: dict[Any, Any], *, means: bool) -> None:
-    """One setting's line of a panel: every seed a point, and with `means` the mean a bar with its interval."""
+def _named(row: Mapping[Any, Any]) -> str:
+    """A setting with what stands behind it: "mutor  (n=3)", "mutor  9 of 10 solved (56 to 100%)"."""
+    if is_missing(row["solved_at"]):
+        return f"{row['label']}  (n={row['n_seeds']})"
+    return f"{row['label']}  {solved(row)}" if row["n_seeds"] else row["label"]
+
+
+def _setting(axis: Axes, y: int, row: dict[Any, Any]) -> None:
+    """One setting's line of a panel: every seed a point, and the mean a bar with its interval.
+
+    Where a seed either learns the task or does not, a mean over seeds is no seed's rate: none is drawn.
+    """
+    means = is_missing(row["solved_at"])
     if row["n_seeds"]:
         colour, mean, values = colour_of(row["method"]), row["mean"], row["values"]
         if means:
@@ -136,10 +141,10 @@ def methods(evidence: Evidence, table: Table) -> Figure:
     figure, axes = side_by_side(len(shown), (3.6, 1.3 + 0.3 * max(map(len, panels), default=1)), 2.2)
     for axis, metric, rows in zip(axes, shown, panels, strict=False):
         for y, row in enumerate(rows):
-            _setting(axis, y, row, means=True)
+            _setting(axis, y, row)
         unit = rows[0]["unit"]
         axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{metric.replace('_', ' ')} ({unit})")
-        axis.set_yticks(range(len(rows)), [f"{r['label']}  (n={r['n_seeds']})" for r in rows])
+        axis.set_yticks(range(len(rows)), [_named(row) for row in rows])
         ends = [row[end] for row in rows for end in ("mean", "ci_low", "ci_high") if not is_missing(row[end])]
         if ends:
             room = 0.1 * (max(ends) - min(ends)) + 0.5
@@ -311,7 +316,7 @@ def side_by_side(count: int, panel: tuple[float, float], margin: float = 0.0) ->
 def title_of(evidence: Evidence, table: Table, more: str) -> str:
     """What is shown, what ran, and at which scale."""
     ran = ", ".join(dict.fromkeys(evidence.frame(table)["ran"]))
-    return f"{table.title}{more} — {ran} — scale {evidence.scale.name}"
+    return f"{table.title}{more} — {ran} — scale {evidence.scale.name}{', path only' * evidence.path_only(table)}"
 
 
 def foot(figure: Figure, frame: pd.DataFrame, panels: int, about: Sequence[str] = ()) -> None:

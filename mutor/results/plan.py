@@ -95,6 +95,7 @@ def lines(
     sums = [f"{total:.0f} {unit}"] * (total > 0) + [f"{flops:.1e} FLOPs"] * (flops > 0)
     runs = sum(one.todo for one in todo)
     out.append(f"{len(wanted)} settings, {runs} seeded runs to do{': ' * bool(sums)}{', '.join(sums)}")
+    out += _shares(chosen, scale, seeds, {one.spec.path: one for one in todo}, unit)
     if measured:
         out.append(f"judged by {len(measured)} finished runs on {', '.join(sorted({r['device'] for r in measured}))}")
     if unknown := sum(one.minutes is None for one in todo):
@@ -113,6 +114,35 @@ def lines(
     )
     out += [f"left out: {problem}" for problem in here.problems]
     return out + _matched(wanted, measured)
+
+
+def _shares(
+    chosen: list[Table], scale: Scale, seeds: tuple[int, ...] | None, todo: dict[str, Estimate], unit: str
+) -> list[str]:
+    """The minutes to do of each task, and of each table: a setting counts where it is needed first, with its bases."""
+    by_task: dict[str, float] = {}
+    by_table: dict[str, float] = {}
+    left = dict(todo)
+    for table in chosen:
+        for spec in specs_of(run_cells(table, scale, seeds)):
+            if one := left.pop(spec.path, None):
+                for shares, name in ((by_task, spec.dataset.task), (by_table, table.name)):
+                    shares[name] = shares.get(name, 0.0) + (one.minutes or 0.0)
+    return [
+        f"by {what}, {unit.split(',')[0]}: {', '.join(f'{name} {minutes:.1f}' for name, minutes in shares.items())}"
+        for what, shares in (("task", by_task), ("table", by_table))
+        if sum(shares.values())
+    ]
+
+
+def gpu_hours(specs: list[Spec], scale: Scale) -> str:
+    """Hours on a GPU that all seeds of settings take together, before anything ran: "at most 2,300 hours of H100"."""
+    found = [_flops(spec, scale, []) for spec in specs]
+    known = sum(work * len(spec.seeds) for spec, (work, _) in zip(specs, found, strict=True) if work)
+    if not known:
+        return "not known"
+    bound = "at most " if any(mark == "<" for _, mark in found) else ""
+    return f"{bound}{known / PEAKS['H100'] / UTILISATION / 3600:,.0f} hours of H100"
 
 
 def products_a_second() -> float:

@@ -15,6 +15,7 @@ from mutor.files import read_text
 REPORTED = (
     *("artifact", "role", "method", "variant", "train_data", "benchmark", "metric", "value", "unit", "d_max", "a"),
     *("registers", "placement", "iterations", "epochs", "register_embedding", "added_params", "seeds", "source"),
+    "std_error",  # of the value, where the source tells it
 )
 # columns that name what was measured; the others that a cell may state are settings of it
 IDENTITY = ("role", "method", "variant", "train_data", "metric", "iterations")
@@ -50,7 +51,12 @@ class Published:
         self._own_models = {row["artifact"] for row in self._rows} - known
 
     def beside(self, cell: Mapping[str, Collection[str]], budget_factor: float = 1.0) -> float | None:
-        """The published value of the same cell: equal in all that both the source and the cell state.
+        """The published value of the same cell, see `row_beside`."""
+        found = self.row_beside(cell, budget_factor)
+        return None if found is None else float(found["value"])
+
+    def row_beside(self, cell: Mapping[str, Collection[str]], budget_factor: float = 1.0) -> Mapping[str, str] | None:
+        """The published row of the same cell: equal in all that both the source and the cell state.
 
         cell: column -> texts that mean the cell's own; an empty text says that it has no such setting. A column that
         the source leaves empty fits every cell. A source with none of the table's models is a reference on a model of
@@ -62,7 +68,7 @@ class Published:
             shortest = min(float(row["epochs"]) for row in found)
             found = [row for row in found if abs(float(row["epochs"]) / shortest - budget_factor) < 0.1]
         settings = cell.keys() - {*IDENTITY}
-        return next((float(row["value"]) for row in found if self._fits(row, cell, settings)), None)
+        return next((row for row in found if self._fits(row, cell, settings)), None)
 
     def _fits(self, row: Mapping[str, str], cell: Mapping[str, Collection[str]], columns: Collection[str]) -> bool:
         return all(

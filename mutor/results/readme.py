@@ -15,6 +15,7 @@ from mutor.results.figures import graph_name
 from mutor.results.records import Records
 from mutor.results.render import grid, plain
 from mutor.results.report import spent
+from mutor.results.verdict import three_answers
 
 EXAMPLES = """
 ## Three analyses
@@ -56,7 +57,7 @@ print(table.assign(minutes=table["minutes"] / 60).dropna().round(2).to_string())
 ```
 """
 README_MARKS = ("<!-- results -->", "<!-- end of results -->")
-FIGURES = ("figure4", "table4", "table7")  # the first figure of each kind of task: graphs, texts, images
+FIGURES = ("figure4", "table7")  # beside that of verdict.md
 
 
 def readme(root: Path, text: str) -> str:
@@ -94,8 +95,12 @@ def _reference(evidence: Evidence, folder: Path) -> list[str]:
     frame = frame[~frame["verdict"].isin(["not at this scale", "not run"])]
     where = folder.relative_to(evidence.root)
     parts = [f"**Scale {scale.name}**: {scale.description}. {spent(evidence.runs.of_scale(scale.name))}", ""]
-    drawn = [name for name in FIGURES if (folder / f"{name}.png").exists()]
-    parts += [f"![{evidence.table(name).title}]({where}/{name}.png)\n" for name in drawn]
+    tables = [evidence.table(name) for name in scale.artifacts]
+    parts += [f"**{one.question}** {one.sentences[0]}\n" for one in three_answers(evidence, tables)]
+    titles = {"verdict": "Gain over next-token prediction by task and method"}
+    titles |= {name: evidence.table(name).title for name in FIGURES}
+    drawn = [name for name in titles if (folder / f"{name}.png").exists()]
+    parts += [f"![{titles[name]}]({where}/{name}.png)\n" for name in drawn]
     headlines = frame[frame["claim"].isin([c.claim for c in load_claims(evidence) if c.headline])]
     if len(headlines):
         parts += [grid(one_row_each(headlines, str(where)).set_index("claim"), str), ""]
@@ -103,7 +108,7 @@ def _reference(evidence: Evidence, folder: Path) -> list[str]:
     return [
         *parts,
         f"These are {named} of {known} claims. All of them make {len(frame)} comparisons: {counted(frame)}.",
-        f"[claims.md]({where}/claims.md) has each, with the rule and with what stands in for what. All tables and",
+        f"[verdict.md]({where}/verdict.md) has each, with the rule and with what stands in for what. All tables and",
         f"figures are in [{where}]({where}): [report.html]({where}/report.html) shows them on one page,",
         f"[runs.csv]({where}/runs.csv) has a row for each seeded run.",
         "",

@@ -18,6 +18,7 @@ CHOSEN = {  # by what names the best checkpoint, see Task.chosen_on
     "test": "chosen on the test problems themselves, as in the paper",
     "": "the last one, as there are no validation problems",
 }
+PATH_ONLY = "Path only at this scale: it shows that every step works, from prompt to cell, and nothing of the methods."
 MARKDOWN = str.maketrans({"|": r"\|", "\\": r"\\", "<": "&lt;", "\n": " "})
 LATEX = str.maketrans(
     {char: f"\\{char}" for char in "&%$#_{}"}
@@ -88,8 +89,16 @@ def _text(row: Mapping[Any, Any]) -> str:
     if is_missing(row["mean"]):
         return ""
     form = f".{DIGITS.get(row['unit'], 1)}f"
+    if not is_missing(row["n_solved"]):
+        return solved(row) + (f", mean {text(row['mean'], form)}{published}" if published else "")
     spread = "" if is_missing(row["std"]) else f" ± {text(row['std'], form)}"
     return f"{text(row['mean'], form)}{spread} (n={row['n_seeds']}){published}"
+
+
+def solved(row: Mapping[Any, Any]) -> str:
+    """Seeds that solve a cell's task, with the exact interval of their share: "9 of 10 solved (56 to 100%)"."""
+    share = f"{row['solved_low']:.0f} to {row['solved_high']:.0f}%"
+    return f"{row['n_solved']:.0f} of {row['n_seeds']} solved ({share})"
 
 
 def markdown(evidence: Evidence, table: Table) -> str:
@@ -124,10 +133,9 @@ def caption(evidence: Evidence, table: Table) -> str:
         now = task.chosen_on(config)
         for split in {record.get("chosen_on", now) for record in evidence.records_of(cell)} or {now}:
             chosen.setdefault(split, {})[task.describe(config)] = None
-    if not chosen:
-        return table.caption
     texts = [CHOSEN[split] + f" ({', '.join(names)})" * (len(chosen) > 1) for split, names in chosen.items()]
-    return f"{table.caption} The best checkpoint is {'; '.join(texts)}."
+    best = f" The best checkpoint is {'; '.join(texts)}." if chosen else ""
+    return f"{PATH_ONLY} " * evidence.path_only(table) + table.caption + best
 
 
 def answer(evidence: Evidence, table: Table) -> list[str]:
@@ -143,12 +151,16 @@ def circumstances(evidence: Evidence, table: Table) -> list[str]:
 def _numbers(cells: pd.DataFrame) -> str:
     """What the numbers are, with units: "accuracy, percent, mean ± ..."; and whose the published ones are."""
     names: dict[str, list[str]] = {}
-    for metric, unit in dict(zip(cells["metric"], cells["unit"], strict=True)).items():
+    counted = cells["solved_at"].notna()
+    for metric, unit in dict(zip(cells[~counted]["metric"], cells[~counted]["unit"], strict=True)).items():
         names.setdefault(unit, []).append(metric)
     units = "; ".join(f"{', '.join(metrics)}, {unit}" for unit, metrics in names.items())
+    said = [f"{units}, mean ± standard deviation over seeds (n = seeds)."] if units else []
+    for metric, least in dict(zip(cells[counted]["metric"], cells[counted]["solved_at"], strict=True)).items():
+        said.append(f"{metric}: seeds that reach {least:g}%, with the exact 95% interval of their share of all seeds.")
     beside = (cells["stands_in_for"] != "") & cells["reported"].notna()
     published = " Published: of the models and data that are stood in for." if beside.any() else ""
-    return f"{units}, mean ± standard deviation over seeds (n = seeds).{published}"
+    return " ".join(said) + published
 
 
 def _problems(evidence: Evidence, specs: list[Spec]) -> list[str]:

@@ -26,6 +26,7 @@ from mutor.results.flops import training_flops
 from mutor.results.numbers import is_missing, text
 from mutor.results.records import checkpoint_metrics, problem_scores
 from mutor.results.render import answer, caption, circumstances, published_shape
+from mutor.results.verdict import collect_verdict, elsewhere, three_answers
 from mutor.results.verdicts import RULE
 
 PAGE = 100  # rows of a table that are shown at once
@@ -36,7 +37,7 @@ def collect_report(evidence: Evidence, artifacts: list[str], folder: Path) -> li
     """Write report.html from the evidence, and from the figures that are in `folder`."""
     tables = [evidence.table(name) for name in artifacts]
     found = evidence.runs.of_scale(evidence.scale.name)
-    here, elsewhere = claims.here_and_elsewhere(claims.claim_frame(evidence))
+    here, _ = claims.here_and_elsewhere(claims.claim_frame(evidence))
     specs = [cell.spec for table in tables for cell in evidence.cells(table)]
     page = _environment().from_string((importlib.resources.files("mutor.results") / "report.html").read_text())
     bundle = importlib.resources.files("itables") / "html"
@@ -44,13 +45,14 @@ def collect_report(evidence: Evidence, artifacts: list[str], folder: Path) -> li
         scale=evidence.scale,
         page=PAGE,
         runs=found,
-        answers=[said for table in tables if (said := answer(evidence, table))],
+        answers=three_answers(evidence, tables),
+        figure=_embedded(drawn) if (drawn := _smaller(folder, "verdict")) else "",
+        beside=_grid(three_answers(evidence, tables)[0].table, mark="inside"),
         artifacts=sorted((_artifact(evidence, table, folder) for table in tables), key=lambda one: not one["figures"]),
         stands_in=sorted({part for s in specs for part in s.stands_in_for.split("; ") if part}),
-        summary=claims.summary(here) if found else [],
         claims=_grid(claims.shown(here), mark="verdict"),
         rule=RULE,
-        elsewhere=elsewhere,
+        elsewhere=elsewhere(evidence),
         missing=_grid(missing(evidence, tables)),
         problems=evidence.runs.problems,
         cost=spent(found),
@@ -66,7 +68,7 @@ def collect_report(evidence: Evidence, artifacts: list[str], folder: Path) -> li
 def collect_all(
     evidence: Evidence, names: Sequence[str], artifacts: list[str], folder: Path
 ) -> tuple[list[Path], list[str]]:
-    """Build artifacts, and the files "claims", "runs" and "report" (which shows `artifacts`), in this order.
+    """Build artifacts, and the files "claims", "verdict", "runs" and "report" (of `artifacts`), in this order.
 
     Returns the files, and the sentences of tables that answer something.
     """
@@ -76,6 +78,8 @@ def collect_all(
             files += collect_runs(evidence, folder)
         elif name == "claims":
             files += claims.collect_claims(evidence, folder)
+        elif name == "verdict":
+            files += collect_verdict(evidence, artifacts, folder)
         elif name == "report":
             files += collect_report(evidence, artifacts, folder)
         else:

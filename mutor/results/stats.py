@@ -11,7 +11,11 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and sample standard deviation over seeds, a 95% interval, and what the interval accounts for."""
+    """Mean and sample standard deviation over seeds, a 95% interval of the mean, and what the interval accounts for.
+
+    Of a task that a seed learns wholly or not at all, the seeds that solve it are counted instead: n_solved, with the
+    exact interval of their share in percent, and the mean has no interval.
+    """
 
     n_seeds: int
     mean: float | None = None
@@ -19,6 +23,9 @@ class Summary:
     ci_low: float | None = None
     ci_high: float | None = None
     covers: str = ""
+    n_solved: int | None = None
+    solved_low: float | None = None
+    solved_high: float | None = None
 
 
 def summarise(
@@ -27,18 +34,24 @@ def summarise(
     *,
     possible: tuple[float, float] = (0, 100),
     level: float = 0.95,
+    solved_at: float | None = None,
 ) -> Summary:
     """Summary of one metric over seeds.
 
     values: one a seed. scores: of each seed the scores [N] of the same problems, 0 to 1, where they are kept: a value
     is 100 times their mean. With scores the interval is `interval`'s, without `over_seeds`', cut to what is `possible`;
-    none where nothing tells how the values would vary.
+    none where nothing tells how the values would vary. solved_at: the value from which a seed counts as solved, on
+    tasks whose seeds are counted (Task.solved_at).
     """
     n = len(values)
     if n == 0:
         return Summary(0)
     mean = float(np.mean(values))
     std = float(np.std(values, ddof=1)) if n > 1 else None
+    if solved_at is not None:
+        solved = sum(value >= solved_at for value in values)
+        low, high = clopper_pearson(solved, n, level)
+        return Summary(n, mean, std, n_solved=solved, solved_low=100 * low, solved_high=100 * high)
     kept = [s for s in scores if s is not None]
     if len(kept) == n and len({len(s) for s in kept}) == 1:
         found = interval(np.array(kept), level).times(100)
@@ -155,6 +168,41 @@ def over_seeds(ours: Sequence[float], theirs: Sequence[float] | None = None, lev
     mean = float(sides[0].mean() - sum(side.mean() for side in sides[1:]))
     spread = float(np.hypot.reduce([side.std(ddof=1) for side in sides]))
     return Interval(mean, mean - half, mean + half, "seeds", spread)
+
+
+def clopper_pearson(count: int, of: int, level: float = 0.95) -> tuple[float, float]:
+    """The exact interval (Clopper and Pearson 1934) of a share, 0 to 1, seen as `count` of `of`."""
+    found = stats.binomtest(count, of).proportion_ci(level, method="exact")
+    return float(found.low), float(found.high)
+
+
+def fisher(ours: tuple[int, int], theirs: tuple[int, int]) -> float:
+    """Fisher's exact test, two-sided, of two counts (so many, of so many): the p value of equal shares.
+
+    The chance, if whole seeds were dealt to the two sides anew, of a table that is no more likely than this one.
+    """
+    table = [[count, of - count] for count, of in (ours, theirs)]
+    return float(stats.fisher_exact(table).pvalue)
+
+
+def shares_apart(ours: tuple[int, int], theirs: tuple[int, int], level: float = 0.95) -> Interval:
+    """Interval of the difference of two shares, -1 to 1, of counts (so many, of so many) of seeds.
+
+    From the exact interval of each, each side of the difference by itself (Zou and Donner 2008).
+    """
+    (one, low, high), (other, lowest, highest) = (
+        (count / of, *clopper_pearson(count, of, level)) for count, of in (ours, theirs)
+    )
+    below, above = float(np.hypot(one - low, highest - other)), float(np.hypot(high - one, other - lowest))
+    return Interval(one - other, one - other - below, one - other + above, "seeds")
+
+
+def seeds_to_tell_apart(ours: float, theirs: float, max_seeds: int = 100) -> int | None:
+    """The fewest seeds a side with which two such shares, 0 to 1, differ by Fisher's test at 5%; None for more."""
+    for seeds in range(2, max_seeds + 1):
+        if fisher((round(ours * seeds), seeds), (round(theirs * seeds), seeds)) < 0.05:
+            return seeds
+    return None
 
 
 def needed(

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from mutor.results.records import same_problems
-from mutor.results.stats import Interval, interval, needed, over_seeds, paired
+from mutor.results.stats import (
+    Interval,
+    clopper_pearson,
+    fisher,
+    interval,
+    needed,
+    over_seeds,
+    paired,
+    seeds_to_tell_apart,
+    shares_apart,
+)
 
 RULE = """\
 The verdict follows the 95% interval of the difference ours - theirs. `above` (`below`): reproduced if the whole
@@ -28,9 +38,14 @@ An interval is for other seeds and other problems of the same kind, and is cut t
 is Student's t. Its part for problems, where answers are right or wrong, is Wilson's for a rate and Bonett and Price's
 for the difference of two rates on the same problems, so that none right or all right leaves a width too; for other
 scores it is Student's t. The two are added in quadrature. Where only one number of each seed is known, it is Student's
-or Welch's t, and none if all seeds are equal. Student's t takes it that seeds spread about one mean. Where a seed
-either learns a task or does not, count the seeds: three of three against none of three is p = 0.10 (Fisher's exact
-test), four of four against none of four p = 0.03."""
+or Welch's t, and none if all seeds are equal; where each seed has problems of its own, Student's t of its differences.
+Student's t takes it that seeds spread about one mean.
+
+Where a seed learns a task wholly or not at all, as the task says before any run, its seeds are counted. Two methods
+differ if Fisher's exact test of their solved seeds, two-sided, has p below 0.05 (three of three against none of three:
+0.10, four of four against none of four: 0.03); the interval of the difference is made of the exact ones (Clopper and
+Pearson) of both shares. Against a number, a seed counts for a claim or against it; the claim is reproduced if the exact
+interval of the share that is for it lies above one half, contradicted if below."""
 WORDS = {
     "reproduced": "same direction",
     "contradicted": "opposite direction",
@@ -55,10 +70,21 @@ class Scored:
 
 @dataclass(frozen=True)
 class Found:
-    """A measured difference ours - theirs in the metric's unit; low and high are NaN where nothing tells them."""
+    """A measured difference ours - theirs in the metric's unit; low and high are NaN where nothing tells them.
+
+    Where seeds are counted, the difference is in percent of them, and counts has (solved, seeds) of ours and theirs,
+    with Fisher's p; against a number, the share of seeds that are for the claim, and (for it, seeds).
+    """
 
     difference: Interval
     seeds: int
+    counts: tuple[tuple[int, int], ...] = ()
+    p: float | None = None
+
+    @property
+    def counted(self) -> str:
+        """The counts in words: "9 of 10 against 0 of 10"; empty where no seeds are counted."""
+        return " against ".join(f"{count} of {of}" for count, of in self.counts)
 
 
 @dataclass(frozen=True)
@@ -80,11 +106,21 @@ def compare(
     *,
     percent: bool,
     command: str,
+    solved_at: float | None = None,
 ) -> Compared:
-    """Compare two sides, or one with a number; command: what would make the runs, if there are none."""
-    found = difference(ours, theirs, percent=percent)
+    """Compare two sides, or one with a number.
+
+    command: what would make the runs, if there are none; solved_at: the value from which a seed counts as solved, where
+    seeds are counted.
+    """
+    if solved_at is not None and not isinstance(theirs, dict) and ours:
+        return _seeds_against_number(direction, margin, published, [one.value for one in ours.values()], theirs)
+    found = difference(ours, theirs, percent=percent, solved_at=solved_at)
     if found is None:
         return Compared(published, None, "not run", command)
+    if found.p is not None and direction != "equal" and not margin:
+        verdict = _by_test(direction, found)
+        return Compared(published, found, verdict, "" if verdict != "inconclusive" else _more_seeds(found))
     verdict = judge(direction, margin, found.difference)
     return Compared(published, found, verdict, _to_decide(direction, margin, found.difference, verdict))
 
@@ -103,22 +139,60 @@ def judge(direction: str, margin: float, found: Interval) -> str:
     return "reproduced" if inside else "contradicted" if outside else "inconclusive"
 
 
-def difference(ours: dict[int, Scored], theirs: dict[int, Scored] | float, *, percent: bool) -> Found | None:
-    """ours - theirs, problem by problem where both scored the same ones; None without runs on both sides."""
+def _by_test(direction: str, found: Found) -> str:
+    """The verdict on counted seeds: Fisher's test says whether they differ. A single seed decides nothing."""
+    if found.p is None or found.p >= 0.05 or found.seeds < 2:
+        return "inconclusive"
+    return "reproduced" if (found.difference.estimate > 0) == (direction == "above") else "contradicted"
+
+
+def _more_seeds(found: Found) -> str:
+    """How many seeds would decide, if the shares are as counted."""
+    (one, seeds_one), (other, seeds_other) = found.counts
+    seeds = seeds_to_tell_apart(one / seeds_one, other / seeds_other)
+    return "a larger effect" if seeds is None else f"about {max(seeds, found.seeds + 1)} seeds a side"
+
+
+def _seeds_against_number(
+    direction: str, margin: float, published: float | None, values: list[float], number: float
+) -> Compared:
+    """Whether most seeds are for a claim about a number: the exact interval of their share against one half."""
+    holds = {"above": lambda d: d >= -margin, "below": lambda d: d <= margin, "equal": lambda d: abs(d) <= margin}
+    count = sum(holds[direction](value - number) for value in values)
+    low, high = (100 * end for end in clopper_pearson(count, len(values)))
+    share = Interval(100 * count / len(values), low, high, "seeds")
+    verdict = "reproduced" if low > 50 else "contradicted" if high < 50 else "inconclusive"
+    more = "six seeds or more" if verdict == "inconclusive" else ""  # six of six: 54 to 100%
+    return Compared(published, Found(share, len(values), ((count, len(values)),)), verdict, more)
+
+
+def difference(
+    ours: dict[int, Scored], theirs: dict[int, Scored] | float, *, percent: bool, solved_at: float | None = None
+) -> Found | None:
+    """ours - theirs, problem by problem where both scored the same ones; None without runs on both sides.
+
+    solved_at: where seeds are counted, the value from which one is solved; then ours - theirs of their shares.
+    """
     if not ours or theirs == {}:
         return None
+    if solved_at is not None and isinstance(theirs, dict):
+        one, other = ((sum(s.value >= solved_at for s in side.values()), len(side)) for side in (ours, theirs))
+        return Found(shares_apart(one, other).times(100), min(len(ours), len(theirs)), (one, other), fisher(one, other))
     if not isinstance(theirs, dict):
         table = _table(ours, sorted(ours)) if percent else None
         if table is not None:
             return Found(interval(table).times(100).minus(theirs), len(ours))
         return _by_seeds([scored.value - theirs for scored in ours.values()], None, (-theirs, 100 - theirs), percent)
     common = sorted(ours.keys() & theirs.keys())
-    one, other = (_table(side, common) if percent and common else None for side in (ours, theirs))
+    mine, others = (_table(side, common) if percent and common else None for side in (ours, theirs))
     alike = all(same_problems(ours[s].test_data_hash, theirs[s].test_data_hash) for s in common)
-    if alike and one is not None and other is not None and one.shape == other.shape:
-        return Found(paired(one, other).times(100), len(common))
-    each, others = ([scored.value for scored in side.values()] for side in (ours, theirs))
-    return _by_seeds(each, others, (-100, 100), percent)
+    if alike and mine is not None and others is not None and mine.shape == others.shape:
+        return Found(paired(mine, others).times(100), len(common))
+    if alike and common and ours.keys() == theirs.keys():  # each seed has problems of its own, the same on both sides
+        each = [ours[seed].value - theirs[seed].value for seed in common]
+        return _by_seeds(each, None, (-100, 100), percent)
+    one_each, other_each = ([scored.value for scored in side.values()] for side in (ours, theirs))
+    return _by_seeds(one_each, other_each, (-100, 100), percent)
 
 
 def _table(side: dict[int, Scored], seeds: list[int]) -> np.ndarray | None:
@@ -172,5 +246,7 @@ def least_favourable(direction: str, compared: Sequence[Compared], stands_in: bo
             "ci_high": d.high,
             "covers": d.covers,
             "n_seeds": shown.found.seeds,
+            "solved": shown.found.counted,
+            "p": shown.found.p,
         }
     return row

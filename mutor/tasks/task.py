@@ -104,7 +104,9 @@ class Task:
     selection_metric: the metric on the validation set that names the best checkpoint, higher is better; prefix_lm:
     prompts are read in both directions; pad_id: the token that pads; vocabulary: tokens there are, for models from
     scratch, None: as many as the model's tokenizer has; tokenizer: saved beside checkpoints, None: there is none;
-    greedy: answers are the likeliest tokens, one after the other, and not drawn.
+    greedy: answers are the likeliest tokens, one after the other, and not drawn; solved_at: of a task that a seed
+    learns wholly or not at all, the percent from which a rate counts as solved: seeds are then counted, and their rates
+    not averaged. Said of the task before any run; None: rates of seeds have a mean.
     """
 
     Config: ClassVar[type]
@@ -114,6 +116,7 @@ class Task:
     vocabulary: int | None = None
     tokenizer: Any = None
     greedy: bool = True
+    solved_at: ClassVar[float | None] = None
 
     def __init__(self, config: Any, tokenizer: Any = None):
         """config: an instance of `Config`; tokenizer: the model's own, where `needs_tokenizer`."""

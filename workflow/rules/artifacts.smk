@@ -4,6 +4,7 @@
 localrules:
     runs_csv,
     claims,
+    verdict,
     report_html,
 
 
@@ -77,7 +78,6 @@ rule claims:
             caption="../report/artifact.rst",
             category="Claims",
         ),
-        f"{RESULTS}/claims.md",
     log:
         f"{RUNS}/logs/claims.log",
     conda:
@@ -91,9 +91,36 @@ rule claims:
         "{params.command} > {log:q} 2>&1"
 
 
+rule verdict:
+    input:
+        artifact_files(ARTIFACTS),
+        claims="config/claims.yaml",
+        reported="config/reported.csv",
+    output:
+        f"{RESULTS}/verdict.md",
+        report(
+            f"{RESULTS}/verdict.png",
+            caption="../report/artifact.rst",
+            category="Claims",
+        ),
+        f"{RESULTS}/verdict.svg",
+    log:
+        f"{RUNS}/logs/verdict.log",
+    conda:
+        "../../environment.yml"
+    params:
+        command=lambda wildcards: collect("verdict"),
+        state=[table_state(artifact) for artifact in ARTIFACTS],
+    message:
+        "Answering three questions"
+    shell:
+        "{params.command} > {log:q} 2>&1"
+
+
 rule report_html:
     input:
         artifact_files(ARTIFACTS),
+        f"{RESULTS}/verdict.md",
         claims="config/claims.yaml",
         reported="config/reported.csv",
     output:
