@@ -15,6 +15,7 @@ from mutor.files import read_text
 REPORTED = (
     *("artifact", "role", "method", "variant", "train_data", "benchmark", "metric", "value", "unit", "d_max", "a"),
     *("registers", "placement", "iterations", "epochs", "register_embedding", "added_params", "seeds", "source"),
+    "std_error",  # of the value, where the source tells it
 )
 # columns that name what was measured; the others that a cell may state are settings of it
 IDENTITY = ("role", "method", "variant", "train_data", "metric", "iterations")
@@ -53,9 +54,10 @@ class Published:
         """The published value of the same cell: equal in all that both the source and the cell state.
 
         cell: column -> texts that mean the cell's own; an empty text says that it has no such setting. A column that
-        the source leaves empty fits every cell. A source with none of the table's models is a reference on a model of
-        its own, which is not compared. A cell trained `budget_factor` times as long as its dataset's recipe says
-        stands beside the value published for as much longer training.
+        the source leaves empty fits every cell. `variant` has the settings that no column has, "default" where they are
+        defaults. A source with none of the table's models is a reference on a model of its own, which is not compared.
+        A cell trained `budget_factor` times as long as its dataset's recipe says stands beside the value published for
+        as much longer training.
         """
         found = [row for row in self._rows if self._fits(row, cell, IDENTITY)]
         if found and all(row["epochs"] for row in found):
