@@ -122,6 +122,7 @@ register(METHODS, "joint_mtp", "mutor.baselines.joint_mtp:JointMTP")
 register(TASKS, "star_graph", "mutor.tasks.star_graph:StarGraph")
 register(TASKS, "text", "mutor.tasks.text:Text")
 register(TASKS, "images", "mutor.tasks.images:Images")
+register(TASKS, "path_planning", "mutor.tasks.path_planning:PathPlanning")
 
 register(
     ATTENTION,
@@ -147,6 +148,11 @@ register(
     DRAWINGS,
     "methods",
     Drawing(figures=(Figure(draw="mutor.results.figures:methods", shows="each setting a line, every seed a point"),)),
+)
+register(
+    DRAWINGS,
+    "metrics",
+    Drawing(figures=(Figure(draw="mutor.results.figures:metrics", shows="each setting a line, every seed a point"),)),
 )
 register(
     DRAWINGS,
