@@ -287,11 +287,12 @@ def test_answers_are_drawn_as_likely_as_they_are_and_greedy_ones_are_not():
     assert metrics["greedy_accuracy"] == 0.0 and metrics["accuracy"] == pytest.approx(100 * chance, abs=3)
     assert scores["accuracy"].std() == pytest.approx((chance * (1 - chance) / 50) ** 0.5, rel=0.25)  # of 50 draws each
     assert task.evaluate(Model(), method, Context(pad_id=31), "test", 100)[0] == metrics
-    other = small(seed=7, draws=50)
-    assert (
-        other._right(Model(), Scripted(padded(other), options=True), Context(), "test", 100, 1)[:100].tolist()
-        != task._right(Model(), method, Context(), "test", 100, 1)[:100].tolist()
-    )
+    other = small(seed=7)
+    first = [
+        each._right(Model(), Scripted(padded(each), options=True), Context(), "test", 10, 1)[:30]
+        for each in (task, other)
+    ]
+    assert (first[0] != first[1]).any()  # noise of its own for each seed
 
 
 @pytest.mark.parametrize(

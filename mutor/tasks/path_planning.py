@@ -327,7 +327,7 @@ def moves(states: list[State]) -> np.ndarray:
     for state in states:
         for stack in state:
             block, rest = stack[-1], state - {stack} | ({stack[:-1]} if stack[1:] else set())
-            onto = [rest - {other} | {(*other, block)} for other in rest if other != stack[:-1]]
+            onto = [rest - {other} | {(*other, block)} for other in rest]
             for after in [*onto, rest | {(block,)}]:
                 if after != state:
                     edges[number[state], number[after]] = True
