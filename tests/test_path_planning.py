@@ -262,8 +262,9 @@ def padded(task):
     return {(int(i[0]), int(i[1])): [*i[2:].tolist(), *[30] * (longest - len(i))] for i, _ in task.examples("test")}
 
 
-def test_scores_are_of_all_pairs_and_of_each_degree_alone():
-    task = small(seed=6)
+@pytest.mark.parametrize("draws", [1, 3])
+def test_scores_are_of_all_pairs_and_of_each_degree_alone(draws):
+    task = small(seed=6, draws=draws)
     right, degree = padded(task), {tuple(p): task.degree[tuple(p)] for p in task.pairs["test"].tolist()}
     counts = Counter(int(d) for d in degree.values())
     assert min(counts[d] for d in range(3)) >= 3
