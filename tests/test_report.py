@@ -75,7 +75,7 @@ def test_everything_stands_on_one_page(page):
     for name in scale.artifacts:
         assert f'<section id="{name}">' in text and f'id="{name}-cells"' in text
     drawn = [len(load_table(ROOT, name).drawing.figures) for name in scale.artifacts]
-    assert text.count('<img src="data:image/') == sum(drawn) == 19
+    assert text.count('<img src="data:image/') == sum(drawn) == 21
     for section in ("claims-part", "missing-part", "runs-part"):
         assert f'id="{section}"' in text
     assert "Not the published experiment." in text and text.count("gpt2-large (here a GPT-2 of 6 layers x 64)") >= 2

@@ -82,9 +82,13 @@ IMAGES = 3 + 3 + 1
 # at gpu scale, GSM8K by next_token, parallel_mtp, sequential_mtp and mutor (table 16; table 1 has three of them)
 LANGUAGE = PAPER - 16
 AHEAD = 10  # the rows of foresight
+# paths: five methods on a random graph and on Blocksworld; gpu: on graphs of three sizes and on five numbers of
+# Blocksworld's paths, three with another width, five more on the first size, three more on two numbers
+PATHS = 5 + 5
 JOBS = {
-    "smoke": 12 + 4 + 3 + AHEAD, "laptop": 2 * 12 + IMAGES + LANGUAGE + 2 + 20 + AHEAD,
-    "gpu": 52 + IMAGES + 4 + AHEAD, "paper": PAPER + IMAGES, "own": 7,  # with the model before fine-tuning
+    "smoke": 12 + 4 + 3 + AHEAD + 3 + 1, "laptop": 2 * 12 + IMAGES + LANGUAGE + 2 + 20 + AHEAD + PATHS,
+    "gpu": 52 + IMAGES + 4 + AHEAD + 3 * 5 + 5 * 5 + 3 + 5 + 2 * 3,
+    "paper": PAPER + IMAGES, "own": 7,  # with the model before fine-tuning
 }  # fmt: skip
 
 
