@@ -5,6 +5,7 @@ trunk --> norm --> output layer            x_(t+1)
   '--> layer 3 --> norm --> output layer   x_(t+3)      before the final norm; norm and output layer are shared
 
 head: layer       a transformer layer of the model's kind, as above
+      output      an output layer of its own on norm(hidden state), and nothing else ("Meta's" of arXiv 2509.23186)
       linear      W n, W d x d without bias, of n = norm(hidden state), straight to the output layer (LSE-MTP, arXiv
                   2604.06155, whose public code shows these; W starts as the model's own weights do)
       mlp         n + SiLU(W n + b), W and b start at zero, so that a head starts as the trunk (Medusa, arXiv
@@ -23,7 +24,7 @@ latent_token      head feeds the output layer from the trunk's own n_(t+k-1), an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ class ParallelMTPConfig(HeadSettings):
     """Settings of parallel_mtp; defaults are the paper's (d_max 2, a 0.1)."""
 
     d_max: int = setting(2, doc="furthest token predicted; a head for each further token", low=2)
-    head: str = setting("layer", doc="what a head is", choices=("layer", "linear", "mlp"))
+    head: str = setting("layer", doc="what a head is", choices=("layer", "output", "linear", "mlp"))
     hidden: str = setting(
         "last",
         doc="what heads read: the last hidden state, or a learned mean of all layers', which starts as the last, or "
@@ -68,6 +69,8 @@ class ParallelMTPConfig(HeadSettings):
         super().__post_init__()
         if self.hidden == "last":
             self._leave_out("with hidden 'last'", hidden_rate=10.0)
+        if self.head == "output":  # what it feeds its output layer is the trunk's own state
+            self._leave_out("with head 'output'", latent_hidden=0.0, latent_token=0.0)
 
 
 class ParallelMTP(Method):
@@ -76,7 +79,7 @@ class ParallelMTP(Method):
     Config = ParallelMTPConfig
     config: ParallelMTPConfig
     source = "Gloeckle et al., arXiv 2404.19737"
-    adds = "a head for each further token: a layer, or a matrix"
+    adds = "a head for each further token: a layer, a matrix, or an output layer"
 
     @property
     def shortest_answer(self) -> int:  # type: ignore[override]
@@ -104,6 +107,8 @@ class ParallelMTP(Method):
         trunk = self.trunk
         if self.config.head == "layer":
             return trunk.new_layer()
+        if self.config.head == "output":
+            return trunk.new_linear(trunk.width, trunk.vocabulary, output=True)
         head = trunk.new_linear(trunk.width, trunk.width, bias=self.config.head == "mlp")
         if self.config.head == "mlp" and not trunk.meta:
             for parameter in head.parameters():
@@ -176,7 +181,7 @@ class ParallelMTP(Method):
             return
         read = self._read(out, following.view_as(layout.ids))
         for number, k in enumerate(self.config.further):
-            yield from read_off(self.trunk, layout, k, self._state(out, number, read))
+            yield from read_off(self.trunk, layout, k, self._state(out, number, read), logits=self._logits(number))
 
     def drafter(self, draft: int) -> Drafter:
         """Heads at the last token; with `injection` they read the next token, which is known then."""
@@ -189,7 +194,7 @@ class ParallelMTP(Method):
             window = step.window()
             read = self._read(window.out, step.text.gather(1, window.at + 1))
             for number in range(draft):
-                step.choose(self.trunk.logits(window.here(self._state(window.out, number, read))))
+                step.choose(self._logits(number)(window.here(self._state(window.out, number, read))))
 
         return Drafter(propose, reads_layers=True, all_states=self.config.hidden != "last")
 
@@ -228,11 +233,19 @@ class ParallelMTP(Method):
         if config.head == "layer":
             return trunk.norm(out.apply_layer(head, hidden))
         normed = trunk.norm(hidden)
+        if config.head == "output":
+            return normed
         return head(normed) if config.head == "linear" else normed + F.silu(head(normed))
 
+    def _logits(self, number: int) -> Callable[[Tensor], Tensor]:
+        """The output layer of a head: its own, or the model's."""
+        return self.heads[number] if self.config.head == "output" else self.trunk.logits
+
     def _head_loss(self, out: BackboneOutput, number: int, ahead: int, read: Tensor, targets: LossTargets) -> Tensor:
+        from mutor.mtp.loss import head_loss
+
         state = self._state(out, number, read)
-        loss = self.cross_entropy(state, targets)
+        loss = head_loss(self._logits(number), state, targets, self.trunk.vocabulary)
         apart = [
             (self.config.latent_hidden, lambda: out.normed.flatten(0, 1)[targets.index + ahead - 1]),
             (self.config.latent_token, lambda: self.trunk.embedding(targets.target)),

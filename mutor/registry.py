@@ -120,6 +120,7 @@ register(TASKS, "countdown", "mutor.tasks.countdown:Countdown")
 register(TASKS, "fact_chains", "mutor.tasks.fact_chains:FactChains")
 register(TASKS, "text", "mutor.tasks.text:Text")
 register(TASKS, "images", "mutor.tasks.images:Images")
+register(TASKS, "path_planning", "mutor.tasks.path_planning:PathPlanning")
 
 register(ATTENTION, "blockwise", AttentionBackend("mutor.mtp.blockwise:bounds_mask"))
 register(
@@ -145,6 +146,11 @@ register(
     DRAWINGS,
     "methods",
     Drawing(figures=(Figure(draw="mutor.results.figures:methods", shows="each setting a line, every seed a point"),)),
+)
+register(
+    DRAWINGS,
+    "metrics",
+    Drawing(figures=(Figure(draw="mutor.results.figures:metrics", shows="each setting a line, every seed a point"),)),
 )
 register(
     DRAWINGS,

@@ -35,6 +35,8 @@ Stream = Literal[
     "classifier_batches",  # data seed
     "image_classes",  # of drawn images; sample seed
     "image_noise",  # of drawn images, sample seed: batch
+    "path_planning",  # 0: edges, 1: order of pairs, 2: training paths, 3 and split: right answers
+    "path_answers",  # noise of drawn answers: split, batch
 ]
 
 

@@ -88,6 +88,17 @@ def test_heads(tiny, tools, family, prefix_lm):
             equal(tools, logits, head(norm(hidden))[0, -1])
 
 
+def test_own_output_layers(tiny, tools):
+    """Head k's own output layer on the state that the model's reads."""
+    model, method = tiny("llama"), ParallelMTP(ParallelMTPConfig(d_max=4, head="output"))
+    tools.attach(method, model)
+    _, norm, head, _ = tools.parts_of(model)
+    with torch.no_grad():
+        for ids, prefix, k, logits in sequences(predicted(method, model, True)):
+            hidden = tools.trunk_hidden(model, ids, tools.prefix_mask(len(ids), prefix, True))
+            equal(tools, logits, (head if k == 1 else model.mtp["heads"][k - 2])(norm(hidden))[0, -1])
+
+
 def root_mean_square(x, weight):
     """DeepSeek-V3's RMSNorm."""
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight

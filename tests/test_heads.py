@@ -13,6 +13,8 @@ from mutor.training.optim import optimizer
 CASES = [
     {"head": "linear"},
     {"head": "mlp"},
+    {"head": "output"},
+    {"head": "output", "hidden": "uniform", "injection": 0.4},
     {"head": "layer", "leap": 2, "d_max": 5},
     {"head": "layer", "hidden": "weighted"},
     {"head": "linear", "hidden": "uniform", "leap": 3, "d_max": 4},
@@ -69,10 +71,13 @@ def test_heads_are_plain_loops(tiny, tools, family, batch, case):
                 out = norm(run(mtp["heads"][n], hidden[None], mask)[0])
             elif case["head"] == "linear":
                 out = norm(hidden) @ mtp["heads"][n].weight.T
+            elif case["head"] == "output":
+                out = norm(hidden)
             else:
                 out = norm(hidden) + F.silu(mtp["heads"][n](norm(hidden)))
+            logits_of = mtp["heads"][n] if case["head"] == "output" else head
             for i in range(span.prefix - 1, length - k):
-                loss = F.cross_entropy(head(out[i]), ids[i + k])
+                loss = F.cross_entropy(logits_of(out[i]), ids[i + k])
                 for key, wanted in (("hidden", normed[i + k - 1]), ("token", embedding(ids[i + k]))):
                     far = (out[i] - wanted.detach()).pow(2).mean()
                     loss = loss + settings.get(f"latent_{key}", 0.0) * far
@@ -121,6 +126,7 @@ def test_medusas_head_starts_as_the_trunk(tiny, batch):
     [
         ({"head": "linear"}, 2 * 32 * 32),
         ({"head": "mlp"}, 2 * (32 * 32 + 32)),
+        ({"head": "output"}, 2 * 61 * 32),
         ({"head": "linear", "hidden": "weighted", "injection": 1.0}, 2 * (32 * 32 + 3 + 1)),
     ],
 )

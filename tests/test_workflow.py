@@ -75,16 +75,22 @@ def smoke(checkout, snakemake):
 # sequential_mtp 3; mutor 7, d_max 2, 3, 6 on 2, a 0.1, 0.2, 0.4, 0.5 on 2, per_offset and every second token on 2;
 # LoRA 2 x 2; llama: next_token 4 + 2 longer, parallel_mtp 4 + 2 longer, mutor 4
 PAPER = 16 + (8 + 5) + (7 + 5 + 6) + 3 + (7 + 6 + 8 + 4) + 4 + (6 + 6 + 4)
-# at laptop scale the same of language models, and the two base models
+# at laptop scale the same of language models, but for six of the second model, and three base models
 # images: three methods, random registers at d_max 4, 3 and 5, next_token longer
 IMAGES = 3 + 3 + 1
 # at gpu scale, GSM8K by next_token, parallel_mtp, sequential_mtp and mutor (table 16; table 1 has three of them)
 LANGUAGE = PAPER - 16
-TUNED = 20  # what is known ahead and what is gentle, on GSM8K, without three settings of table 1
+TUNED = 16 + 7  # what is gentle, and what is known ahead of the same models
 AHEAD = 10  # the rows of foresight; at gpu scale 7 more, by characters
+# paths: five methods on a random graph and on Blocksworld; gpu: on graphs of three sizes and on five numbers of
+# Blocksworld's paths, three with another width, five more on the first size, three more on two numbers
+PATHS = 5 + 5
+PLANNED = 6 + 6  # formulas and chains of facts; gpu: with more heads, and countdown
 JOBS = {
-    "smoke": 12 + 4 + 3 + AHEAD, "laptop": 2 * 12 + IMAGES + LANGUAGE + 2 + TUNED + AHEAD,
-    "gpu": 52 + IMAGES + 4 + TUNED + AHEAD + 7, "paper": PAPER + IMAGES + TUNED, "own": 7,  # with the model before fine-tuning
+    "smoke": 12 + 4 + 3 + AHEAD + 3 + 1 + 3 * 2,
+    "laptop": 12 + IMAGES + LANGUAGE - 6 + 3 + TUNED + AHEAD + PATHS + PLANNED,
+    "gpu": 52 + IMAGES + 4 + TUNED + AHEAD + 7 + 3 * 5 + 5 * 5 + 3 + 5 + 2 * 3 + 8 + 7 + 9,
+    "paper": PAPER + IMAGES + TUNED, "own": 7,  # with the model before fine-tuning
 }  # fmt: skip
 
 

@@ -56,11 +56,17 @@ def rows_at_once(trunk: Backbone, hidden: Tensor) -> int:
 
 
 def read_off(
-    trunk: Backbone, layout: Layout, distance: int, normed: Tensor, index: Tensor | None = None
+    trunk: Backbone,
+    layout: Layout,
+    distance: int,
+    normed: Tensor,
+    index: Tensor | None = None,
+    logits: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Ahead]:
     """The output layer on normed hidden states, in parts that bound the memory of logits.
 
     normed: [B, T, d] at every token, or [n, d] at those of `index`, int64 [n]; none: all that are to be predicted.
+    logits: another output layer than the model's.
     """
     if index is None:
         index = positions(layout, distance)
@@ -68,7 +74,7 @@ def read_off(
     rows = rows_at_once(trunk, normed)
     for some, where in zip(normed.split(rows), index.split(rows), strict=True):
         if len(where):
-            yield Ahead(distance, where, trunk.logits(some))
+            yield Ahead(distance, where, (logits or trunk.logits)(some))
 
 
 def registers_behind(layout: Layout, index: Tensor, ids: Tensor, distance: Sequence[int]) -> Layout:

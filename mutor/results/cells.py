@@ -135,14 +135,14 @@ class Evidence:
         """The records that a cell is made of: all seeds there are, or as many as the source has.
 
         One that lacks the cell's checkpoint or metric is left out, and named in `runs.problems`; but that a method does
-        not predict a token so far ahead, or makes fewer drafts, is no problem.
+        not predict a token so far ahead, or makes fewer drafts, or that no problem has a degree, is no problem.
         """
         found = []
         for record in self.runs.of(cell.spec)[: cell.row.max_seeds]:
             names = {name: c["metrics"] for c in record["checkpoints"] for name in c["names"]}
             try:
                 choose(cell.checkpoint, names, f"{record['file']}: checkpoint")
-                numbered = "_ahead_" in cell.measured or "_draft_" in cell.measured
+                numbered = any(word in cell.measured for word in ("_ahead_", "_draft_", "_degree_"))
                 if numbered and cell.measured not in names[cell.checkpoint]:
                     continue
                 choose(cell.measured, names[cell.checkpoint], f"{record['file']}: metric")
@@ -223,6 +223,7 @@ def _published(published: Published, cell: Cell, train_data: str) -> dict[str, f
         "method": [spec.method],
         "train_data": [train_data, str(cell.row.train_data)],
         "metric": [cell.metric],
+        "variant": [_extra(spec) or "default"],
     }
     if cell.row.iterations is not None:
         stated["iterations"] = [str(cell.row.iterations)]

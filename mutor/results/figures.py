@@ -135,24 +135,37 @@ def _setting(axis: Axes, y: int, row: dict[Any, Any]) -> None:
 
 def methods(evidence: Evidence, table: Table) -> Figure:
     """One panel for each of the first two metrics, a line a setting: every seed a point, mean and interval a bar."""
+    return _by_metric(evidence, table, table.metrics[:2])
+
+
+def metrics(evidence: Evidence, table: Table) -> Figure:
+    """The same for all metrics."""
+    return _by_metric(evidence, table, table.metrics)
+
+
+def _by_metric(evidence: Evidence, table: Table, names: Sequence[str]) -> Figure:
     frame = evidence.frame(table)
-    shown = [metric for metric in table.metrics if metric in set(frame["metric"])][:2]
+    if frame["data"].nunique() > 1:
+        frame = frame.assign(label=frame["label"] + ", " + frame["data"])
+    shown = [metric for metric in names if metric in set(frame["metric"])]
     panels = [frame[frame["metric"] == metric].to_dict("records") for metric in shown]
     figure, axes = side_by_side(len(shown), (3.6, 1.3 + 0.3 * max(map(len, panels), default=1)), 2.2)
-    for axis, metric, rows in zip(axes, shown, panels, strict=False):
+    for number, (axis, metric, rows) in enumerate(zip(axes, shown, panels, strict=False)):
         for y, row in enumerate(rows):
             _setting(axis, y, row)
         unit = rows[0]["unit"]
         axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{metric.replace('_', ' ')} ({unit})")
         axis.set_yticks(range(len(rows)), [_named(row) for row in rows])
-        ends = [row[end] for row in rows for end in ("mean", "ci_low", "ci_high") if not is_missing(row[end])]
+        shown_ends = ("mean", "ci_low", "ci_high", "reported")
+        ends = [row[end] for row in rows for end in shown_ends if not is_missing(row[end])]
         if ends:
             room = 0.1 * (max(ends) - min(ends)) + 0.5
             axis.set_xlim(max(0, min(ends) - room), max(ends) + room)
-        if axis is not axes[0]:
+        if number % ROW:
             axis.set_yticklabels([])
-    figure.suptitle(wrapped(title_of(evidence, table, ""), 20 + 45 * len(shown)), fontsize=10)
-    foot(figure, frame, len(shown))
+    wide, published = min(len(shown), ROW), "; crosses: published" if frame["reported"].notna().any() else ""
+    figure.suptitle(wrapped(title_of(evidence, table, published), 20 + 45 * wide), fontsize=10)
+    foot(figure, frame, wide)
     return figure
 
 

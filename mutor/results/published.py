@@ -59,9 +59,10 @@ class Published:
         """The published row of the same cell: equal in all that both the source and the cell state.
 
         cell: column -> texts that mean the cell's own; an empty text says that it has no such setting. A column that
-        the source leaves empty fits every cell. A source with none of the table's models is a reference on a model of
-        its own, which is not compared. A cell trained `budget_factor` times as long as its dataset's recipe says
-        stands beside the value published for as much longer training.
+        the source leaves empty fits every cell. `variant` has the settings that no column has, "default" where they are
+        defaults. A source with none of the table's models is a reference on a model of its own, which is not compared.
+        A cell trained `budget_factor` times as long as its dataset's recipe says stands beside the value published for
+        as much longer training.
         """
         found = [row for row in self._rows if self._fits(row, cell, IDENTITY)]
         if found and all(row["epochs"] for row in found):

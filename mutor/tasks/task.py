@@ -151,6 +151,10 @@ class Task:
         """What names the best checkpoint: "valid", a split for that alone; "test"; or "", nothing: it is the last."""
         return "valid"
 
+    def for_seed(self, seed: int) -> Task:
+        """The task as runs of this seed have it: itself, unless the seed decides what is asked, too."""
+        return self
+
     def prepare_assets(self, folder: Path, device: str, log: Log) -> None:
         """Make, once below `folder`, what all runs on these data share, and load it; the first thing a run does."""
 

@@ -47,7 +47,8 @@ class SeedRun:
 
     def __init__(self, spec: Spec, seed: int, task: Task, device: str, env: RunEnvironment, log: Log):
         """device: "cpu" or "cuda"; log: prints a line of progress."""
-        self.spec, self.seed, self.task, self.device, self.env, self.print_line = spec, seed, task, device, env, log
+        self.task = task = task.for_seed(seed)
+        self.spec, self.seed, self.device, self.env, self.print_line = spec, seed, device, env, log
         self.folder = records.seed_folder(env.runs, spec, seed)
         self.context = Context(seed=seed, pad_id=task.pad_id, prefix_lm=task.prefix_lm)
         method_class: type[Method] = load(METHODS, spec.method, "method")
