@@ -267,7 +267,13 @@ def test_plan_knows_how_large_models_are(name):
     for model, parameters in scale.plan.items():
         own = scale.models[model]
         # labels and four signs, the stand-in's, numbers and signs, nodes and two signs
-        others = {"llama-12x384": 104, "llama-6x256": 985, "llama-12x384-planning": 18, "path-1x120": 102, "path-1x320": 302}
+        others = {
+            "llama-12x384": 104,
+            "llama-6x256": 985,
+            "llama-12x384-planning": 18,
+            "path-1x120": 102,
+            "path-1x320": 302,
+        }
         tokens = others.get(model, 34)
         family, shape = published.get(model, (own.architecture, {**own.config, "vocab_size": tokens}))
         if family == "llamagen":

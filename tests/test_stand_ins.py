@@ -39,7 +39,13 @@ def test_every_table_says_what_ran(laptop, name):
     if name == "rebuttal_flops":  # worked out for the published shapes
         assert not stands and frame["ran"].tolist() == frame["role"].tolist()
         return
-    if name in ("foresight", "decoding", "path_planning", "blocksworld", "fact_chains"):  # of no published model or data
+    if name in (
+        "foresight",
+        "decoding",
+        "path_planning",
+        "blocksworld",
+        "fact_chains",
+    ):  # of no published model or data
         assert not stands
         return
     assert stands and all(f"- Stands in for {text}." in md for text in stands)
