@@ -197,8 +197,12 @@ def test_published_value_is_equal_in_all_that_both_state():
     assert elsewhere.beside({"role": ["gemma-2b"], "method": ["next_token"], "d_max": [""]}) == 4
 
 
-def test_nothing_is_subtracted_where_something_stands_in():
-    found = evidence("laptop", ROOT / "results/reference/laptop/runs")
+def test_nothing_is_subtracted_where_something_stands_in(tmp_path):
+    for cell in run_cells(load_table(ROOT, "table1"), load_scale(ROOT, "laptop")):
+        told = record(cell.spec, 42, 50.0)
+        told["checkpoints"] = [{"names": ["best", "last"], "step": 20, "metrics": {"accuracy": 50.0}, "scores": {}}]
+        write_json(records.seed_folder(tmp_path, cell.spec, 42) / "metrics.json", told)
+    found = evidence("laptop", tmp_path)
     frame = found.frame(found.table("table1"))
     beside = frame[frame["mean"].notna() & frame["reported"].notna()]
     assert len(beside) >= 20 and beside["stands_in_for"].ne("").all() and beside["reported_difference"].isna().all()

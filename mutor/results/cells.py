@@ -243,7 +243,8 @@ def _described(cell: Cell) -> dict[str, Any]:
     if settings["placement"] == "all":
         settings["registers"] = ""
     label, data = cell.row.label or _label(spec), task.describe(spec.task_config)
-    named_alike = bool(spec.dataset.stands_in_for) and str(cell.row.train_data).startswith(data)
+    stands = spec.dataset.stands_in_for
+    named_alike = stands.startswith(f"{data} ") or (bool(stands) and str(cell.row.train_data).startswith(data))
     return {
         "role": spec.model_config.role,
         "model": spec.model,

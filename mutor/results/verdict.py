@@ -44,11 +44,14 @@ class Answer:
 
 
 def three_answers(evidence: Evidence, tables: Sequence[Table]) -> list[Answer]:
-    """The three questions, answered from the runs behind these tables."""
+    """The three questions, answered from the runs behind these tables; of one's own model and data, the last one."""
     return evidence.once("answers", " ".join(table.name for table in tables), lambda: _answers(evidence, tables))
 
 
 def _answers(evidence: Evidence, tables: Sequence[Table]) -> list[Answer]:
+    yours = Answer(YOURS, _own(evidence, tables), pd.DataFrame())
+    if any(table.drawing.answer for table in tables):  # one's own model and data alone
+        return [yours]
     beside = against_published(evidence, tables)
     here, _ = claims.here_and_elsewhere(claims.claim_frame(evidence))
     said = [] if here.empty else claims.summary(here)
@@ -56,7 +59,7 @@ def _answers(evidence: Evidence, tables: Sequence[Table]) -> list[Answer]:
     return [
         Answer(RIGHT, _rightness(beside), beside),
         Answer(HELPS, [*found, *(f"Claims: {sentence}" for sentence in said)], pd.DataFrame()),
-        Answer(YOURS, _own(evidence, tables), pd.DataFrame()),
+        yours,
     ]
 
 
