@@ -39,14 +39,8 @@ def test_every_table_says_what_ran(laptop, name):
     if name == "rebuttal_flops":  # worked out for the published shapes
         assert not stands and frame["ran"].tolist() == frame["role"].tolist()
         return
-    if name in (
-        "foresight",
-        "decoding",
-        "path_planning",
-        "blocksworld",
-        "fact_chains",
-    ):  # of no published model or data
-        assert not stands
+    if name in ("foresight", "decoding", "path_planning", "blocksworld", "fact_chains"):
+        assert not stands  # for no published model or data
         return
     assert stands and all(f"- Stands in for {text}." in md for text in stands)
     caption = tex[tex.index(r"\caption") :].replace("\\", "")
