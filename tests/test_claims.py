@@ -206,7 +206,9 @@ def test_published_effects_stand_beside(tmp_path):
     assert sorted(round(v, 2) for v in longer["published"]) == [0.51, 0.77, 1.23, 1.61]
     extra = of(frame, "1.4 times the data")
     assert extra["published"] == pytest.approx(68.33 - 66.69)
-    language = frame[~frame["table"].isin(["figure4", "table7", "table8", "table9", "table15"])]
+    # not of images, and of those who print no numbers, or none of this paper's model
+    without = ["figure4", "table7", "mehra", "gentle", "path_planning", "blocksworld", "sat"]
+    language = frame[~frame["table"].isin(without)]
     assert language["published"].notna().all() and (language["verdict"] == "not run").all()
     agree = np.where(language["direction"] == "above", language["published"] > -language["margin"].fillna(0), True)
     assert agree.all()  # the sources' own numbers support what they claim

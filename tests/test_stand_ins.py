@@ -109,5 +109,6 @@ def test_claims_say_what_they_were_held_against(laptop):
     assert "gpt2-4x64 for gpt2-large, star_graph n=2 l=4 labels=8, solve_rate" in set(graphs["on"])
     images = here[here["table"] == "table7"]
     assert len(images) and images["published"].isna().all()
-    rows = one_row_each(here, "results")
+    of_models = here[~here["table"].isin(["path_planning", "blocksworld", "sat"])]  # those are of no published model
+    rows = one_row_each(of_models, "results")
     assert isinstance(rows, pd.DataFrame) and all("for" in text for text in rows["on"])
