@@ -161,6 +161,7 @@ def project(tmp_path):
     return tmp_path
 
 
+@pytest.mark.long
 def test_killed_command_of_two_processes_goes_on_to_the_result_of_one(project):
     """`mutor run` starts the processes that the scale asks for; base model, DDP, Muon."""
     command = [sys.executable, "-m", "mutor", "run", "--scale", "smoke", "--data", "g2x3", "--model", "gpt2-2x32"]
