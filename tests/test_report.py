@@ -14,11 +14,12 @@ import pytest
 
 from mutor.cli import main
 from mutor.config.load import load_scale, load_table
-from mutor.config.runs import settings_name
+from mutor.config.runs import cells_of, settings_name
 from mutor.files import write_json
 from mutor.results import cells, claims, records, render
 from mutor.results.cells import Evidence
 from mutor.results.report import missing
+from tests.test_claims import put
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -75,10 +76,10 @@ def test_everything_stands_on_one_page(page):
     for name in scale.artifacts:
         assert f'<section id="{name}">' in text and f'id="{name}-cells"' in text
     drawn = [len(load_table(ROOT, name).drawing.figures) for name in scale.artifacts]
-    assert text.count('<img src="data:image/') == sum(drawn) == 21
+    assert text.count('<img src="data:image/') == sum(drawn) + 1  # and that of the verdict
     for section in ("claims-part", "missing-part", "runs-part"):
         assert f'id="{section}"' in text
-    assert "Not the published experiment." in text and text.count("gpt2-large (here a GPT-2 of 6 layers x 64)") >= 2
+    assert "Not the published experiment." in text and text.count("gpt2-large (here a GPT-2 of 4 layers x 64)") >= 2
     assert not re.search(r"""(src|href)=["'](https?:)?//""", text) and "@import" not in text
     assert re.search(r"Training took \d+\.\d\d core hours on cpu", text)
     commits = {r["git_commit"][:10] for r in records.Records(ROOT / "results/reference/laptop/runs").of_scale("laptop")}
@@ -94,7 +95,7 @@ def test_in_a_browser(page, tmp_path, width):
     done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True)
     assert not re.findall(r"CONSOLE.*(?:Error|Uncaught|error).*", done.stderr)
     found = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
-    assert found["all"] >= 10 and len(found["searched"]) == 2  # a claim on reversed paths, one a graph
+    assert found["all"] >= 10 and len(found["searched"]) == 1  # the claim on reversed paths
     assert all("reversed" in row for row in found["searched"])
     runs = records.Records(ROOT / "results/reference/laptop/runs").of_scale("laptop")
     minutes = sorted(record["seconds_training"] / 60 for record in runs)
@@ -113,17 +114,18 @@ def test_without_runs_it_says_how_to_start(tmp_path):
 def test_missing_seeds_are_listed(tmp_path):
     def listed(seeds=None):
         evidence = Evidence(ROOT, load_scale(ROOT, "laptop"), records.Records(tmp_path / "runs"), seeds)
-        return missing(evidence, [evidence.table("table2")]), evidence.runs.problems
+        return missing(evidence, [evidence.table("gentle")]), evidence.runs.problems
 
-    reference = ROOT / "results/reference/laptop/runs"
-    shutil.copytree(reference, tmp_path / "runs")
+    for cell in cells_of(load_table(ROOT, "gentle"), load_scale(ROOT, "laptop")):
+        for seed in cell.spec.seeds:
+            put(tmp_path / "runs", cell, seed, 100, metric="accuracy")
     assert len(listed()[0]) == 0
     assert set(listed(seeds=(43, 7))[0]["seeds"]) == {"7"}
-    file = next((tmp_path / "runs/laptop/samsum/gemma-4x128/parallel_mtp").glob("*/seed43/metrics.json"))
+    file = next((tmp_path / "runs/laptop/word-problems/gemma-4x128/parallel_mtp").glob("*/seed43/metrics.json"))
     file.write_text("{")
     rows, problems = listed()
     row = rows.iloc[0]
-    assert (row["seeds"], row["artifacts"]) == ("43", "table2") and "parallel_mtp" in row["setting"]
+    assert (row["seeds"], row["artifacts"]) == ("43", "gentle") and "parallel_mtp" in row["setting"]
     assert len(problems) == 1 and "metrics.json: not JSON at line 1" in problems[0]
 
 
