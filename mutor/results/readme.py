@@ -91,8 +91,9 @@ def dictionary() -> str:
 
 
 def _reference(evidence: Evidence, folder: Path) -> list[str]:
-    frame, scale = claim_frame(evidence), evidence.scale
-    frame = frame[~frame["verdict"].isin(["not at this scale", "not run"])]
+    whole, scale = claim_frame(evidence), evidence.scale
+    frame = whole[~whole["verdict"].isin(["not at this scale", "not run"])]
+    waiting = int((whole["verdict"] == "not run").sum())
     where = folder.relative_to(evidence.root)
     parts = [f"**Scale {scale.name}**: {scale.description}. {spent(evidence.runs.of_scale(scale.name))}", ""]
     tables = [evidence.table(name) for name in scale.artifacts]
@@ -105,9 +106,12 @@ def _reference(evidence: Evidence, folder: Path) -> list[str]:
     if len(headlines):
         parts += [grid(one_row_each(headlines, str(where)).set_index("claim"), str), ""]
     named, known = headlines["claim"].nunique(), frame["claim"].nunique()
+    if known:
+        parts += [f"These are {named} of {known} claims. All of them make {len(frame)} comparisons: {counted(frame)}."]
+    if waiting:
+        parts += [f"{waiting} comparisons wait for runs that are not there yet."]
     return [
         *parts,
-        f"These are {named} of {known} claims. All of them make {len(frame)} comparisons: {counted(frame)}.",
         f"[verdict.md]({where}/verdict.md) has each, with the rule and with what stands in for what. All tables and",
         f"figures are in [{where}]({where}): [report.html]({where}/report.html) shows them on one page,",
         f"[runs.csv]({where}/runs.csv) has a row for each seeded run.",
