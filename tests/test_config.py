@@ -236,9 +236,9 @@ def test_plan_judges_by_finished_runs(capsys, tmp_path):
     seconds = {"next_token": 60.0, "mutor": 90.0, "token_order": 75.0}
     for cell in cells_of(load_table(ROOT, "figure4"), load_scale(ROOT, "laptop")):
         if not cell.row.control and cell.spec.method in seconds:
-            took = {"steps": 900, "seconds_training": seconds[cell.spec.method], "device": "a clock"}
+            took = {"steps": 800, "seconds_training": seconds[cell.spec.method], "device": "a clock"}
             tokens = 1000 if cell.spec.method == "mutor" else 800
-            put(tmp_path, cell, 7, 100, tokens=900 * tokens, **took)  # a seed that is not asked for
+            put(tmp_path, cell, 7, 100, tokens=800 * tokens, **took)  # a seed that is not asked for
     assert main(["plan", "figure4", "--scale", "laptop", "--runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     lines = {line.split()[-1]: line.split() for line in printed.splitlines() if "laptop/g2x4/" in line}
