@@ -143,7 +143,9 @@ def small(spec, folder):
         )
         batch |= {"accumulate": 2, "keep_steps": ()}
     else:
-        task = replace(spec.task_config, train_size=spec.task_config.train_size and 32, **size)
+        if getattr(spec.task_config, "train_size", None):
+            size["train_size"] = 32
+        task = replace(spec.task_config, **size)
     base = spec.base and small(spec.base, folder)
     return replace(spec, model_config=model, recipe=replace(spec.recipe, **batch), task_config=task, base=base)
 
