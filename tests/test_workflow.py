@@ -84,7 +84,8 @@ TUNED = 20  # what is known ahead and what is gentle, on GSM8K, without three se
 AHEAD = 10  # the rows of foresight; at gpu scale 7 more, by characters
 JOBS = {
     "smoke": 12 + 4 + 3 + AHEAD, "laptop": 2 * 12 + IMAGES + LANGUAGE + 2 + TUNED + AHEAD,
-    "gpu": 52 + IMAGES + 4 + TUNED + AHEAD + 7, "paper": PAPER + IMAGES + TUNED, "own": 7,  # with the model before fine-tuning
+    "gpu": 52 + IMAGES + 4 + TUNED + AHEAD + 7, "paper": PAPER + IMAGES + TUNED,
+    "own": 7,  # with the model before fine-tuning
 }  # fmt: skip
 
 
