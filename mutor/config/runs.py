@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any
 
 from mutor.checks import choose, from_mapping, not_default
@@ -298,9 +297,8 @@ def _checkpoint(where: str, table: Table, row: Row, spec: Spec) -> str:
 
 
 def run_cells(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> list[Cell]:
-    """The cells of a table that runs have to fill; not those of a model whose packages are not installed."""
-    cells = cells_of(table, scale, seeds) if table.needs_runs else []
-    return [cell for cell in cells if all(map(find_spec, cell.spec.model_config.needs))]
+    """The cells of a table that runs have to fill."""
+    return cells_of(table, scale, seeds) if table.needs_runs else []
 
 
 def specs_of(all_cells: list[Cell]) -> list[Spec]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mutor.checks import choose, setting
 from mutor.registry import ATTENTION, AUTO, DRAWINGS, Drawing
 
-NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes", "needs")  # fields that do not change what is trained
+NOT_IN_MODEL = ("role", "stands_in_for", "recipe_changes")  # fields that do not change what is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,6 @@ class ModelConfig:
         None, doc="hub name or folder of a pretrained model; a quantised .gguf file, or package/file.gguf"
     )
     revision: str | None = setting(None, doc="hub revision of the pretrained model")
-    needs: tuple = setting((), doc="Python packages without which nothing of it is run")
     dtype: str = setting(
         "float32",
         doc="of weights and training; mixed: float32 weights, bfloat16 products on a GPU",
