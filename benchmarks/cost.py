@@ -31,7 +31,7 @@ from mutor.mtp.layout import IGNORE, Example
 from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
 from mutor.results import provenance
-from mutor.results.cost import as_dict, file_of, measured, metrics_of
+from mutor.results.cost import as_dict, file_of, measured, metrics_of, of_case
 from mutor.training.optim import optimizer
 
 RECIPE = Recipe(steps=1, batch_size=1, learning_rate=1e-6)
@@ -266,9 +266,8 @@ def main():
                 if case.key == args.profile:
                     profile(case, reference, model_config, device, file.parent / "profiles")
                 continue
-            found = content["cases"].get(case.key, {})
-            done = found.get("case") == as_dict(case) and "seconds" in found and found["device"] == device_name(device)
-            if done and not args.again:
+            found = of_case(content, case)
+            if found and found["device"] == device_name(device) and not args.again:
                 continue
             if args.only and not any(text in case.key for text in args.only):
                 continue

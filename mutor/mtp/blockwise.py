@@ -197,7 +197,7 @@ class Plan:
     masked: bool
 
     def fits(self, kernel: Kernel) -> bool:
-        """Whether the kernel does it: a GPU's, without masks, in few calls. Many take longer than a dense mask."""
+        """Whether the kernel does it: without masks, in few calls. Many take longer than a dense mask."""
         return kernel.takes_masks or (not self.masked and len(self.groups) <= FEW)
 
     @property

@@ -56,6 +56,12 @@ def measured(file: Path) -> dict[str, Any]:
     return content
 
 
+def of_case(content: Mapping[str, Any], case: Case) -> dict[str, Any] | None:
+    """What was measured of a case as the configuration has it now; content: from `measured`."""
+    found = content["cases"].get(case.key)
+    return found if found and found["case"] == as_dict(case) and "seconds" in found else None
+
+
 def _shown(evidence: Evidence, table: Table) -> dict[str, Any]:
     """A table's measurements; damaged ones are left out, and named in `runs.problems`."""
     try:
@@ -98,10 +104,10 @@ def metrics_of(found: Mapping[str, Any], device: str) -> dict[str, tuple[float, 
 
 def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
     """Cells of a cost table, one a case and metric; n_seeds counts rounds, 0 where nothing was measured."""
+    content = _shown(evidence, table)
     scaling, wanted = cases_of(table, evidence.scale)
-    there = _wanted(evidence, table)
     for case in wanted:
-        found = there.get(case.key)
+        found = of_case(content, case)
         values = metrics_of(found, found["device"]) if found else {}
         row = _described(case, scaling)
         for metric in table.metrics:
@@ -117,13 +123,6 @@ def rows(evidence: Evidence, table: Table) -> Iterator[dict[str, Any]]:
                 "reported": None if row["stands_in_for"] else evidence.published(table).beside(same),
                 "values": found["seconds"] if found else [],
             }
-
-
-def _wanted(evidence: Evidence, table: Table) -> dict[str, dict[str, Any]]:
-    """Key -> measurement of the cases as the configuration has them now."""
-    there, (_, cases) = _shown(evidence, table)["cases"], cases_of(table, evidence.scale)
-    found = {case.key: (case, there[case.key]) for case in cases if case.key in there}
-    return {key: f for key, (case, f) in found.items() if f["case"] == as_dict(case) and "seconds" in f}
 
 
 def _described(case: Case, scaling: CostScaling) -> dict[str, Any]:
@@ -163,8 +162,9 @@ def printed(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
 
 def circumstances(evidence: Evidence, table: Table) -> list[str]:
     """Sentences on the device, the number of rounds, and how the scale shrinks the cases."""
-    scaling, _ = cases_of(table, evidence.scale)
-    devices = sorted({found["device"] for found in _wanted(evidence, table).values()})
+    content = _shown(evidence, table)
+    scaling, wanted = cases_of(table, evidence.scale)
+    devices = sorted({found["device"] for case in wanted if (found := of_case(content, case))})
     where = f"Measured on {' and '.join(devices)}" if devices else "Not measured yet"
     out = [f"{where}; medians ± standard deviation of n rounds."]
     if smaller := _smaller(scaling):
