@@ -1,5 +1,6 @@
 """Whether a method helps on a user's own data: from planted records to words, by hand and by simulation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,20 @@ POINTS = 1 + 0.8416 / 1.95996  # what an effect is in half widths when four of f
     ],
 )
 def test_what_would_decide_by_hand(estimate, spread, half, seeds, says):
-    found = Interval(estimate, estimate - 50, estimate + 50, "", spread, half)
-    assert to_decide(found, seeds, 200) == says
+    found = Interval(estimate, estimate - 50, estimate + 50, "", spread, half, 200)
+    assert to_decide(found, seeds) == says
+    assert to_decide(replace(found, estimate=7.0), seeds, effect=estimate) == says  # told from something else than zero
+
+
+def test_what_would_decide_where_only_seeds_are_known():
+    """With n seeds half the width is t(n - 1) s / sqrt(n): of s = 2.45, 2.57 at 6 seeds, 2.27 at 7."""
+    found, says = Interval(2.5, -9, 9, "seeds", 2.45), "about 7 seeds (now 3) would decide"
+    assert (
+        to_decide(found, 3, power=0.5) == to_decide(found, 3, -2.5, power=0.5) == says
+    )  # half the width is the effect
+    assert to_decide(found, 3, 2.3, power=0.5) == says  # with the degrees of freedom of 6 seeds it were 2.38
+    assert to_decide(found, 3) == "about 11 seeds (now 3) would decide"  # 2.5 / 1.4294 = 1.749: of 10, 1.753
+    assert to_decide(replace(found, spread=None), 1) == "three seeds or more would decide"
 
 
 def test_four_of_five_repetitions_decide_with_as_many_problems():
@@ -71,7 +84,7 @@ def test_four_of_five_repetitions_decide_with_as_many_problems():
     found = interval(one, difference=True)
     assert found.low < 0 < found.high and found.estimate == pytest.approx(0.1)
     count = problems_needed(found.estimate / POINTS, found.over_problems, 60)
-    assert f"about {float(f'{count:.2g}'):.0f} problems (now 60)" in to_decide(found, 1, 60)
+    assert f"about {float(f'{count:.2g}'):.0f} problems (now 60)" in to_decide(found, 1)
     draws = rng.choice([1, -1, 0], p=[0.2, 0.1, 0.7], size=(1000, count))
     decided = np.mean([interval(draw[None], difference=True).low > 0 for draw in draws])
     assert 0.75 < decided < 0.87

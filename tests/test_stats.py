@@ -14,7 +14,6 @@ from mutor.results.stats import (
     fisher,
     graded,
     interval,
-    needed,
     over_seeds,
     paired,
     seeds_to_tell_apart,
@@ -109,10 +108,10 @@ def test_every_field_of_an_interval_by_hand(level):
     assert (got.low, got.high) == pytest.approx(whole) and got.low > 0 and got.high < 1
     assert got.covers == "seeds and problems" and interval(np.array([[0, 1]])).spread is None
     assert got.spread is not None
-    wanted = [47.5, *(100 * x for x in (got.low, got.high)), got.covers, 100 * got.spread, 100 * got.over_problems]
+    wanted = [47.5, *(100 * x for x in (got.low, got.high)), got.covers, 100 * got.spread, 100 * got.over_problems, 2]
     assert got.times(100) == Interval(*wanted)
     assert interval(np.array([[0, 1]])).times(100).spread is None
-    less = Interval(got.estimate - 0.1, got.low - 0.1, got.high - 0.1, got.covers, got.spread, got.over_problems)
+    less = Interval(got.estimate - 0.1, got.low - 0.1, got.high - 0.1, got.covers, got.spread, got.over_problems, 2)
     assert got.minus(0.1) == less
 
 
@@ -195,23 +194,6 @@ def test_seeds_that_do_not_differ_tell_nothing(recwarn):
     one = over_seeds([2.0, 2.0], [0.5, 0.6])
     assert one.high - 1.45 == pytest.approx(stats.t.ppf(0.975, 1) * 0.05) and not recwarn.list
     assert summarise([100.0, 100.0, 100.0]) == Summary(3, 100.0, 0.0)
-
-
-def test_what_would_decide():
-    """With n seeds half the width is t(n - 1) s / sqrt(n): 2.57 at 6 seeds of s = 2.45, 2.27 at 7."""
-    assert stats.t.ppf(0.975, 5) * 2.45 / 6**0.5 > 2.5 > stats.t.ppf(0.975, 6) * 2.45 / 7**0.5
-    assert needed(2.5, 2.45, 0.0) == needed(-2.5, 2.45, 0.0) == "about 7 seeds"
-    assert stats.t.ppf(0.975, 5) * 2.45 / 7**0.5 > 2.3  # degrees of freedom are those of 7 seeds, not of 6
-    assert needed(2.3, 2.45, 0.0) == needed(2.5, 2.45, 0.0, max_seeds=7) == "about 7 seeds"
-    assert needed(2.5, 2.45, 0.0, max_seeds=6) == "more than 6 seeds" and needed(50.0, 1.0, 0.0) == "about 2 seeds"
-    assert needed(2.5, 2.45, 0.0, level=0.5) == "about 2 seeds" and needed(2.5, 2.45, 1.2) == "about 8 seeds"
-    touching = float(stats.t.ppf(0.975, 1)) / 2**0.5  # half the width of two seeds of spread 1: not below itself
-    assert needed(touching, 1.0, 0.0) == "about 3 seeds" and needed(1.0, 0.1, 1.0) == "more than 1 times the problems"
-    assert needed(2.0, 0.1, 6.0) == "more than 9 times the problems"
-    assert needed(1.0, 0.1, 10.0, max_seeds=100) == "a larger effect"
-    assert needed(2.5, None, 0.1) == "three seeds or more"
-    assert needed(1.0, 0.1, 3.0) == "more than 9 times the problems"
-    assert needed(0.0, 0.1, 3.0) == "a larger effect" and needed(0.01, 5.0, 0.0) == "more than 1000 seeds"
 
 
 def test_summary_by_hand():

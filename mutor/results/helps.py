@@ -126,10 +126,10 @@ def verdict(evidence: Evidence, ours: Cell, theirs: Cell, cells: list[Cell]) -> 
     if found is None:
         return Verdict(*names, "not run")
     cost = _cost(evidence, ours, theirs, common)
-    d, problems = found.difference, one[common[0]].problems
+    d = found.difference
     if found.seeds > 1 and (d.low > 0 or d.high < 0):
         return Verdict(*names, "helps" if d.low > 0 else "hurts", d, "", cost)
-    decides = "" if problems is None else to_decide(d, found.seeds, len(problems))
+    decides = to_decide(d, found.seeds) if d.problems else ""
     return Verdict(*names, UNDECIDED, d, decides, cost)
 
 

@@ -68,7 +68,8 @@ class Interval:
     """An estimate with its interval.
 
     covers: what the interval accounts for: "seeds and problems", "seeds" or "problems"; spread: standard deviation of
-    one seed's mean, None with one seed; over_problems: half the width that problems alone give.
+    one seed's mean, None with one seed; over_problems: half the width that problems alone give, so many of them (0:
+    nothing is known problem by problem).
     """
 
     estimate: float
@@ -77,12 +78,13 @@ class Interval:
     covers: str
     spread: float | None = None
     over_problems: float = 0.0
+    problems: int = 0
 
     def times(self, factor: float) -> Interval:
         """The same in another unit: shares to percent."""
-        mean, low, high = (factor * x for x in (self.estimate, self.low, self.high))
+        mean, low, high, half = (factor * x for x in (self.estimate, self.low, self.high, self.over_problems))
         spread = None if self.spread is None else factor * self.spread
-        return Interval(mean, low, high, self.covers, spread, factor * self.over_problems)
+        return replace(self, estimate=mean, low=low, high=high, spread=spread, over_problems=half)
 
     def minus(self, number: float) -> Interval:
         """The difference from a number that does not vary."""
@@ -110,7 +112,8 @@ def interval(scores: np.ndarray, level: float = 0.95, *, difference: bool = Fals
     below, above = float(np.hypot(mean - low, from_seeds)), float(np.hypot(high - mean, from_seeds))
     covers = "problems" if spread is None else "seeds and problems"
     lowest = -1.0 if difference else 0.0
-    return Interval(mean, max(mean - below, lowest), min(mean + above, 1.0), covers, spread, (high - low) / 2)
+    ends = max(mean - below, lowest), min(mean + above, 1.0)
+    return Interval(mean, *ends, covers, spread, (high - low) / 2, scores.shape[1])
 
 
 def right_or_wrong(columns: np.ndarray, level: float) -> tuple[float, float]:
@@ -205,24 +208,6 @@ def seeds_to_tell_apart(ours: float, theirs: float, max_seeds: int = 100) -> int
     return None
 
 
-def needed(
-    effect: float, spread: float | None, over_problems: float, level: float = 0.95, max_seeds: int = 1000
-) -> str:
-    """What would bring half the width of an interval below |effect|, in words: seeds, problems.
-
-    spread, over_problems: of an `Interval`; that more seeds spread as these do, and that the effect is the true one, is
-    assumed.
-    """
-    effect = abs(effect)
-    if spread is None:
-        return "three seeds or more"
-    if over_problems >= effect:
-        factor = (over_problems / effect) ** 2 if effect else np.inf
-        return f"more than {factor:.0f} times the problems" if factor < max_seeds else "a larger effect"
-    seeds = seeds_needed(effect, spread, over_problems, level, max_seeds)
-    return f"more than {max_seeds} seeds" if seeds is None else f"about {seeds} seeds"
-
-
 def seeds_needed(
     effect: float, spread: float, over_problems: float = 0.0, level: float = 0.95, max_seeds: int = 1000
 ) -> int | None:
@@ -243,38 +228,41 @@ def problems_needed(effect: float, half_width: float, problems: int) -> int:
 
 
 def to_decide(
-    found: Interval, seeds: int, problems: int, level: float = 0.95, power: float = 0.8, most: int = 1000
+    found: Interval, seeds: int, effect: float | None = None, level: float = 0.95, power: float = 0.8, most: int = 1000
 ) -> str:
-    """About how many problems or seeds would decide, in words, where the interval of a difference holds zero.
+    """About how many problems or seeds would decide, in words, where an interval does not.
 
-    With so many, an interval lies on one side of zero with probability `power`, if the measured difference is the true
-    one and more seeds spread as these do: half its width is then |difference| / (1 + z_power / z_level), 1 / 1.43 of
-    it. What is left of that beside the seeds' part is for problems (`problems_needed`), and the other way round
-    (`seeds_needed`); where neither is enough alone, both get the same share. most: times the problems, and seeds,
-    beyond which no number is told.
+    effect: how far the estimate is from what it has to be told from; by default from zero, as a difference. With so
+    many, an interval lies on one side of that with probability `power`, if what is measured is the true value and more
+    seeds spread as these do: half its width is then |effect| / (1 + z_power / z_level), 1 / 1.43 of it. What is left of
+    that beside the seeds' part is for problems (`problems_needed`), and the other way round (`seeds_needed`); where
+    neither is enough alone, both get the same share. most: times the problems, and seeds, beyond which no number is
+    told.
     """
-    target = abs(found.estimate) / (1 + float(stats.norm.ppf(power) / stats.norm.ppf(0.5 + level / 2)))
+    effect = abs(found.estimate if effect is None else effect)
+    target = effect / (1 + float(stats.norm.ppf(power) / stats.norm.ppf(0.5 + level / 2)))
+    problems, half = found.problems, found.over_problems
     if target == 0:
         return "no number of problems or seeds can be told, as there is no difference"
     out = "too small a difference for any number within reach"
-    if problems_needed(target, found.over_problems, problems) > most * problems:
+    if problems_needed(target, half, problems) > most * problems:
         return out
     if found.spread is None:
-        more = problems_needed(target, found.over_problems, problems)
+        more = problems_needed(target, half, problems)
         and_more = f", with {_about(more)} problems (now {problems})," if more > problems else ""
         return f"three seeds or more{and_more} would decide"
     options = []
     from_seeds = float(stats.t.ppf(0.5 + level / 2, seeds - 1)) * found.spread / seeds**0.5
-    if from_seeds < target:
+    if from_seeds < target and problems:
         left = (target**2 - from_seeds**2) ** 0.5
-        options.append(f"{_about(problems_needed(left, found.over_problems, problems))} problems (now {problems})")
-    if found.over_problems < target:
-        more_seeds = seeds_needed(target, found.spread, found.over_problems, level, most)
+        options.append(f"{_about(problems_needed(left, half, problems))} problems (now {problems})")
+    if half < target:
+        more_seeds = seeds_needed(target, found.spread, half, level, most)
         options += [] if more_seeds is None else [f"about {more_seeds} seeds (now {seeds})"]
     share = target / 2**0.5
     more_seeds = seeds_needed(share, found.spread, 0.0, level, most)
     if not options and more_seeds is not None:
-        more = max(problems, problems_needed(share, found.over_problems, problems))
+        more = max(problems, problems_needed(share, half, problems))
         options.append(f"about {more_seeds} seeds (now {seeds}) with {_about(more)} problems (now {problems})")
     return f"{' or '.join(options)} would decide" if options else out
 

@@ -17,11 +17,11 @@ from mutor.results.stats import (
     clopper_pearson,
     fisher,
     interval,
-    needed,
     over_seeds,
     paired,
     seeds_to_tell_apart,
     shares_apart,
+    to_decide,
 )
 
 RULE = """\
@@ -122,7 +122,7 @@ def compare(
         verdict = _by_test(direction, found)
         return Compared(published, found, verdict, "" if verdict != "inconclusive" else _more_seeds(found))
     verdict = judge(direction, margin, found.difference)
-    return Compared(published, found, verdict, _to_decide(direction, margin, found.difference, verdict))
+    return Compared(published, found, verdict, _to_decide(direction, margin, found, verdict))
 
 
 def judge(direction: str, margin: float, found: Interval) -> str:
@@ -215,12 +215,12 @@ def _by_seeds(ours: list[float], theirs: list[float] | None, possible: tuple[flo
     return Found(found, min(len(ours), len(theirs or ours)))
 
 
-def _to_decide(direction: str, margin: float, found: Interval, verdict: str) -> str:
+def _to_decide(direction: str, margin: float, found: Found, verdict: str) -> str:
     if verdict != "inconclusive":
         return ""
-    estimate = found.estimate * (-1 if direction == "below" else 1)
+    estimate = found.difference.estimate * (-1 if direction == "below" else 1)
     effect = margin - abs(estimate) if direction == "equal" else estimate + margin
-    return needed(effect, found.spread, found.over_problems)
+    return to_decide(found.difference, found.seeds, effect).removesuffix(" would decide")
 
 
 def least_favourable(direction: str, compared: Sequence[Compared], stands_in: bool) -> dict[str, Any]:
