@@ -159,7 +159,7 @@ def test_commands_are_those_of_the_package(capsys):
             settings = {key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in args.set)}
             make_spec(load_scale(ROOT, args.scale), args.data, args.model, args.method, settings)
         for name in getattr(args, "target", []) + getattr(args, "artifact", []):
-            assert name in [*table_names(ROOT), "claims", "runs", "report"], line
+            assert name in [*table_names(ROOT), "claims", "verdict", "runs", "report"], line
 
 
 def test_targets_are_those_of_the_makefile():

@@ -166,11 +166,11 @@ def counted(monkeypatch, module, name, key):
 def test_everything_is_computed_once_of_a_thousand_records(tmp_path, monkeypatch):
     """Tables read and expanded, cells, claims and records read: tables, claims, runs and report share them all."""
     source = ROOT / "results/reference/laptop/runs/laptop"
-    known = [json.loads(f.read_text()) for f in sorted(source.glob("g2x5/*/*/*/seed*/metrics.json"))]
+    known = [json.loads(f.read_text()) for f in sorted(source.glob("g2x4/*/*/*/seed*/metrics.json"))]
     for number in range(1000):
         record = dict(known[number % len(known)], seed=1000 + number)
         setting = settings_name(record["settings"])
-        folder = tmp_path / "runs/laptop/g2x5/gpt2-6x64" / record["method"] / setting / f"seed{1000 + number}"
+        folder = tmp_path / "runs/laptop/g2x4/gpt2-4x64" / record["method"] / setting / f"seed{1000 + number}"
         write_json(folder / "metrics.json", record)
     done = {
         "tables read": counted(monkeypatch, cells, "load_table", lambda root, name: name),

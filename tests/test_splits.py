@@ -183,7 +183,7 @@ def test_a_caption_says_what_chose_the_checkpoint(tmp_path, name, scale, says):
     evidence = Evidence(ROOT, load_scale(ROOT, scale), records.Records(tmp_path))
     table = evidence.table(name)
     words = caption(evidence, table)
-    assert words.endswith(says) and words.startswith(load_table(ROOT, name).caption)
+    assert words.endswith(says) and load_table(ROOT, name).caption in words
     assert ("best checkpoint is" in words) == bool(says)
     assert words in markdown(evidence, table)
     assert words.rpartition(". ")[2] in latex(evidence, table)
@@ -192,7 +192,7 @@ def test_a_caption_says_what_chose_the_checkpoint(tmp_path, name, scale, says):
 def test_records_say_what_chose_their_checkpoint(tmp_path):
     """Runs of earlier code chose on other problems than runs would now: a caption says what they did."""
     shutil.copytree(ROOT / "results/reference/laptop/runs/laptop/gsm8k", tmp_path / "laptop/gsm8k")
-    for number, file in enumerate(sorted(tmp_path.glob("laptop/gsm8k/gemma-4x128/next_token/*/seed*/metrics.json"))):
+    for number, file in enumerate(sorted(tmp_path.glob("laptop/gsm8k/gemma-4x128/*/*/seed*/metrics.json"))):
         write_json(file, json.loads(file.read_text()) | {"chosen_on": "valid" if number else "test"})
     evidence = Evidence(ROOT, load_scale(ROOT, "laptop"), records.Records(tmp_path))
     words = caption(evidence, evidence.table("table1"))

@@ -274,7 +274,9 @@ def test_smoke_scale_runs_from_data_to_figure(smoke):
     assert list(frame.columns) == [*COLUMNS]
     assert (frame["n_seeds"] == 2).all() and frame["mean"].between(0, 100).all()
     assert frame["ci_low"].isna().all()  # seeds that solve the task are counted, with exact intervals
-    assert (frame["solved_low"] <= frame["n_solved"] / 2).all() and (frame["n_solved"] / 2 <= frame["solved_high"]).all()
+    assert (frame["solved_low"] <= frame["n_solved"] / 2).all() and (
+        frame["n_solved"] / 2 <= frame["solved_high"]
+    ).all()
     assert frame["stands_in_for"].str.contains("gpt2-large").all()
     for ending in (".md", ".tex", ".png", ".svg", "_curves.png", "_curves.svg"):
         assert (smoke / f"results/smoke/figure4{ending}").stat().st_size > 500
