@@ -287,8 +287,8 @@ def test_smoke_scale_runs_from_data_to_figure(smoke):
     cell = frame[(frame["method"] == "next_token") & (frame["metric"] == "solve_rate")].iloc[0]
     assert cell["mean"] == pytest.approx(by_hand)
     log = next(smoke.glob("runs/smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=3,d_min=2/run.log")).read_text()
-    assert re.search(r"\[\d+/29\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
-    assert re.search(r"\[\d+/29\] finished: runs/smoke/g2x3/gpt2-2x32/mutor/\S+, seeds 42, 43$", log.strip())
+    assert re.search(r"\[\d+/39\] g2x3 .* seed 43 \(2/2\): step 20/20  solve_rate", log)
+    assert re.search(r"\[\d+/39\] finished: runs/smoke/g2x3/gpt2-2x32/mutor/\S+, seeds 42, 43$", log.strip())
 
 
 def test_smoke_scale_runs_from_text_to_table(smoke):
@@ -310,7 +310,8 @@ def test_smoke_scale_runs_from_images_to_table(smoke):
     frame = pd.read_csv(smoke / "results/smoke/table7.csv")
     assert list(frame.columns) == [*COLUMNS] and len(frame) == 3 * 3 * 5 and (frame["n_seeds"] == 2).all()
     assert sorted(frame["iterations"].unique()) == [5, 10, 18]
-    assert set(frame["metric"]) == {"classifier_fid", "classifier_score", "precision", "recall"}  # no plain FID
+    kinds = {"classifier_fid", "classifier_score", "precision", "recall", "log_likelihood"}  # no plain FID
+    assert set(frame["metric"]) == kinds
     assert frame["reported"].isna().all()  # published are Inception's values, not these
     listed = (smoke / "results/smoke/table7.md").read_text().partition("Published values:")[2]
     assert all(f"| {value} |" in listed for value in ("7.71", "6.83", "6.18"))
