@@ -10,6 +10,7 @@ EXTRAS ?= workflow,language,images,test
 SCALE ?= laptop
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export OMP_WAIT_POLICY ?= PASSIVE
+unexport PYTHONDONTWRITEBYTECODE  # else every process, of some 150, compiles torch and transformers anew
 
 .DEFAULT_GOAL := help
 .PHONY: help smoke reproduce test test-long mutants faults check format benchmark reference clean env
