@@ -169,7 +169,7 @@ def test_killed_command_of_two_processes_goes_on_to_the_result_of_one(project):
     launcher = subprocess.Popen(command, cwd=project, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     name = "runs/smoke/g2x3/gpt2-2x32/parallel_mtp/*/seed7"
     for _ in range(3000):
-        if list(project.glob(f"{name}/checkpoints/checkpoint-*/trainer_state.json")) or launcher.poll() is not None:
+        if list(project.glob(f"{name}/checkpoints/checkpoint-*/manifest.json")) or launcher.poll() is not None:
             break
         time.sleep(0.02)
     for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
