@@ -148,7 +148,7 @@ def test_scores_are_seeds_by_problems():
         interval(np.ones(4))
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+@pytest.mark.parametrize("seeds", [1, 2, 3, 4, 10])
 def test_coverage(seeds):
     """95% intervals hold the true mean in 93% or more of simulated experiments, at the seed counts in use."""
     draw, hits, runs = rng(seeds), 0, 400
@@ -159,6 +159,40 @@ def test_coverage(seeds):
         got = interval(scores)
         hits += got.low <= 0.5 <= got.high
     assert 0.93 <= hits / runs <= (0.98 if seeds == 1 else 1.0)
+
+
+@pytest.mark.parametrize("seeds", [3, 4, 6, 9, 17])
+def test_coverage_where_each_seed_has_problems_of_its_own(seeds):
+    """Of differences seed by seed, and of two sides of their own seeds, one of which spreads three times as far."""
+    draw, held, held_apart, runs = rng(seeds), 0, 0, 1500
+    for _ in range(runs):
+        ours, theirs = draw.normal(2.0, 3.0, size=seeds), draw.normal(0.0, 1.0, size=seeds)
+        change, apart = over_seeds(list(ours - theirs)), over_seeds(list(ours), list(theirs))
+        held += change.low <= 2 <= change.high
+        held_apart += apart.low <= 2 <= apart.high
+    assert 0.93 <= held / runs <= 0.97 and 0.93 <= held_apart / runs <= 0.975
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "least"), [(10, 10, 0.95), (10, 9, 0.95), (6, 10, 0.95), (3, 10, 0.95), (3, 3, 0.92)]
+)
+def test_coverage_of_counted_seeds(ours, theirs, least):
+    """By the binomial sum over counts: intervals of a share, or a difference (not 3 against 3), hold it 19 times in 20.
+
+    Fisher's test calls equal shares different 5 times in 100 at most.
+    """
+    shares = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
+    counts = [(one, other) for one in range(ours + 1) for other in range(theirs + 1)]
+    found = {pair: shares_apart((pair[0], ours), (pair[1], theirs)) for pair in counts}
+    differ = {pair: fisher((pair[0], ours), (pair[1], theirs)) < 0.05 for pair in counts}
+    exact = [clopper_pearson(count, ours) for count in range(ours + 1)]
+    for one in shares:
+        chances = stats.binom.pmf(range(ours + 1), ours, one)
+        assert sum(c for c, (low, high) in zip(chances, exact, strict=True) if low <= one <= high) >= 0.95
+        for other in shares:
+            both = np.outer(chances, stats.binom.pmf(range(theirs + 1), theirs, other))
+            assert sum(both[p] for p in counts if found[p].low <= one - other <= found[p].high) >= least, (one, other)
+            assert one != other or sum(both[pair] for pair in counts if differ[pair]) <= 0.05, one
 
 
 def test_same_scores_and_other_shapes():
