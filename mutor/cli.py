@@ -97,13 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--out", type=Path, default=Path("tries"), help="folder of all tries (default: tries)")
 
     draw = command("collect", collect, "build a table or figure from whatever runs exist")
-    draw.add_argument("artifact", nargs="*", help="tables, figures, claims, verdict, runs, report (default: all)")
+    draw.add_argument(
+        "artifact", nargs="*", type=_artifact, help="table1, results/table1.csv, claims ... (default: all)"
+    )
     draw.add_argument("--artifacts", nargs="+", help="what the report shows (default: all wanted)")
     draw.add_argument("--seeds", nargs="+", type=int, help="seeds that no run should lack (default: config.yaml's)")
     draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's, or the scale's)")
 
     look = command("plan", plan, "runs to do, their time, disk and memory")
-    look.add_argument("target", nargs="*", help="tables and figures (default: config.yaml's)")
+    look.add_argument("target", nargs="*", type=_artifact, help="table1 or results/table1.csv (default: config.yaml's)")
 
     two = command("compare", compare, "what differs between two runs: settings, makers, results")
     two.add_argument("one", type=Path, help="a metrics.json, its folder, or the folder of a setting with its seeds")
@@ -116,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     command("stale", stale, "list results older than the code they depend on")
     command("cleanup", cleanup, "delete a scale's checkpoints and models; metrics stay")
     return parser
+
+
+def _artifact(given: str) -> str:
+    """A table's or figure's name, of itself or of its file, as Snakemake takes it."""
+    return Path(given).stem
 
 
 def run(args: argparse.Namespace, root: Path, project: Project) -> None:

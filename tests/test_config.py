@@ -218,7 +218,7 @@ def test_every_setting_of_every_method_is_documented(name):
 
 
 def test_plan_lists_runs_and_bounds(capsys, tmp_path):
-    assert main(["plan", "figure4", "--scale", "smoke", "--runs", str(tmp_path)]) == 0
+    assert main(["plan", "results/smoke/figure4.csv", "--scale", "smoke", "--runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "12 settings, 24 seeded runs to do" in printed and "smoke/g2x3/gpt2-2x32/mutor/a=0.5,d_max=1" in printed
 
