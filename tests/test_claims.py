@@ -181,6 +181,27 @@ def test_most_seeds_are_for_a_claim_about_a_number(values, direction, margin, nu
     assert found.verdict == verdict and found.to_decide == ("six seeds or more" if verdict == "inconclusive" else "")
 
 
+@pytest.mark.parametrize(
+    ("direction", "published", "error", "verdict"),
+    [
+        ("above", 5.0, 0.0, "smaller than published"),  # 1.0, -1.5 to 3.5 (a width of 2.48)
+        ("above", 3.4, 0.0, "inconclusive"), ("above", 3.6, 0.0, "smaller than published"),
+        ("above", 3.6, 1.0, "inconclusive"), ("above", 3.7, 1.0, "smaller than published"),
+        ("above", 5.0, None, "inconclusive"), ("above", None, 0.0, "inconclusive"),
+        ("above", -9.0, 0.0, "inconclusive"),
+        ("below", -5.0, 0.0, "smaller than published"), ("below", -1.4, 0.0, "inconclusive"),
+        ("below", 5.0, 0.0, "inconclusive"), ("equal", 5.0, 0.0, "inconclusive"),
+    ],
+)  # fmt: skip
+def test_an_interval_with_zero_but_without_the_published_difference(direction, published, error, verdict):
+    """Three seeds of differences 0, 1, 2: 1 +- 4.303 / sqrt(3) = 2.484."""
+    ours, theirs = ({seed: Scored(50.0 + k * seed, None, "one") for seed in range(3)} for k in (1, 0))
+    found = compare(direction, 0, published, ours, theirs, percent=True, command="", error=error)
+    assert found.verdict == verdict and bool(found.to_decide) == (verdict == "inconclusive")
+    alone = compare(direction, 0, published, {0: ours[0]}, {0: theirs[0]}, percent=True, command="", error=error)
+    assert alone.verdict == "inconclusive"
+
+
 def test_best_of_all_is_held_against_each_other_setting(tmp_path):
     """d_max 4 above 2 and 3 but not clearly above 6: undecided, and 6 is what is shown."""
     scale = load_scale(ROOT, "paper")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mutor.registry import METHODS, TASKS, load
 from mutor.results.cells import Evidence
 from mutor.results.numbers import is_missing, text
 from mutor.results.records import checkpoint_metrics, problem_scores
-from mutor.results.verdicts import Compared, Scored, compare, least_favourable
+from mutor.results.verdicts import SMALLER, Compared, Scored, compare, least_favourable
 
 COLUMNS = {  # of claims.csv, and what they say
     "claim": "in words",
@@ -212,6 +213,8 @@ def _compare(evidence: Evidence, claim: Claim, ours: Pair, theirs: Pair | None) 
     else:
         reference, scored = theirs[1]["reported"], scores_of(evidence, theirs[0])
     unpublished = is_missing(row["reported"]) or is_missing(reference)
+    errors = [row["reported_error"], 0.0 if theirs is None else theirs[1]["reported_error"]]
+    known = [0.0 if is_missing(error) else 1.96 * error for error in errors]
     return compare(
         claim.direction,
         claim.margin,
@@ -221,6 +224,7 @@ def _compare(evidence: Evidence, claim: Claim, ours: Pair, theirs: Pair | None) 
         percent=cell.unit == "percent",
         command=f"snakemake {evidence.home}/{claim.table}.csv --config scale={evidence.scale.name}",
         solved_at=cell.solved_at,
+        error=None if row["stands_in_for"] else hypot(*known),
     )
 
 
@@ -290,6 +294,7 @@ def summary(here: pd.DataFrame) -> list[str]:
     out = [f"{len(here)} comparisons of {here['claim'].nunique()} claims: {counted(here)}."]
     agreed = {
         "Came out as claimed": ("reproduced", "same direction"),
+        "Smaller than published": (SMALLER,),
         "The other way": ("contradicted", "opposite direction"),
     }
     for words, verdicts in agreed.items():

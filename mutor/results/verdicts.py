@@ -30,9 +30,11 @@ interval lies above (below) zero, contradicted if it lies on the other side, els
 takes the place of zero. `equal` with margin m: reproduced if the whole interval lies within -m to m, contradicted if it
 lies outside as a whole, else inconclusive. Where `theirs` names several cells, each is compared; the claim is
 reproduced if it is against all of them and contradicted if it is against any; the least favourable is shown. Where
-anything stands in for the published model or data, the words are: same direction, opposite direction, undecided.
-A single seed decides nothing: its interval covers problems alone, and another seed may come out the other way. "To
-decide" assumes that the measured difference is the true one and that more seeds spread as these do.
+anything stands in for the published model or data, the words are: same direction, opposite direction, undecided. Where
+nothing does, and the interval holds zero but not the published difference, that is: smaller than published. It is told
+from the combined interval, theirs in quadrature where the source has standard errors. A single seed decides nothing:
+its interval covers problems alone, and another seed may come out the other way. "To decide" assumes that the measured
+difference is the true one and that more seeds spread as these do.
 
 An interval is for other seeds and other problems of the same kind, and is cut to what is possible. Its part for seeds
 is Student's t. Its part for problems, where answers are right or wrong, is Wilson's for a rate and Bonett and Price's
@@ -46,12 +48,14 @@ differ if Fisher's exact test of their solved seeds, two-sided, has p below 0.05
 0.10, four of four against none of four: 0.03); the interval of the difference is made of the exact ones (Clopper and
 Pearson) of both shares. Against a number, a seed counts for a claim or against it; the claim is reproduced if the exact
 interval of the share that is for it lies above one half, contradicted if below."""
+SMALLER = "smaller than published"
 WORDS = {
     "reproduced": "same direction",
     "contradicted": "opposite direction",
     "inconclusive": "undecided",
 }
-ORDER = ["not run", "contradicted", "inconclusive", "reproduced"]  # the first of several comparisons' is the claim's
+# the first of several comparisons' is the claim's
+ORDER = ["not run", "contradicted", "inconclusive", SMALLER, "reproduced"]
 FAVOUR: dict[str, Callable[[float], float]] = {
     "above": lambda difference: difference,
     "below": lambda difference: -difference,
@@ -107,11 +111,12 @@ def compare(
     percent: bool,
     command: str,
     solved_at: float | None = None,
+    error: float | None = None,
 ) -> Compared:
     """Compare two sides, or one with a number.
 
     command: what would make the runs, if there are none; solved_at: the value from which a seed counts as solved, where
-    seeds are counted.
+    seeds are counted; error: half the width of the published difference's interval, None where it is of something else.
     """
     if solved_at is not None and not isinstance(theirs, dict) and ours:
         return _seeds_against_number(direction, margin, published, [one.value for one in ours.values()], theirs)
@@ -122,6 +127,8 @@ def compare(
         verdict = _by_test(direction, found)
         return Compared(published, found, verdict, "" if verdict != "inconclusive" else _more_seeds(found))
     verdict = judge(direction, margin, found.difference)
+    if verdict == "inconclusive" and smaller(direction, found, published, error):
+        verdict = SMALLER
     return Compared(published, found, verdict, _to_decide(direction, margin, found, verdict))
 
 
@@ -137,6 +144,15 @@ def judge(direction: str, margin: float, found: Interval) -> str:
     else:
         inside, outside = low > -m, high < -m
     return "reproduced" if inside else "contradicted" if outside else "inconclusive"
+
+
+def smaller(direction: str, found: Found, published: float | None, error: float | None) -> bool:
+    """Whether several seeds tell a difference from the published one, which is further in the claimed direction."""
+    d = found.difference
+    if published is None or error is None or direction == "equal" or found.seeds < 2 or np.isnan(d.low):
+        return False
+    end, sign = (d.high, 1) if direction == "above" else (d.low, -1)
+    return sign * (published - d.estimate) > np.hypot(end - d.estimate, error)
 
 
 def _by_test(direction: str, found: Found) -> str:
