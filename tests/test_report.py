@@ -10,6 +10,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from mutor.cli import main
@@ -18,7 +19,7 @@ from mutor.config.runs import cells_of, settings_name
 from mutor.files import write_json
 from mutor.results import cells, claims, records, render
 from mutor.results.cells import Evidence
-from mutor.results.report import missing
+from mutor.results.report import _grid, missing
 from tests.test_claims import put
 
 ROOT = Path(__file__).parent.parent
@@ -86,13 +87,23 @@ def test_everything_stands_on_one_page(page):
     assert all(commit in text + json.dumps(more_rows(text, "runs")) for commit in commits)
 
 
+def test_a_column_is_sorted_by_values_in_all_rows_or_none():
+    """A browser hangs where the first row's cell has a value to sort by and none of the rows beyond the first 100."""
+    frame = pd.DataFrame({"score": [0.5] + [None] * 149, "name": ["a"] * 150})
+    grid = _grid(frame)
+    orders = [[order for _, order, _ in row] for row in grid["rows"]]
+    assert orders == [[0.5, None]] + [["", None]] * 99
+    added = json.loads(gzip.decompress(base64.b64decode(grid["more"])))
+    assert added == [[{"display": "", "@data-order": ""}, "a"]] * 50
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: `apt-get install chromium` lets this test run")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser(page, tmp_path, width):
     probed = tmp_path / "report.html"
     probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
-    done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True)
+    done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=600)  # a page may hang
     assert not re.findall(r"CONSOLE.*(?:Error|Uncaught|error).*", done.stderr)
     found = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
     assert found["all"] >= 10 and len(found["searched"]) == 1  # the claim on reversed paths

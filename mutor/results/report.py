@@ -93,23 +93,31 @@ def _environment() -> jinja2.Environment:
 
 
 def _grid(frame: pd.DataFrame, mark: str | None = None) -> dict[str, Any]:
-    """Columns, and rows of (text, value to sort by, class); empty columns are left out."""
+    """Columns, and rows of (text, value to sort by, class); empty columns are left out.
+
+    All cells of a column have a value to sort by, if only "", or None: DataTables never ends where the first row's cell
+    has one and none of those that are added later.
+    """
     columns = {name: values for name in frame if not all(map(is_missing, values := frame[name].tolist()))}
-    orders = {name: [v if isinstance(v, float) and v == v else None for v in columns[name]] for name in columns}
+    found = {name: [v if isinstance(v, float) and v == v else None for v in columns[name]] for name in columns}
+    numeric = {name for name in columns if any(v is not None for v in found[name])}
+    orders = {name: ["" if v is None and name in numeric else v for v in found[name]] for name in columns}
     marks = {name: [str(v).split()[0] if name == mark else "" for v in columns[name]] for name in columns}
     cells = [list(zip(map(text, columns[name]), orders[name], marks[name], strict=True)) for name in columns]
     rows = list(zip(*cells, strict=True))
     return {"columns": list(columns), "rows": rows[:PAGE], "more": _packed(rows[PAGE:])}
 
 
-def _packed(rows: Sequence[Sequence[tuple[str, float | None, str]]]) -> str:
+def _packed(rows: Sequence[Sequence[tuple[str, float | str | None, str]]]) -> str:
     """Rows beyond a page's first, as DataTables adds them: JSON, compressed, in base64; empty without any."""
     if not rows:
         return ""
-    sorted_by = [any(order is not None for _, order, _ in column) for column in zip(*rows, strict=True)]
     cells = [
-        [{"display": escape(words), "@data-order": order} if by else escape(words) for (words, order, _), by in pairs]
-        for pairs in (zip(row, sorted_by, strict=True) for row in rows)
+        [
+            escape(words) if order is None else {"display": escape(words), "@data-order": order}
+            for words, order, _ in row
+        ]
+        for row in rows
     ]
     return base64.b64encode(gzip.compress(json.dumps(cells).encode(), mtime=0)).decode()
 
