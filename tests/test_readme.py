@@ -63,7 +63,7 @@ def test_analyses_of_the_results_readme_run(capsys, monkeypatch):
     for block in blocks:
         exec(block, {})
         shown.append(capsys.readouterr().out)
-    assert len(shown) == 3 and re.search(r"gemma-4x128 +mutor +-\d", shown[0])
+    assert len(shown) == 3 and re.search(r"gemma-4x128 +mutor +-?\d", shown[0])
     assert len(shown[1].splitlines()) - 1 == len(pd.read_csv(REFERENCE / "table1.csv").query("reported.notna()"))
     assert "gsm8k/gemma-4x128/mutor" in shown[2]
 
@@ -72,7 +72,7 @@ def test_runs_csv_has_its_columns_in_order_and_none_empty(tmp_path):
     frame = pd.read_csv(REFERENCE / "runs.csv", low_memory=False)
     assert not frame.isna().all().any()
     steps = [c for c in frame if re.fullmatch(r"last\.accuracy_at_\d+", c)]
-    assert steps == sorted(steps, key=lambda c: int(c.rpartition("_")[2])) and len(steps) > 10
+    assert steps == sorted(steps, key=lambda c: int(c.rpartition("_")[2])) and len(steps) >= 4
     table = pd.read_csv(REFERENCE / "table1.csv")
     for column in ("role", "model", "method", "train_data"):
         assert set(table[column]) <= set(frame[column])
