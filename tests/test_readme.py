@@ -65,7 +65,7 @@ def test_analyses_of_the_results_readme_run(capsys, monkeypatch):
         shown.append(capsys.readouterr().out)
     assert len(shown) == 3 and re.search(r"gemma-4x128 +mutor +-?\d", shown[0])
     assert len(shown[1].splitlines()) - 1 == len(pd.read_csv(REFERENCE / "table1.csv").query("reported.notna()"))
-    assert "gsm8k/gemma-4x128/mutor" in shown[2]
+    assert "word-problems/gemma-4x128/mutor" in shown[2]
 
 
 def test_runs_csv_has_its_columns_in_order_and_none_empty(tmp_path):
