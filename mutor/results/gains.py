@@ -47,7 +47,8 @@ class Gain:
 def gains(evidence: Evidence, tables: Sequence[Table]) -> list[Gain]:
     """Every method that ran beside next-token prediction, once; without controls and tables that are path only.
 
-    The metric is the log-likelihood where a table has it, else its first one if that is a rate: more is better.
+    The metric is the log-likelihood where a table has it, all degrees of one that is graded by them, else its first one
+    if that is a rate: more is better.
     """
     out: dict[tuple[str, str, str], Gain] = {}
     for table in tables:
@@ -58,15 +59,18 @@ def gains(evidence: Evidence, tables: Sequence[Table]) -> list[Gain]:
 
 
 def _of_table(evidence: Evidence, table: Table) -> list[Gain]:
-    metric = "log_likelihood" if "log_likelihood" in table.metrics else table.metrics[0]
+    metrics = [
+        metric for metric in table.metrics if metric == "log_likelihood" or metric.startswith("accuracy_degree_")
+    ]
+    metrics = metrics or [table.metrics[0]]
     pairs = zip(evidence.cells(table), evidence.frame(table).to_dict("records"), strict=True)
-    told = [(cell, row) for cell, row in pairs if cell.metric == metric and cell.checkpoint in ("last", "best")]
+    told = [(cell, row) for cell, row in pairs if cell.metric in metrics and cell.checkpoint in ("last", "best")]
     out = []
-    for cell, row in told:
-        plain = next((other for other, _ in told if _is_plain(other, cell)), None)
+    for cell, row in sorted(told, key=lambda pair: metrics.index(pair[0].metric)):
+        plain = next((other for other, _ in told if other.metric == cell.metric and _is_plain(other, cell)), None)
         if plain is None or cell.row.control or cell.spec.method == "next_token":
             continue
-        if cell.unit != "percent" and metric != "log_likelihood":
+        if cell.unit != "percent" and cell.metric != "log_likelihood":
             continue
         one, other = scores_of(evidence, cell), scores_of(evidence, plain)
         found = difference(one, other, percent=cell.unit == "percent", solved_at=cell.solved_at)
@@ -102,7 +106,7 @@ def draw(evidence: Evidence, found: Sequence[Gain]) -> Figure:
 
     groups = list(dict.fromkeys((gain.data, gain.metric) for gain in found))
     panels = [[gain for gain in found if (gain.data, gain.metric) == group] for group in groups]
-    figure, axes = side_by_side(len(groups), (4.6, 1.2 + 0.26 * max(map(len, panels), default=1)), 0.6)
+    figure, axes = side_by_side(len(groups), (4.9, 1.2 + 0.26 * max(map(len, panels), default=1)), 0.6)
     for axis, (data, metric), rows in zip(axes, groups, panels, strict=False):
         for y, gain in enumerate(rows):
             d, colour = gain.found.difference, colour_of(gain.method)
@@ -110,7 +114,8 @@ def draw(evidence: Evidence, found: Sequence[Gain]) -> Figure:
             if not np.isnan(d.low):
                 axis.plot([d.low, d.high], [y, y], color=colour, lw=1.4)
         axis.axvline(0, color="#555555", lw=1, ls="--")
-        axis.set_yticks(range(len(rows)), [f"{g.label}  ({g.found.counted or f'n={g.found.seeds}'})" for g in rows])
+        names = [f"{g.label}  ({g.found.counted or f'n={g.found.seeds}'})" for g in rows]
+        axis.set_yticks(range(len(rows)), [wrapped(name, 34) for name in names], fontsize=8.5)
         name = data.split(", ")[0] if "labels=" in data else data
         axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{metric.replace('_', ' ')} ({rows[0].unit})")
         axis.set_title(wrapped(f"{graph_name(name)}{data.removeprefix(name)}", 28), fontsize=8.5)
