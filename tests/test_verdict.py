@@ -94,6 +94,19 @@ def test_gains_over_next_token_prediction(tmp_path):
     assert any("helps: mutor. hurts: parallel_mtp." in line for line in rest)
 
 
+def test_every_degree_is_compared_with_itself():
+    """In the reference: seeds of both sides, and the difference of their means in each degree."""
+    found = Evidence(ROOT, load_scale(ROOT, "laptop"), records.Records(ROOT / "results/reference/laptop/runs"))
+    table = found.table("path_planning")
+    told = gains(found, [table])
+    assert list(dict.fromkeys(gain.metric for gain in told)) == [f"accuracy_degree_{degree}" for degree in range(4)]
+    means = found.frame(table).set_index(["label", "metric"])["mean"]
+    for gain in told:
+        if gain.label.endswith("own output layers"):  # on all graphs of next_token
+            apart = means[gain.label, gain.metric] - means["next_token", gain.metric]
+            assert gain.found.difference.estimate == pytest.approx(apart)
+
+
 def test_one_seed_neither_helps_nor_hurts(tmp_path):
     planted(tmp_path, "table1", {"next_token": (0,), "mutor": (200,)})
     found = evidence(tmp_path)

@@ -59,9 +59,7 @@ def gains(evidence: Evidence, tables: Sequence[Table]) -> list[Gain]:
 
 
 def _of_table(evidence: Evidence, table: Table) -> list[Gain]:
-    metrics = [
-        metric for metric in table.metrics if metric == "log_likelihood" or metric.startswith("accuracy_degree_")
-    ]
+    metrics = [m for m in table.metrics if m == "log_likelihood" or m.startswith("accuracy_degree_")]
     metrics = metrics or [table.metrics[0]]
     pairs = zip(evidence.cells(table), evidence.frame(table).to_dict("records"), strict=True)
     told = [(cell, row) for cell, row in pairs if cell.metric in metrics and cell.checkpoint in ("last", "best")]
