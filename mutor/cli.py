@@ -97,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--out", type=Path, default=Path("tries"), help="folder of all tries (default: tries)")
 
     draw = command("collect", collect, "build a table or figure from whatever runs exist")
-    draw.add_argument(
-        "artifact", nargs="*", type=_artifact, help="table1, results/table1.csv, claims ... (default: all)"
-    )
+    draw.add_argument("artifact", nargs="*", type=_artifact, help="table1 or results/table1.csv, ... (default: all)")
     draw.add_argument("--artifacts", nargs="+", help="what the report shows (default: all wanted)")
     draw.add_argument("--seeds", nargs="+", type=int, help="seeds that no run should lack (default: config.yaml's)")
     draw.add_argument("--results", help="folder of tables and figures (default: config.yaml's, or the scale's)")

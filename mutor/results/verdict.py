@@ -100,8 +100,11 @@ def _rightness(beside: pd.DataFrame) -> list[str]:
     inside = int((beside["inside"] == "yes").sum())
     out = [f"{inside} of {len(beside)} published values lie inside the combined 95% interval of theirs and ours."]
     for name, own in beside.groupby("table", sort=False):
+        outside = own[own["inside"] == "no"]
+        many = own["on"].nunique() > 1
         missed = [
-            f"{row['method']} on {row['on']} ({row['metric']})" for _, row in own.iterrows() if row["inside"] == "no"
+            f"{method}{f' on {on}' if many else ''} ({', '.join(of['metric'])})"
+            for (on, method), of in outside.groupby(["on", "method"], sort=False)
         ]
         kept = int((own["inside"] == "yes").sum())
         out.append(f"{name}: {kept} of {len(own)}{'; outside: ' + ', '.join(missed) if missed else ''}.")
