@@ -21,6 +21,7 @@ from mutor.files import write_text
 from mutor.registry import METHODS, TASKS, load
 from mutor.results.cells import Evidence
 from mutor.results.numbers import is_missing, text
+from mutor.results.published import half_width
 from mutor.results.records import checkpoint_metrics, problem_scores
 from mutor.results.verdicts import SMALLER, Compared, Scored, compare, least_favourable
 
@@ -213,8 +214,7 @@ def _compare(evidence: Evidence, claim: Claim, ours: Pair, theirs: Pair | None) 
     else:
         reference, scored = theirs[1]["reported"], scores_of(evidence, theirs[0])
     unpublished = is_missing(row["reported"]) or is_missing(reference)
-    errors = [row["reported_error"], 0.0 if theirs is None else theirs[1]["reported_error"]]
-    known = [0.0 if is_missing(error) else 1.96 * error for error in errors]
+    known = [half_width(side["reported_error"]) for side in (row, *(() if theirs is None else (theirs[1],)))]
     return compare(
         claim.direction,
         claim.margin,

@@ -6,11 +6,13 @@ import csv
 import io
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from mutor.config.schema import Table
 from mutor.files import read_text
+from mutor.results.numbers import is_missing
 
 REPORTED = (
     *("artifact", "role", "method", "variant", "train_data", "benchmark", "metric", "value", "unit", "d_max", "a"),
@@ -35,6 +37,11 @@ def read_reported(file: Path) -> pd.DataFrame:
         if len(row) != len(rows[0]) or (number == len(rows) and not text.endswith("\n")):
             raise ValueError(f"{file}: row {number} is cut: it has {len(row)} fields of {len(rows[0])}, or no line end")
     return pd.DataFrame(rows[1:], columns=rows[0], dtype=str)
+
+
+def half_width(error: Any) -> float:
+    """Half the width of a published value's 95% interval, from its standard error; 0 where the source tells none."""
+    return 0.0 if is_missing(error) else 1.96 * float(error)
 
 
 class Published:

@@ -21,6 +21,7 @@ from mutor.results import claims, gains
 from mutor.results.cells import Evidence
 from mutor.results.numbers import is_missing
 from mutor.results.plan import gpu_hours
+from mutor.results.published import half_width
 from mutor.results.records import Records
 from mutor.results.render import answer, grid, plain
 from mutor.results.verdicts import RULE
@@ -76,7 +77,7 @@ def against_published(evidence: Evidence, tables: Sequence[Table]) -> pd.DataFra
             unknown = is_missing(row["reported"]) or is_missing(row["ci_low"]) or row["n_seeds"] == ""
             if unknown or row["stands_in_for"] or row["n_seeds"] < 2 or evidence.path_only(table):
                 continue
-            error = 0.0 if is_missing(row["reported_error"]) else 1.96 * row["reported_error"]
+            error = half_width(row["reported_error"])
             apart = row["reported"] - row["mean"]
             ends = row["ci_low"] - row["mean"], row["ci_high"] - row["mean"]
             inside = -np.hypot(ends[0], error) <= apart <= np.hypot(ends[1], error)
