@@ -1,6 +1,7 @@
 """A model that changes after a method was attached: its vocabulary, its embeddings, or that there are two of it."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from mutor import MuToR
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
+from mutor.mtp.trials import carrying, why_not
 
 PLAIN = [{"input_ids": [*range(3 + n, 23 + n)], "prefix_length": 2} for n in range(12)]
 
@@ -75,3 +77,32 @@ def test_a_copy_reads_its_own_register(tiny, tools, family):
     rows = collate([Example(np.array(PLAIN[0]["input_ids"]), 2, 0)], 0)
     with pytest.raises(ValueError, match="another model than the one"):
         mutor.compute_loss(twin, mutor.train_layout(rows, Context()))
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "words"),
+    [
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 61}, "it is recurrent: some layers carry"),
+        ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 61}, "its positions are biases by"),
+        ("falcon", {"alibi": True, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                    "vocab_size": 61}, "its positions are biases by"),
+        ("llama", None, ""),
+    ],
+)  # fmt: skip
+def test_a_model_says_itself_why_registers_can_not_be_held(tiny, family, config, words):
+    """By what its class and its configuration say; others say nothing."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = tiny(family) if config is None else AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
+    found = why_not(model)
+    assert found.startswith(words) and bool(found) == bool(words)
+    if words:
+        with pytest.raises(ValueError, match=words):
+            MuToR.of().attach(model)
+
+
+def test_layers_that_carry_a_state_are_named():
+    """By the types of layers in a configuration: attention carries none."""
+    kinds = ["full_attention", "linear_attention", "conv", "sliding_attention", "mamba", "recurrent"]
+    assert carrying(SimpleNamespace(layer_types=kinds)) == ["conv", "linear_attention", "mamba", "recurrent"]
+    assert carrying(SimpleNamespace(layer_types=None)) == carrying(SimpleNamespace()) == []

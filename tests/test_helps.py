@@ -33,6 +33,8 @@ def test_problems_needed_by_hand():
 def test_seeds_needed_by_hand():
     """t(0.975, 2) = 4.303 and t(0.975, 3) = 3.182: half widths 2.484 and 1.591 of a spread of 1."""
     assert seeds_needed(2.5, 1.0) == 3 and seeds_needed(2.4, 1.0) == 4
+    assert seeds_needed(9.0, 1.0) == 2  # 12.71 / 1.41
+    assert seeds_needed(2.4, 1.0, max_seeds=4) == 4
     assert seeds_needed(2.4, 1.0, max_seeds=3) is None and seeds_needed(2.5, 1.0, over_problems=1.0) == 4
 
 

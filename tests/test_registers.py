@@ -12,6 +12,7 @@ from mutor.checks import from_mapping
 from mutor.mtp import registers as r
 from mutor.mtp.attention import dense_mask, visible_pairs
 from mutor.mtp.layout import Example, collate, regular, with_registers
+from mutor.mtp.layout import lay as rows_of
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR
 from mutor.mtp.mutor_images import MuToR2D
@@ -347,6 +348,8 @@ def test_visible_pairs_by_hand(lay):
     assert int(alone.register.sum()) == 2 and visible_pairs(alone) == 21 + 2 + 3 + 2
     both = lay([(LONG, 2, 0), (SHORT, 1, 1)], d_min=3, d_max=3)
     assert visible_pairs(both) == 21 + 2 + 3 + 2 + 10 + 1 + 1  # padding sees itself, and does not count
+    packed = regular(rows_of([[Example(np.array(LONG), 2), Example(np.array(SHORT), 1)]], 0))
+    assert visible_pairs(packed) == 21 + 10  # those of its own sequence alone
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,46 @@ def test_evaluation_is_plain_and_says_how_far_it_sees(tiny, tmp_path, name):
     assert f"accuracy_ahead_{3 if name in ('mutor', 'parallel_mtp') else 1}" in ahead
 
 
+def test_predictions_are_logits_of_plain_rows(tiny, tmp_path):
+    """`predict` gives the logits of rows without registers, but for keys that are left out."""
+    model = tiny("llama", scale=1.0)
+    like = trainer(made("mutor", model), model, tmp_path, per_device_eval_batch_size=8)
+    with torch.no_grad():
+        ids = torch.tensor([[*each["input_ids"], *[0] * (12 - len(each["input_ids"]))] for each in DATA])
+        place = torch.tensor([[*range(len(e["input_ids"])), *[0] * (12 - len(e["input_ids"]))] for e in DATA])
+        wanted = model.eval()(input_ids=ids, position_ids=place).logits
+    found = like.predict(DATA)
+    assert found.predictions.shape[:2] == ids.shape and "test_loss" in found.metrics
+    for row, logits, each in zip(found.predictions, wanted.numpy(), DATA, strict=True):
+        length = len(each["input_ids"])
+        assert np.abs(row[:length, :61] - logits[:length, :61]).max() < 1e-4
+    assert not np.size(like.predict(DATA, ignore_keys=["logits"]).predictions)
+    few = like.evaluation_loop(like.get_eval_dataloader(DATA[:4]), "some")
+    assert few.num_samples == 4 and {"eval_loss", "eval_accuracy_ahead_2"} <= few.metrics.keys()
+    assert few.predictions is not None
+    again = like.evaluation_loop(like.get_eval_dataloader(eval_dataset=DATA[:4]), "some", prediction_loss_only=True)
+    assert again.predictions is None and again.metrics == pytest.approx(few.metrics)
+
+
+def test_how_far_it_sees_is_told_of_the_first_texts(tiny, tmp_path, monkeypatch):
+    """Of so many at least, in whole batches; of packed rows nothing, as they are no text to go on with."""
+    monkeypatch.setattr("mutor.mtp.trainer.EXAMPLES", 3)
+    model = tiny("llama", scale=1.0)
+    method = made("parallel_mtp", model)
+    like = trainer(method, model, tmp_path, per_device_eval_batch_size=2)
+    examples = [(np.array(each["input_ids"]), each["prefix_length"]) for each in DATA]
+    rates = {n: method.metrics(model.eval(), examples[:n], Context(), 8) for n in (2, 4, 6)}
+    name = "accuracy_ahead_2"
+    found = like.evaluate(DATA)
+    assert found[f"eval_{name}"] == pytest.approx(rates[4][name])
+    packed = {
+        "input_ids": [token for each in DATA[:2] for token in each["input_ids"]],
+        "seq_lengths": [len(each["input_ids"]) for each in DATA[:2]],
+    }
+    assert not any("_ahead_" in key for key in like.evaluate([packed]))
+    assert any("_ahead_" in key for key in like.evaluate([{"input_ids": packed["input_ids"]}]))
+
+
 def test_a_stock_trainer_does_not_evaluate_on_hidden_tokens(tiny):
     model = tiny()
     method = made("token_masking", model)

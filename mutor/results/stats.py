@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
+LEVEL = 0.95  # of all intervals
+UPPER = 0.5 + LEVEL / 2
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -33,7 +36,6 @@ def summarise(
     scores: Sequence[np.ndarray | None] = (),
     *,
     possible: tuple[float, float] = (0, 100),
-    level: float = 0.95,
     solved_at: float | None = None,
 ) -> Summary:
     """Summary of one metric over seeds.
@@ -50,13 +52,13 @@ def summarise(
     std = float(np.std(values, ddof=1)) if n > 1 else None
     if solved_at is not None:
         solved = sum(value >= solved_at for value in values)
-        low, high = clopper_pearson(solved, n, level)
+        low, high = clopper_pearson(solved, n)
         return Summary(n, mean, std, n_solved=solved, solved_low=100 * low, solved_high=100 * high)
     kept = [s for s in scores if s is not None]
     if len(kept) == n and len({len(s) for s in kept}) == 1:
-        found = interval(np.array(kept), level).times(100)
+        found = interval(np.array(kept)).times(100)
         return Summary(n, mean, std, found.low, found.high, found.covers)
-    varying = over_seeds(values, level=level)
+    varying = over_seeds(values)
     if varying is None:
         return Summary(n, mean, std)
     low, high = max(varying.low, possible[0]), min(varying.high, possible[1])
@@ -91,7 +93,7 @@ class Interval:
         return replace(self, estimate=self.estimate - number, low=self.low - number, high=self.high - number)
 
 
-def interval(scores: np.ndarray, level: float = 0.95, *, difference: bool = False) -> Interval:
+def interval(scores: np.ndarray, *, difference: bool = False) -> Interval:
     """Interval of the mean of scores [S seeds, N problems], for other seeds and other problems of the same kind.
 
     scores: 0 to 1; with `difference` those of one method less those of another, -1 to 1. Two parts in quadrature, each
@@ -106,9 +108,9 @@ def interval(scores: np.ndarray, level: float = 0.95, *, difference: bool = Fals
     seeds, mean = len(scores), float(scores.mean())
     whole = np.isin(scores, (-1, 0, 1)).all()
     over_problems = (won_or_lost if difference else right_or_wrong) if whole else graded
-    low, high = over_problems(scores.mean(axis=0), level)
+    low, high = over_problems(scores.mean(axis=0))
     spread = float(scores.mean(axis=1).std(ddof=1)) if seeds > 1 else None
-    from_seeds = 0.0 if spread is None else float(stats.t.ppf(0.5 + level / 2, seeds - 1)) * spread / seeds**0.5
+    from_seeds = 0.0 if spread is None else float(stats.t.ppf(UPPER, seeds - 1)) * spread / seeds**0.5
     below, above = float(np.hypot(mean - low, from_seeds)), float(np.hypot(high - mean, from_seeds))
     covers = "problems" if spread is None else "seeds and problems"
     lowest = -1.0 if difference else 0.0
@@ -116,7 +118,7 @@ def interval(scores: np.ndarray, level: float = 0.95, *, difference: bool = Fals
     return Interval(mean, *ends, covers, spread, (high - low) / 2, scores.shape[1])
 
 
-def right_or_wrong(columns: np.ndarray, level: float) -> tuple[float, float]:
+def right_or_wrong(columns: np.ndarray) -> tuple[float, float]:
     """Wilson's interval of the share of right answers, from the share [N] of seeds that solve each problem.
 
     As over problems alone; several seeds count as more problems as far as they differ (the effective sample size of
@@ -125,27 +127,27 @@ def right_or_wrong(columns: np.ndarray, level: float) -> tuple[float, float]:
     """
     padded = np.append(columns, (0, 0, 1, 1))
     share = padded.mean()
-    return wilson(float(columns.mean()), float(len(columns) * share * (1 - share) / padded.var()), level)
+    return wilson(float(columns.mean()), float(len(columns) * share * (1 - share) / padded.var()))
 
 
-def wilson(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
+def wilson(share: float, count: float) -> tuple[float, float]:
     """Wilson's score interval of a share (0..1) observed over `count` problems."""
-    z2 = float(stats.norm.ppf(0.5 + level / 2)) ** 2
+    z2 = float(stats.norm.ppf(UPPER)) ** 2
     centre, half = share + z2 / (2 * count), (z2 * (share * (1 - share) + z2 / (4 * count)) / count) ** 0.5
     return max((centre - half) / (1 + z2 / count), 0.0), min((centre + half) / (1 + z2 / count), 1.0)
 
 
-def won_or_lost(columns: np.ndarray, level: float) -> tuple[float, float]:
+def won_or_lost(columns: np.ndarray) -> tuple[float, float]:
     """Bonett and Price's interval (2012) of the difference of two paired shares, from each problem's mean change [N].
 
     The normal interval with one more problem that only ours solves and one that only theirs does.
     """
     padded = np.append(columns, (-1, 1))
-    mean, half = float(padded.mean()), float(stats.norm.ppf(0.5 + level / 2) * padded.std()) / len(padded) ** 0.5
+    mean, half = float(padded.mean()), float(stats.norm.ppf(UPPER) * padded.std()) / len(padded) ** 0.5
     return mean - half, mean + half
 
 
-def graded(columns: np.ndarray, level: float) -> tuple[float, float]:
+def graded(columns: np.ndarray) -> tuple[float, float]:
     """Student's t over the problems' means [N]; a single problem tells nothing.
 
     The standard error of a mean over N problems is s / sqrt(N) exactly, so nothing is resampled.
@@ -153,11 +155,11 @@ def graded(columns: np.ndarray, level: float) -> tuple[float, float]:
     count, mean = len(columns), float(columns.mean())
     if count == 1:
         return -np.inf, np.inf
-    half = float(stats.t.ppf(0.5 + level / 2, count - 1) * columns.std(ddof=1)) / count**0.5
+    half = float(stats.t.ppf(UPPER, count - 1) * columns.std(ddof=1)) / count**0.5
     return mean - half, mean + half
 
 
-def over_seeds(ours: Sequence[float], theirs: Sequence[float] | None = None, level: float = 0.95) -> Interval | None:
+def over_seeds(ours: Sequence[float], theirs: Sequence[float] | None = None) -> Interval | None:
     """Interval of the mean of `ours`, or of mean(ours) - mean(theirs) (Welch's), where only one number a seed is known.
 
     None with a single seed on a side, and where all seeds of each side are equal: nothing tells how they would vary.
@@ -167,15 +169,15 @@ def over_seeds(ours: Sequence[float], theirs: Sequence[float] | None = None, lev
         return None
     parts = [float(side.var(ddof=1)) / len(side) for side in sides]  # of the variance of the mean
     freedom = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, sides, strict=True))
-    half = float(stats.t.ppf(0.5 + level / 2, freedom)) * sum(parts) ** 0.5
+    half = float(stats.t.ppf(UPPER, freedom)) * sum(parts) ** 0.5
     mean = float(sides[0].mean() - sum(side.mean() for side in sides[1:]))
     spread = float(np.hypot.reduce([side.std(ddof=1) for side in sides]))
     return Interval(mean, mean - half, mean + half, "seeds", spread)
 
 
-def clopper_pearson(count: int, of: int, level: float = 0.95) -> tuple[float, float]:
+def clopper_pearson(count: int, of: int) -> tuple[float, float]:
     """The exact interval (Clopper and Pearson 1934) of a share, 0 to 1, seen as `count` of `of`."""
-    found = stats.binomtest(count, of).proportion_ci(level, method="exact")
+    found = stats.binomtest(count, of).proportion_ci(LEVEL, method="exact")
     return float(found.low), float(found.high)
 
 
@@ -188,13 +190,13 @@ def fisher(ours: tuple[int, int], theirs: tuple[int, int]) -> float:
     return float(stats.fisher_exact(table).pvalue)
 
 
-def shares_apart(ours: tuple[int, int], theirs: tuple[int, int], level: float = 0.95) -> Interval:
+def shares_apart(ours: tuple[int, int], theirs: tuple[int, int]) -> Interval:
     """Interval of the difference of two shares, -1 to 1, of counts (so many, of so many) of seeds.
 
     From the exact interval of each, each side of the difference by itself (Zou and Donner 2008).
     """
     (one, low, high), (other, lowest, highest) = (
-        (count / of, *clopper_pearson(count, of, level)) for count, of in (ours, theirs)
+        (count / of, *clopper_pearson(count, of)) for count, of in (ours, theirs)
     )
     below, above = float(np.hypot(one - low, highest - other)), float(np.hypot(high - one, other - lowest))
     return Interval(one - other, one - other - below, one - other + above, "seeds")
@@ -208,12 +210,10 @@ def seeds_to_tell_apart(ours: float, theirs: float, max_seeds: int = 100) -> int
     return None
 
 
-def seeds_needed(
-    effect: float, spread: float, over_problems: float = 0.0, level: float = 0.95, max_seeds: int = 1000
-) -> int | None:
+def seeds_needed(effect: float, spread: float, over_problems: float = 0.0, max_seeds: int = 1000) -> int | None:
     """The fewest seeds with which half the width of an interval is below `effect`; None for more than `max_seeds`."""
     for seeds in range(2, max_seeds + 1):
-        half = float(stats.t.ppf(0.5 + level / 2, seeds - 1)) * spread / seeds**0.5
+        half = float(stats.t.ppf(UPPER, seeds - 1)) * spread / seeds**0.5
         if np.hypot(half, over_problems) < effect:
             return seeds
     return None
@@ -227,20 +227,18 @@ def problems_needed(effect: float, half_width: float, problems: int) -> int:
     return int(np.ceil(problems * (half_width / effect) ** 2 - 1e-9))
 
 
-def to_decide(
-    found: Interval, seeds: int, effect: float | None = None, level: float = 0.95, power: float = 0.8, most: int = 1000
-) -> str:
+def to_decide(found: Interval, seeds: int, effect: float | None = None, power: float = 0.8, most: int = 1000) -> str:
     """About how many problems or seeds would decide, in words, where an interval does not.
 
     effect: how far the estimate is from what it has to be told from; by default from zero, as a difference. With so
     many, an interval lies on one side of that with probability `power`, if what is measured is the true value and more
-    seeds spread as these do: half its width is then |effect| / (1 + z_power / z_level), 1 / 1.43 of it. What is left of
+    seeds spread as these do: half its width is then |effect| / (1 + z_power / z_95), 1 / 1.43 of it. What is left of
     that beside the seeds' part is for problems (`problems_needed`), and the other way round (`seeds_needed`); where
     neither is enough alone, both get the same share. most: times the problems, and seeds, beyond which no number is
     told.
     """
     effect = abs(found.estimate if effect is None else effect)
-    target = effect / (1 + float(stats.norm.ppf(power) / stats.norm.ppf(0.5 + level / 2)))
+    target = effect / (1 + float(stats.norm.ppf(power) / stats.norm.ppf(UPPER)))
     problems, half = found.problems, found.over_problems
     if target == 0:
         return "no number of problems or seeds can be told, as there is no difference"
@@ -252,15 +250,15 @@ def to_decide(
         and_more = f", with {_about(more)} problems (now {problems})," if more > problems else ""
         return f"three seeds or more{and_more} would decide"
     options = []
-    from_seeds = float(stats.t.ppf(0.5 + level / 2, seeds - 1)) * found.spread / seeds**0.5
+    from_seeds = float(stats.t.ppf(UPPER, seeds - 1)) * found.spread / seeds**0.5
     if from_seeds < target and problems:
         left = (target**2 - from_seeds**2) ** 0.5
         options.append(f"{_about(problems_needed(left, half, problems))} problems (now {problems})")
     if half < target:
-        more_seeds = seeds_needed(target, found.spread, half, level, most)
+        more_seeds = seeds_needed(target, found.spread, half, most)
         options += [] if more_seeds is None else [f"about {more_seeds} seeds (now {seeds})"]
     share = target / 2**0.5
-    more_seeds = seeds_needed(share, found.spread, 0.0, level, most)
+    more_seeds = seeds_needed(share, found.spread, 0.0, most)
     if not options and more_seeds is not None:
         more = max(problems, problems_needed(share, half, problems))
         options.append(f"about {more_seeds} seeds (now {seeds}) with {_about(more)} problems (now {problems})")
@@ -272,9 +270,9 @@ def _about(count: int) -> str:
     return f"about {float(f'{count:.2g}'):,.0f}"
 
 
-def paired(ours: np.ndarray, theirs: np.ndarray, level: float = 0.95) -> Interval:
+def paired(ours: np.ndarray, theirs: np.ndarray) -> Interval:
     """Interval of the difference of two methods' scores [S, N] of the same seeds and problems. Raises ValueError."""
     ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if ours.shape != theirs.shape:
         raise ValueError(f"scores: shapes {ours.shape} and {theirs.shape} differ; allowed: the same seeds and problems")
-    return interval(ours - theirs, level, difference=True)
+    return interval(ours - theirs, difference=True)
