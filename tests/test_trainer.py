@@ -350,6 +350,23 @@ def test_detached_it_is_the_plain_model_again(tiny, tools, name):
     made("sequential_mtp", model)
 
 
+def test_detached_trained_adapters_are_in_the_weights(tiny, tools):
+    """The model with them, without a trace of peft, so that another method's can be put in."""
+    model, ids = tiny(), torch.tensor([[5, 6, 7, 8]])
+    before = set(vars(model))
+    method = made("lora_mutor", model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    trained = model(ids).logits
+    plain = method.detach(model)
+    tools.close(plain(ids).logits, trained)
+    assert not any("lora" in name for name in plain.state_dict()) and set(vars(plain)) - before <= {"mtp"}
+    assert not (tiny()(ids).logits - trained).abs().max() < 1e-2
+    made("lora_next_token", plain)
+
+
 @THREE
 def test_what_a_worker_receives_is_small(tiny, name):
     """Neither the model nor what the method added, heads among it; it lays out the same batches."""
