@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -34,10 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
         given: dict[str, Any] = {name: getattr(args, name, None) for name in ("runs", "results", "artifacts", "seeds")}
         given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v}
         project = replace(project, **given)
-        return args.command(args, root, project) or 0
+        status = args.command(args, root, project) or 0
+        sys.stdout.flush()
+        return status
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader has seen enough, as `head` has; nothing may be flushed at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         told = _of_a_file(error)
         if not told:

@@ -413,3 +413,13 @@ def test_config_yaml_is_checked_where_the_command_says_otherwise(tmp_path):
     file.write_text(re.sub(r"^scale: .*$", "scale: [smoke]", file.read_text(), flags=re.M))
     with pytest.raises(ValueError, match=r"config\.yaml: scale: \['smoke'\] is not str"):
         load_project(tmp_path, {"scale": "smoke"})
+
+
+def test_a_reader_may_stop_reading():
+    """`python -m mutor plan | head -1` ends without a word on stderr."""
+    plan = subprocess.Popen(
+        [sys.executable, "-m", "mutor", "plan", "--scale", "laptop"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    plan.stdout.close()
+    assert (plan.stderr.read(), plan.wait()) == (b"", 0)
