@@ -106,3 +106,52 @@ def test_layers_that_carry_a_state_are_named():
     kinds = ["full_attention", "linear_attention", "conv", "sliding_attention", "mamba", "recurrent"]
     assert carrying(SimpleNamespace(layer_types=kinds)) == ["conv", "linear_attention", "mamba", "recurrent"]
     assert carrying(SimpleNamespace(layer_types=None)) == carrying(SimpleNamespace()) == []
+
+
+def stub(model=(), config=(), base=()):
+    """A model of nothing but attributes."""
+    config = SimpleNamespace(**dict(config))
+    return SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: config), base_model=SimpleNamespace(**dict(base)), **dict(model)
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({}, ""),
+        ({"model": {"_is_stateful": False}, "config": {"alibi": False, "layer_types": ["full_attention"]}}, ""),
+        ({"model": {"_is_stateful": True}}, "it is recurrent: some layers carry a state along the row"),
+        ({"config": {"layer_types": ["conv", "full_attention"]}}, "it is recurrent"),
+        ({"config": {"alibi": True}}, "its positions are biases by the order in the row (ALiBi), and registers stand"),
+        ({"base": {"build_alibi_tensor": None}}, "its positions are biases"),
+    ],
+)
+def test_each_sign_of_what_can_not_be_held_is_enough(said, words):
+    found = why_not(stub(**said))
+    assert found.startswith(words) and bool(found) == bool(words)
+
+
+def test_a_copied_listener_has_heard_nothing_and_has_no_hooks(tiny):
+    """What it leaves is the copy, not the original."""
+    model, mutor = tiny(), MuToR.of(d_max=3)
+    mutor.attach(model)
+    inputs = collator_of(mutor)(PLAIN)
+    inputs.pop("labels")
+    model.train()(**inputs)
+    listener = mutor.trunk.listener
+    listener._under_way = "a pass"
+    twin = copy.deepcopy(listener)
+    assert (twin.heard, twin._under_way, twin._hooks) == (None, None, []) and listener.heard is not None
+    assert (twin.layers, twin.norm) == (listener.layers, listener.norm)
+    listener._under_way = None
+    twin.remove()
+    model(**inputs)
+    assert mutor.trunk.listener.take() is not None
+
+
+def test_detach_puts_attention_back_as_it_was(tiny):
+    for attention in ("eager", "sdpa"):
+        model, mutor = tiny(attn_implementation=attention), MuToR.of()
+        mutor.attach(model)
+        assert mutor.detach(model).config._attn_implementation == attention

@@ -365,6 +365,14 @@ def test_a_kernel_is_tried_before_it_is_used(monkeypatch, caplog, wrong, said, d
     assert [r.getMessage().startswith(begin) and said in r.getMessage() for r in caplog.records] == [True] * bool(said)
 
 
+def test_a_dense_mask_is_made_once_for_all_layers():
+    mask = blockwise.bounds_mask(several())
+    assert torch.equal(blockwise._dense(mask), dense_mask(several())) and blockwise._dense(mask) is blockwise._dense(
+        mask
+    )
+    assert blockwise.planned(mask) is blockwise.planned(mask)
+
+
 def test_a_kernel_without_masks_gets_none(monkeypatch):
     """A prefix-LM's tokens need one, so that all of it goes with a dense mask."""
     layout = several()

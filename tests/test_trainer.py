@@ -211,6 +211,10 @@ def test_a_stock_trainer_does_not_evaluate_on_hidden_tokens(tiny):
     labels = batch.pop("labels")
     with pytest.raises(ValueError, match=r"TokenMasking hides tokens .* allowed: MultiTokenTrainer, or eval_strategy"):
         method.loss_from_outputs(model.eval()(**batch), labels)
+    batch = collator_of(method)([each for each in DATA if each["prefix_length"] > 1])  # whose first token is no target
+    labels = batch.pop("labels")
+    with pytest.raises(ValueError, match="TokenMasking hides tokens"):
+        method.loss_from_outputs(model(**batch), labels)
 
 
 IDS = [5, 6, 7, 1, 8, 9, 2]
