@@ -331,6 +331,18 @@ def backward_with(change):
     return lambda *given: change(*CPU.backward(*given))
 
 
+def test_a_kernel_may_be_off_by_rounding(monkeypatch):
+    """Which is 1% in bfloat16, and not in float32."""
+    off = backward_with(lambda q, k, v: (q * 1.01, k, v))
+    monkeypatch.setitem(kernels.KERNELS, "cpu", replace(CPU, backward=off))
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        kernels.kernel_for.cache_clear()
+        found[dtype] = kernels.kernel_for(torch.device("cpu"), dtype, 32) is None
+    kernels.kernel_for.cache_clear()
+    assert found == {torch.float32: True, torch.bfloat16: False, torch.float16: False}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -107,6 +107,9 @@ def test_blocks_of_each_row_are_those_that_hold_a_visible_pair():
     both = Layout(*(torch.cat([getattr(layout, f.name) for layout in layouts]) for f in fields(Layout)))
     blocks = dense_mask(both).view(2, 1, 3, 128, 3, 128).any(-1).any(-2)
     assert torch.equal(block_mask(both).to_dense().bool(), blocks) and not torch.equal(blocks[0], blocks[1])
+    narrow, places = block_mask(both, window=2).mask_mod, torch.arange(both.ids.shape[1])
+    found = narrow(torch.arange(len(both.ids))[:, None, None], None, places[:, None], places)
+    assert torch.equal(found, dense_mask(both, window=2)[:, 0]) and not torch.equal(found, dense_mask(both)[:, 0])
 
 
 def test_no_registers_are_no_columns():
