@@ -185,17 +185,45 @@ def test_predictions_are_logits_of_plain_rows(tiny, tmp_path):
     assert again.predictions is None and again.metrics == pytest.approx(few.metrics)
 
 
+def test_without_arguments_it_is_as_a_trainer_of_transformers(tiny, tmp_path, monkeypatch):
+    """But for the columns, which its collator reads; arguments that are given stay as they are."""
+    from transformers import TrainingArguments
+
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    method = made("mutor", model)
+    found = mutor.MultiTokenTrainer(model, method=method, pad_id=0)
+    assert (found.args.output_dir, found.args.remove_unused_columns) == ("trainer_output", False)
+    given = TrainingArguments("out", use_cpu=True, report_to=[])
+    assert mutor.MultiTokenTrainer(model, given, method=method, pad_id=0).args.output_dir == "out"
+    assert given.remove_unused_columns
+
+
+def test_losses_logged_are_means_of_the_steps_since(tiny, tmp_path):
+    """Of two steps the mean of what each one logs alone; other words are logged without losses."""
+    found = {}
+    for every in (1, 2):
+        model = tiny("llama", scale=1.0)
+        like = trainer(made("mutor", model), model, tmp_path, max_steps=4, logging_steps=every)
+        found[every] = losses(like)
+        like.log({"other": 1.0})
+        assert like.state.log_history[-1].keys() == {"other", "epoch", "step"}
+    for number, two in enumerate(found[2]):
+        first, second = found[1][2 * number : 2 * number + 2]
+        assert two == pytest.approx({name: (first[name] + second[name]) / 2 for name in two}, rel=1e-4)
+
+
 def test_how_far_it_sees_is_told_of_the_first_texts(tiny, tmp_path, monkeypatch):
     """Of so many at least, in whole batches; of packed rows nothing, as they are no text to go on with."""
-    monkeypatch.setattr("mutor.mtp.trainer.EXAMPLES", 3)
     model = tiny("llama", scale=1.0)
     method = made("parallel_mtp", model)
     like = trainer(method, model, tmp_path, per_device_eval_batch_size=2)
     examples = [(np.array(each["input_ids"]), each["prefix_length"]) for each in DATA]
     rates = {n: method.metrics(model.eval(), examples[:n], Context(), 8) for n in (2, 4, 6)}
     name = "accuracy_ahead_2"
-    found = like.evaluate(DATA)
-    assert found[f"eval_{name}"] == pytest.approx(rates[4][name])
+    for count in (3, 4):
+        monkeypatch.setattr("mutor.mtp.trainer.EXAMPLES", count)
+        assert like.evaluate(DATA)[f"eval_{name}"] == pytest.approx(rates[4][name])
     packed = {
         "input_ids": [token for each in DATA[:2] for token in each["input_ids"]],
         "seq_lengths": [len(each["input_ids"]) for each in DATA[:2]],
@@ -327,6 +355,9 @@ def test_what_is_missing_is_said_with_the_remedy(tiny, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="MuToR is attached to another model"):
         trainer(method, tiny(), tmp_path)
+    for name in ("data_collator", "compute_loss_func"):
+        with pytest.raises(ValueError, match=f"^{name}: it is the method's own; leave it out, or take transformers'"):
+            mutor.MultiTokenTrainer(model, method=method, pad_id=0, **{name: collator})
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has not been called .*not a copy"):
         method.loss_from_outputs(None, None)
     twin = copy.deepcopy(model)
