@@ -1,6 +1,8 @@
 """Batches for a Trainer: offsets of seed, epoch and sample alone, and what is refused before it trains."""
 
+import hashlib
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,3 +179,35 @@ def test_a_sample_is_its_tokens_however_they_are_kept():
     numbers = {sample_number({"input_ids": ids, "prefix_length": 1}, 2) for ids in kept}
     assert len(numbers) == 1 and numbers != {sample_number({"input_ids": [3, 70, 6], "prefix_length": 1}, 2)}
     assert sample_number({"input_ids": tokens, "index": 7}, 2) == 2 * SAMPLES + 7
+    five_bytes = hashlib.blake2b(np.array(tokens, dtype=np.int64).tobytes(), digest_size=5).hexdigest()
+    assert numbers == {2 * SAMPLES + int(five_bytes, 16)}
+
+
+def test_an_epoch_that_was_set_stays_when_a_trainer_begins(tiny):
+    """It may evaluate first; then it is the first epoch."""
+    mutor = MuToR.of()
+    mutor.attach(tiny())
+    arguments = SimpleNamespace(remove_unused_columns=False)
+    for given, wanted in ((None, 0), (0, 0), (5, 5)):
+        collator = mutor.collator(0)
+        assert int(collator._epoch) == -1
+        if given is not None:
+            collator.set_epoch(given)
+        collator.on_init_end(arguments, None, None)
+        assert int(collator._epoch) == wanted
+        collator.on_epoch_begin(None, SimpleNamespace(epoch=3.0), None)  # of a run that goes on
+        assert int(collator._epoch) == 3
+        collator.on_epoch_begin(None, SimpleNamespace(epoch=3.5), None)
+        assert int(collator._epoch) == 4
+
+
+def test_a_batch_attends_to_all_but_padding(tiny):
+    """Of each row, packed ones too; answers in pieces are no matter where nothing needs them whole."""
+    mutor = MuToR.of(d_max=2)
+    mutor.attach(tiny())
+    collator = collator_of(mutor)
+    pieces = {"input_ids": [3, 4, 5, 6], "completion_mask": [0, 1, 0, 1]}
+    batch = collator([{"input_ids": [3, 4, 5, 6, 7, 8, 9], "seq_lengths": [4, 3]}, pieces])
+    layout = layout_of(batch["position_ids"])
+    assert set(layout.segment[0].tolist()) >= {0, 1}
+    assert torch.equal(batch["attention_mask"], (layout.segment != -1).long())

@@ -260,6 +260,12 @@ def test_drafts_of_the_models_own_distribution_are_all_kept(tools, tiny):
     assert {count for row in done.accepted for count in row[:-1]} == {2}
     again = generate(model, Same(), PROMPTS[:8], new_tokens=NEW, draft=2, temperature=2.0, seed=1)
     assert texts(done) != texts(again)
+    for draft in (0, 2):  # whatever torch's own generator has drawn meanwhile
+        first, second = (
+            texts(generate(model, Same(), PROMPTS[:8], new_tokens=NEW, draft=draft, temperature=2.0, seed=1))
+            for _ in range(2)
+        )
+        assert first == second
 
 
 def test_an_end_token_ends_a_text_wherever_it_stands(tools, tiny, stock):
