@@ -2,9 +2,9 @@
 
 mutmut makes and tries them; pyproject.toml says in which files and by which tests. Added here: functions under
 `torch.no_grad()` are changed too (mutmut leaves out all with a decorator), arguments that change no value on a CPU are
-not, and what survived is printed as changed lines. One in four is tried, chosen by its name, which tells the share that
-is killed to about a percent; `--all` tries them all, in some six hours of one core. Fails below 95% killed. A second
-run tries what changed since; `--report` prints what the last one found; delete mutants/ to begin anew.
+not, and what survived is printed as changed lines. One in eight is tried, chosen by its name, which tells the share
+that is killed to a percent or two; `--all` tries them all, in some six hours of one core. Fails below 95% killed. A
+second run tries what changed since; `--report` prints what the last one found; delete mutants/ to begin anew.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from mutmut.utils.file_utils import walk_mutatable_files
 from scipy.stats import binomtest
 
 WANTED = 0.95
-ONE_IN = 4
+ONE_IN = 8
 NO_GRAD = cst.parse_expression("torch.no_grad()")
 UNSEEN = ("device", "strict", "use_cache")  # arguments by name: where, whether lengths are checked, how fast
 leaves_out = MutationVisitor._skip_node_and_children
