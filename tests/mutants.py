@@ -22,6 +22,7 @@ from scipy.stats import binomtest
 
 WANTED = 0.95
 ONE_IN = 8
+NOTICED = ("killed", "timeout", "segfault", "suspicious")  # the last ones end the whole process
 NO_GRAD = cst.parse_expression("torch.no_grad()")
 UNSEEN = ("device", "strict", "use_cache")  # arguments by name: where, whether lengths are checked, how fast
 leaves_out = MutationVisitor._skip_node_and_children
@@ -66,8 +67,8 @@ def report(one_in: int) -> float:
             if not chosen(name, one_in):
                 continue
             status = status_by_exit_code[code]
-            total, killed = total + 1, killed + (status in ("killed", "timeout"))
-            if status not in ("killed", "timeout"):
+            total, killed = total + 1, killed + (status in NOTICED)
+            if status not in NOTICED:
                 lines = get_diff_for_mutant(name, path=path).splitlines()
                 changed = [line for line in lines[2:] if line.startswith(("-", "+"))]
                 print(f"\n{name}: {status}", *changed, sep="\n")

@@ -22,6 +22,8 @@ def test_what_is_saved_is_the_models_state_or_the_one_given(tiny, tmp_path, give
     wanted = {name: value + 1 if given else value for name, value in model.state_dict().items()}
     state = wanted if given else None
     method.export(model, tmp_path / "plain", state)
+    beside = load_file(tmp_path / "plain/method/weights.safetensors")
+    assert torch.equal(beside["registers.weight"], wanted["mtp.registers.weight"])
     method.save_own(model, tmp_path / "plain/deep/method", state)
     plain, own = (
         load_file(tmp_path / "plain/model.safetensors"),
