@@ -10,7 +10,7 @@ import torch
 from mutor import MuToR
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
-from mutor.mtp.trials import carrying, why_not
+from mutor.mtp.trials import carrying, few_rows, why_not
 
 PLAIN = [{"input_ids": [*range(3 + n, 23 + n)], "prefix_length": 2} for n in range(12)]
 
@@ -155,3 +155,26 @@ def test_detach_puts_attention_back_as_it_was(tiny):
         model, mutor = tiny(attn_implementation=attention), MuToR.of()
         mutor.attach(model)
         assert mutor.detach(model).config._attn_implementation == attention
+
+
+def test_the_rows_that_a_backend_is_tried_on_are_rows_as_they_come():
+    """Two packed sequences, and one with padding; registers one token further than the tokens they stand behind."""
+    rows = few_rows(61)
+    regular = ~rows.register & (rows.segment >= 0)
+    assert regular.sum(1).tolist() == [7, 5] and rows.register.sum(1).tolist() == [3, 2]
+    assert rows.segment.tolist()[0] == [0] * 4 + [1] * 3 + [0, 0, 1] and rows.segment.tolist()[1] == [0] * 7 + [-1] * 3
+    for row in range(2):
+        tokens = regular[row]
+        assert tokens.int().argmin() == tokens.sum()  # before all registers
+        assert rows.causal_index[row, tokens].tolist() == list(range(int(tokens.sum())))
+        for number in (0, 1):
+            own = rows.position[row, tokens & (rows.segment[row] == number)]
+            assert own.tolist() == list(range(len(own)))
+        anchor = rows.causal_index[row, rows.register[row]]
+        assert anchor.tolist() == [[1, 2, 4], [1, 2]][row]
+        assert torch.equal(rows.position[row, rows.register[row]], rows.position[row, anchor] + 1)
+        assert torch.equal(rows.segment[row, rows.register[row]], rows.segment[row, anchor])
+        assert rows.prefix[row].nonzero()[:, 0].tolist() == [0, 1]
+    padding = rows.segment < 0
+    assert not rows.position[padding].any() and not rows.causal_index[padding].any() and not rows.target.any()
+    assert rows.ids.flatten().tolist() == [(7 * n + 3) % 61 for n in range(20)] and few_rows(5).ids.max() < 5

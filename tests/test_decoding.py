@@ -225,3 +225,42 @@ def test_the_figure_has_a_line_a_method(evidence):
     ideal = [line.get_ydata().tolist() for line in right.get_lines() if line.get_marker() == "."]
     by_hand = [(1.5 / 2 + 1.5 / 3) / 2, (2 / 3 + 2 / 4) / 2, (2.5 / 4 + 2.5 / 5) / 2]
     assert len(ideal) == 9 and ideal[-1] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "refused"),
+    [
+        (torch.float32, 2e-3, False),
+        (torch.float32, 2e-2, True),
+        (torch.bfloat16, 2e-2, False),
+        (torch.bfloat16, 2e-1, True),
+    ],
+)
+def test_logits_with_a_cache_may_be_off_by_rounding(tiny, dtype, off, refused):
+    """So far by a share of the largest, more in bfloat16."""
+    model = tiny().to(dtype)
+    forward = model.forward
+
+    def shifted(**given):
+        out = forward(**given)
+        if given.get("use_cache"):
+            out.logits = out.logits + off * out.logits.abs().max()
+        return out
+
+    model.forward = shifted
+    if refused:
+        with pytest.raises(ValueError, match=r"place of its own \(its logits differ from those of one plain pass\)$"):
+            generate(model, None, [[3, 4]], new_tokens=2)
+    else:
+        assert generate(model, None, [[3, 4]], new_tokens=2).ids[0].shape == (2,)
+
+
+def test_why_a_cache_can_not_be_used_is_told(tiny):
+    model = tiny()
+
+    def broken(**given):
+        raise RuntimeError("out of place")
+
+    model.forward = broken
+    with pytest.raises(ValueError, match=r"place of its own \(RuntimeError: out of place\)$"):
+        generate(model, None, [[3, 4]], new_tokens=2)
