@@ -366,6 +366,11 @@ def test_a_model_that_it_would_change_keeps_the_dense_mask(tiny, monkeypatch, ca
         Backbone(model)
     assert model.config._attn_implementation == "sdpa"
     assert "LlamaForCausalLM: attention with a dense mask: its hidden states differ" in caplog.text
+    none = partial(blockwise.attention, softcap=3.0)
+    monkeypatch.setitem(type(blockwise.AttentionInterface())._global_mapping, "blockwise", none)
+    with caplog.at_level(logging.WARNING):
+        Backbone(tiny())
+    assert "a dense mask: LlamaForCausalLM (llama) can't be trained here" in caplog.text
 
 
 def _changed(attention, *args, **kwargs):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+import mutor
 from mutor.mtp.backbone import Backbone
 from mutor.mtp.mutor import MuToR
 from mutor.mtp.trials import evaluating
@@ -105,3 +106,22 @@ def test_a_model_is_evaluated_and_then_as_it_was(tiny, attention, training):
             if error:
                 raise KeyError
         assert model.training is training and model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("head", ["layer", "linear", "output"])
+def test_new_layers_begin_as_the_recipe_says(tiny, head):
+    """And what the model has stays; without a word they begin as the model's own do."""
+
+    def half(module):
+        for parameter in module.parameters():
+            parameter.detach().fill_(0.5)
+
+    model, plain = tiny(), tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    method = mutor.method("parallel_mtp", head=head)
+    method.attach(model, half)
+    assert all((parameter == 0.5).all() for parameter in method.heads.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
+    again = mutor.method("parallel_mtp", head=head)
+    again.attach(plain)
+    assert not any((parameter == 0.5).all() for parameter in again.heads.parameters())
