@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mutor import MuToR
+from mutor.mtp import blockwise
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 from mutor.mtp.trials import carrying, few_rows, why_not
@@ -178,3 +179,19 @@ def test_the_rows_that_a_backend_is_tried_on_are_rows_as_they_come():
     padding = rows.segment < 0
     assert not rows.position[padding].any() and not rows.causal_index[padding].any() and not rows.target.any()
     assert rows.ids.flatten().tolist() == [(7 * n + 3) % 61 for n in range(20)] and few_rows(5).ids.max() < 5
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, "sdpa"), (torch.bfloat16, "blockwise")])
+def test_a_backend_may_be_off_by_rounding(tiny, monkeypatch, dtype, kept):
+    """By some percent in bfloat16, and not in float32; of the first sequence of a row, too."""
+
+    def off(module, query, *args, **kwargs):
+        out, weights = blockwise.attention(module, query, *args, **kwargs)
+        out = out.clone()
+        out[:, 0] *= 1.02
+        return out, weights
+
+    monkeypatch.setitem(type(blockwise.AttentionInterface())._global_mapping, "blockwise", off)
+    model = tiny(scale=1.0).to(dtype)
+    MuToR.of().attach(model)
+    assert model.config._attn_implementation == kept
