@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mutor.mtp.answers import Prompts, decode_in_one_pass
-from mutor.mtp.attention import attention_mask, dense_mask, mask_mod
+from mutor.mtp.attention import attention_mask, dense_mask, mask_mod, sliding_window
 from mutor.mtp.backbone import Backbone
 from mutor.mtp.blockwise import bounds_mask
 from mutor.mtp.layout import Example, collate, regular
@@ -204,3 +204,20 @@ def test_a_window_that_no_mask_can_tell_is_refused(tiny, tools):
     assert short.ids.shape[1] > W and torch.isfinite(method.compute_loss(model, short)[0])
     assert torch.equal(method.trunk.mask(short), bounds_mask(short))
     assert Backbone(tiny("mistral", sliding_window=W)).exact_windows
+
+
+@pytest.mark.parametrize(
+    ("config", "slides"),
+    [
+        ({}, False),
+        ({"sliding_window": None}, False),
+        ({"sliding_window": 8}, True),
+        ({"sliding_window": 8, "layer_types": None}, True),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, True),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "full_attention"]}, False),
+        ({"sliding_window": 8, "use_sliding_window": False}, False),
+        ({"sliding_window": 8, "use_sliding_window": False, "layer_types": ["sliding_attention"]}, False),
+    ],
+)
+def test_a_configuration_says_whether_windows_slide(config, slides):
+    assert bool(sliding_window(SimpleNamespace(**config))) == slides
