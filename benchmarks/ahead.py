@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from decoding import LAPTOP
+from decoding import NEW
 from mutor.baselines.marginal import Marginal, MarginalConfig
 from mutor.baselines.next_token import NextToken, NextTokenConfig
 from training_loop import ratios
@@ -30,7 +30,6 @@ from mutor.models.build import build
 from mutor.mtp.layout import Example, collate
 from mutor.mtp.method import Context
 
-NEW = ModelConfig(role="gemma-2b", architecture="gemma", config=LAPTOP, init="fan_in")
 METHODS = {
     "next_token": {},
     "parallel_mtp": {"d_max": 4},
@@ -76,8 +75,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pretrained = ModelConfig(role="pretrained-lm", dtype=args.dtype, pretrained=args.model) if args.model else None
-    config = pretrained or replace(NEW, dtype=args.dtype)
+    config = ModelConfig(role=NEW.role, pretrained=args.model) if args.model else NEW
+    config = replace(config, dtype=args.dtype)
     model = build(config, vocabulary=None if args.model else 1000, seed=0).eval()
     plain, summed = NextToken(NextTokenConfig()), Marginal(MarginalConfig(candidates=args.candidates))
     plain.attach(model), summed.attach(model)

@@ -41,6 +41,7 @@ LAPTOP = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
+NEW = ModelConfig(role="gemma-2b", architecture="gemma", config=LAPTOP, init="fan_in")
 
 
 def batched(model, task, found, batch_size):
@@ -160,8 +161,8 @@ def main():
     torch.set_num_threads(1)
     options = {"test_size": args.problems or args.alone, "new_tokens": args.new_tokens}
     task = Text(TextConfig(corpus="gsm8k", source="generated", tokens="standin", **options))
-    made = {"pretrained": args.model} if args.model else {"architecture": "gemma", "config": LAPTOP, "init": "fan_in"}
-    model = build(ModelConfig(role="gemma-2b", **made), vocabulary=task.vocabulary, seed=0).eval()
+    config = ModelConfig(role=NEW.role, pretrained=args.model) if args.model else NEW
+    model = build(config, vocabulary=task.vocabulary, seed=0).eval()
     prompts = [ids[:prefix].tolist() for ids, prefix in task.examples("test")[: args.alone]]
     result = {
         "model": args.model or "gemma, 4 layers x 128, new: answers of full length",
