@@ -130,9 +130,9 @@ class Beside:
         Tokens of a prefix in both directions have seen all of it, so that all of it is read anew with any of it.
         """
         count = min(new + self.drafter.earlier, int(last.max()) + 1)
-        if bool((last + 1 - count < self.slots.prefix).any()):
-            count = int(last.max()) + 1
         start = (last + 1 - count).clamp(min=0)
+        if bool((start < self.slots.prefix).any()):
+            count, start = int(last.max()) + 1, torch.zeros_like(last)
         at = start[:, None] + torch.arange(count, device=last.device)
         used = int(at.max()) + 1
         given = {n: self._given(n, leaf, at, used) for n, leaf in self.leaves.items()}
