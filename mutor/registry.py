@@ -121,6 +121,7 @@ register(TASKS, "fact_chains", "mutor.tasks.fact_chains:FactChains")
 register(TASKS, "text", "mutor.tasks.text:Text")
 register(TASKS, "images", "mutor.tasks.images:Images")
 register(TASKS, "path_planning", "mutor.tasks.path_planning:PathPlanning")
+register(TASKS, "blocksworld", "mutor.tasks.blocksworld:Blocksworld")
 
 register(ATTENTION, "blockwise", AttentionBackend("mutor.mtp.blockwise:bounds_mask"))
 register(

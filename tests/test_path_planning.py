@@ -19,10 +19,7 @@ from mutor.results.cells import Evidence
 from mutor.tasks.path_planning import (
     PathPlanning,
     PathPlanningConfig,
-    acyclic,
-    block_states,
     degrees,
-    moves,
     path_to,
     reachable,
     successors,
@@ -105,50 +102,6 @@ def test_a_seed_has_one_graph_and_seeds_have_different_ones():
     lines = [ids.tolist() for ids, _ in one.train(1).examples(np.arange(one.train(1).size))]
     assert lines == [[*line, 30] for line in again.lines]
     assert lines == [ids.tolist() for ids, _ in other.train(1).examples(np.arange(len(lines)))]
-
-
-def test_blocksworld_is_what_moving_one_free_block_gives():
-    """Nodes as what each block stands on: by all ways to do so; edges where one, free before and after, differs."""
-    ways = [on for on in itertools.product((None, 0, 1, 2, 3), repeat=4) if all(on[b] != b for b in range(4))]
-    ways = [on for on in ways if len([b for b in on if b is not None]) == len({b for b in on if b is not None})]
-
-    def stands(on, block):
-        for _ in range(5):
-            if block is None:
-                return True
-            block = on[block]
-        return False
-
-    ways = {on for on in ways if all(stands(on, b) for b in range(4))}
-    states = block_states(4)
-    under = [{b: s[i - 1] if i else None for s in state for i, b in enumerate(s)} for state in states]
-    under = [tuple(found[b] for b in range(4)) for found in under]
-    assert len(states) == 73 and set(under) == ways
-    edges = moves(states)
-    for i, j in itertools.product(range(73), repeat=2):
-        moved = [b for b in range(4) if under[i][b] != under[j][b]]
-        free = len(moved) == 1 and moved[0] not in under[i] and moved[0] not in under[j]
-        assert edges[i, j] == free
-
-
-def test_blocksworld_is_trained_on_edges_and_as_many_acyclic_paths_of_each_length():
-    task = PathPlanning(PathPlanningConfig(graph="blocksworld", paths=7), seed=4)
-    edges = int(task.edges.sum())
-    assert task.lines[:edges] == [[s, t, s, t] for s, t in np.argwhere(task.edges).tolist()]
-    assert Counter(len(line) - 3 for line in task.lines[edges:]) == dict.fromkeys(range(2, 7), 7)
-    for s, t, *path in task.lines:
-        assert path[0] == s and path[-1] == t and len(set(path)) == len(path)
-        assert all(task.edges[step] for step in itertools.pairwise(path))
-    asked = {tuple(pair) for split in ("train", "valid", "test") for pair in task.pairs[split].tolist()}
-    assert asked == {pair for pair, far in distances(task.edges).items() if far > 1} and len(asked) == 73 * 72 - edges
-    assert task.lines != task.for_seed(5).lines
-
-
-def test_acyclic_paths_begin_anew_at_a_dead_end():
-    edges = np.zeros((4, 4), dtype=bool)
-    edges[[0, 1, 0], [1, 2, 3]] = True
-    found = {tuple(acyclic(successors(edges), 2, np.random.default_rng(seed))) for seed in range(50)}
-    assert found == {(0, 1, 2)}
 
 
 # -- degrees
@@ -300,8 +253,6 @@ def test_answers_are_drawn_as_likely_as_they_are_and_greedy_ones_are_not():
     ("options", "says"),
     [
         ({"nodes": 4, "valid_size": 20}, "valid_size: 20, and the graph of seed 0 has "),
-        ({"graph": "blocksworld", "edge_probability": 0.3}, "edge_probability: 0.3 goes with graph 'dag'"),
-        ({"graph": "tree"}, "graph: 'tree'"),
     ],
 )
 def test_what_can_not_be_is_named(options, says):
@@ -364,6 +315,3 @@ def test_published_values_stand_beside_the_settings_that_they_are_of():
     assert said["parallel_mtp, layer", "100"] == 68.78
     assert said["parallel_mtp, layer, next token injected", "100"] == 71.32
     assert said["parallel_mtp, own output layers, d_max 3", "100"] == 62.17
-    blocks = evidence.frame(evidence.table("blocksworld"))
-    drawn = blocks[blocks["metric"] == "accuracy"]["reported"].fillna(-1).tolist()
-    assert drawn == [45.62, 42.42, 51.32, 44.91, -1]

@@ -3,29 +3,28 @@
     3 9 3 5 8 9     source, target, then the path with both; a token that ends the line stands behind it
     3 9             the prompt: any path of the graph from 3 to 9 is right
 
-`dag`: edges i -> j, i < j, at random. Trained on are each edge as "s t s t", and random paths of each edge's two nodes
-and of a share of the other connected pairs; those that are left are asked. `blocksworld`: the 73 states of four blocks,
-an edge for each move of one block. Trained on are each edge, and as many random acyclic paths of each length from 2 to
-6. Zhong et al., arXiv 2509.23186, whose loss is of all tokens of a line, its prompt's included (equation 3). Graph and
-lines are those of the run's seed: published are means over graphs, and all methods of a seed have the same one.
+Edges i -> j, i < j, are drawn. Trained on are each edge as "s t s t", and random paths of each edge and of a
+share of the other connected pairs; those that are left are asked. Zhong et al., arXiv 2509.23186, whose loss is of all
+tokens of a line, its prompt's included (equation 3). Graph and lines are those of the run's seed: published are means
+over graphs, and all methods of a seed have the same one.
 
 Not found there: whether edges have more paths than themselves, how a path is drawn, and whether answers are. Here all
 is as in the public code of the setting (ALPINE, arXiv 2405.09220): they have, a path goes on to any new node from which
 the target can be reached, and answers are drawn at temperature 1. The likeliest tokens, without paths of edges, are
 far from what is published for next-token prediction (98, 89, 55, 20% at degrees 0 to 3 against 93, 87, 64, 31); so are
-the likeliest with them (99, 98, 84, 53). On Blocksworld any pair is asked that no edge connects, trained on or not: its
-5,000 published ones are nearly all there are.
+the likeliest with them (99, 98, 84, 53).
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -39,74 +38,76 @@ if TYPE_CHECKING:
     from mutor.mtp.method import Context, Method
 
 DEGREES = 4
-LENGTHS = range(2, 7)  # edges of Blocksworld's training paths
-BLOCKS = 4
 Line = list[int]  # source, target, and the nodes of a path
 
 
 @dataclass(frozen=True, kw_only=True)
-class PathPlanningConfig:
-    """The kind of graph, what is trained on of it, and how many pairs are asked."""
+class PathsConfig:
+    """How much is trained on and asked of any graph."""
 
-    graph: str = setting("dag", doc="a random one, or the states of four blocks", choices=("dag", "blocksworld"))
-    nodes: int = setting(100, doc="of a dag", low=4, high=10_000)
-    edge_probability: float = setting(0.1, doc="of each edge i -> j, i < j, of a dag", low=0, high=1)
-    train_share: float = setting(
-        0.1, doc="of a dag's connected pairs without an edge, whose paths are trained on", low=0, high=1
-    )
-    paths: int = setting(20, doc="dag: paths of a training pair; blocksworld: of each length from 2 to 6", low=0)
+    paths: int = setting(20, doc="paths of a training pair; on Blocksworld of each length from 2 to 6", low=0)
     valid_size: int = setting(500, doc="pairs asked during training", low=1)
     test_size: int | None = setting(None, doc="pairs asked at the end; none: all others", low=1)
     draws: int = setting(1, doc="answers drawn for each pair, whose score is the share of right ones", low=1)
 
-    def __post_init__(self) -> None:
-        if self.graph == "blocksworld":
-            for name, usual in (("nodes", 100), ("edge_probability", 0.1), ("train_share", 0.1)):
-                if getattr(self, name) != usual:
-                    raise ValueError(f"{name}: {getattr(self, name)} goes with graph 'dag'; leave it out")
+
+@dataclass(frozen=True, kw_only=True)
+class PathPlanningConfig(PathsConfig):
+    """A random graph, and what is trained on of it."""
+
+    nodes: int = setting(100, doc="nodes of the graph", low=4, high=10_000)
+    edge_probability: float = setting(0.1, doc="of each edge i -> j, i < j", low=0, high=1)
+    train_share: float = setting(
+        0.1, doc="of the connected pairs without an edge, whose paths are trained on", low=0, high=1
+    )
 
 
-class PathPlanning(Task):
-    """The task of one seed: its graph, its training lines, its validation and test pairs, how answers are scored."""
+class Paths(Task):
+    """The task of one seed on any graph: its training lines, its validation and test pairs, how answers are scored."""
 
-    Config = PathPlanningConfig
-    config: PathPlanningConfig
+    config: PathsConfig
     selection_metric = "accuracy"
     greedy = False
 
-    def __init__(self, config: PathPlanningConfig, tokenizer: Any = None, seed: int = 0):
+    def __init__(self, config: PathsConfig, tokenizer: Any = None, seed: int = 0):
         """seed: of graph, lines and pairs."""
         super().__init__(config, tokenizer)
         self.seed = seed
-        nodes = config.nodes if config.graph == "dag" else len(block_states(BLOCKS))
-        self.end_id, self.pad_id, self.vocabulary = nodes, nodes + 1, nodes + 2
+        self.end_id, self.pad_id, self.vocabulary = self.nodes, self.nodes + 1, self.nodes + 2
 
-    def for_seed(self, seed: int) -> PathPlanning:
+    @property
+    @abstractmethod
+    def nodes(self) -> int:
+        """How many the graph has."""
+
+    def for_seed(self, seed: int) -> Self:
         """The task with the graph of another seed."""
-        return self if seed == self.seed else PathPlanning(self.config, self.tokenizer, seed)
-
-    @staticmethod
-    def describe(config: PathPlanningConfig) -> str:
-        """The name of these graphs in tables."""
-        if config.graph == "blocksworld":
-            return f"blocksworld paths={config.paths}"
-        return f"path_planning nodes={config.nodes}"
+        return self if seed == self.seed else type(self)(self.config, self.tokenizer, seed)
 
     @cached_property
+    @abstractmethod
     def edges(self) -> np.ndarray:
         """bool [V, V]: whether an edge leads from one node to another."""
-        c = self.config
-        if c.graph == "blocksworld":
-            return moves(block_states(BLOCKS))
-        drawn = stream("path_planning", self.seed, 0).random((c.nodes, c.nodes))
-        return np.triu(drawn < c.edge_probability, 1)
+
+    @cached_property
+    @abstractmethod
+    def lines(self) -> list[Line]:
+        """The training lines: edges, then paths."""
+
+    @abstractmethod
+    def path(self, s: int, t: int, rng: np.random.Generator) -> Line:
+        """The nodes of a right answer."""
+
+    def trained_pairs(self, connected: int) -> int:
+        """How many of the connected pairs without an edge are trained on and not asked."""
+        return 0
 
     @cached_property
     def pairs(self) -> dict[str, np.ndarray]:
-        """int64 [N, 2] sources and targets, no edges, of "train" (none on Blocksworld), "valid" and "test"."""
+        """int64 [N, 2] sources and targets, no edges, of "train", "valid" and "test"."""
         c, rng = self.config, stream("path_planning", self.seed, 1)
-        pairs = rng.permutation(np.argwhere(reachable(self.edges) & ~self.edges & ~np.eye(len(self.edges), dtype=bool)))
-        count = round(c.train_share * len(pairs)) if c.graph == "dag" else 0
+        pairs = rng.permutation(np.argwhere(self.leads & ~self.edges & ~np.eye(len(self.edges), dtype=bool)))
+        count = self.trained_pairs(len(pairs))
         train, valid, test = np.split(pairs, [count, count + c.valid_size])
         if not len(test):
             raise ValueError(
@@ -116,18 +117,14 @@ class PathPlanning(Task):
         return {"train": train, "valid": valid, "test": test[: c.test_size]}
 
     @cached_property
-    def lines(self) -> list[Line]:
-        """The training lines: edges, then paths."""
-        c, rng = self.config, stream("path_planning", self.seed, 2)
-        edges, following = np.argwhere(self.edges), successors(self.edges)
-        lines = [[s, t, s, t] for s, t in edges.tolist()]
-        if c.graph == "blocksworld":
-            walks = (acyclic(following, length, rng) for length in LENGTHS for _ in range(c.paths))
-            return lines + [[walk[0], walk[-1], *walk] for walk in walks]
-        leads = reachable(self.edges)
-        for s, t in [*edges.tolist(), *self.pairs["train"].tolist()]:
-            lines += [[s, t, *path_to(following, leads, s, t, rng)] for _ in range(c.paths)]
-        return lines
+    def following(self) -> list[list[int]]:
+        """The nodes that an edge leads to, of each node."""
+        return successors(self.edges)
+
+    @cached_property
+    def leads(self) -> np.ndarray:
+        """bool [V, V]: whether a path, of no edge or more, leads from one node to another."""
+        return reachable(self.edges)
 
     @cached_property
     def degree(self) -> np.ndarray:
@@ -140,11 +137,9 @@ class PathPlanning(Task):
         return Source(lambda index: [(lines[i], 1) for i in index], len(lines))
 
     def examples(self, split: str) -> list[tuple[np.ndarray, int]]:
-        """The pairs of a split, each with one of its right answers, drawn at random."""
+        """The pairs of a split, each with one of its right answers."""
         rng = stream("path_planning", self.seed, 3, int(split == "test"))
-        following, leads = successors(self.edges), reachable(self.edges)
-        paths = ([s, t, *path_to(following, leads, s, t, rng)] for s, t in self.pairs[split].tolist())
-        return [(self._encoded(line), 2) for line in paths]
+        return [(self._encoded([s, t, *self.path(s, t, rng)]), 2) for s, t in self.pairs[split].tolist()]
 
     def _encoded(self, line: Line) -> np.ndarray:
         return np.array([*line, self.end_id], dtype=np.int64)
@@ -240,6 +235,46 @@ class PathPlanning(Task):
         return digest.hexdigest()[:16]
 
 
+class PathPlanning(Paths):
+    """Random graphs whose edges lead to later nodes alone."""
+
+    Config = PathPlanningConfig
+    config: PathPlanningConfig
+
+    @staticmethod
+    def describe(config: PathPlanningConfig) -> str:
+        """The name of these graphs in tables."""
+        return f"path_planning nodes={config.nodes}"
+
+    @property
+    def nodes(self) -> int:
+        """How many the graph has."""
+        return self.config.nodes
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """bool [V, V]: whether an edge leads from one node to another."""
+        drawn = stream("path_planning", self.seed, 0).random((self.nodes, self.nodes))
+        return np.triu(drawn < self.config.edge_probability, 1)
+
+    def trained_pairs(self, connected: int) -> int:
+        """How many of the connected pairs without an edge are trained on and not asked."""
+        return round(self.config.train_share * connected)
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """The training lines: edges, then paths of edges and training pairs."""
+        rng, edges = stream("path_planning", self.seed, 2), np.argwhere(self.edges)
+        lines = [[s, t, s, t] for s, t in edges.tolist()]
+        for s, t in [*edges.tolist(), *self.pairs["train"].tolist()]:
+            lines += [[s, t, *self.path(s, t, rng)] for _ in range(self.config.paths)]
+        return lines
+
+    def path(self, s: int, t: int, rng: np.random.Generator) -> Line:
+        """The nodes of a right answer, drawn: on to any node from which t can be reached."""
+        return path_to(self.following, self.leads, s, t, rng)
+
+
 def successors(edges: np.ndarray) -> list[list[int]]:
     """The nodes that an edge leads to, of each node; edges: bool [V, V]."""
     return [np.flatnonzero(row).tolist() for row in edges]
@@ -256,32 +291,15 @@ def reachable(edges: np.ndarray) -> np.ndarray:
 
 
 def path_to(following: list[list[int]], leads: np.ndarray, s: int, t: int, rng: np.random.Generator) -> list[int]:
-    """The nodes of a random acyclic path from s to t: on to any new node from which t can be reached.
+    """The nodes of a random path from s to t without circles: on to any node from which t can be reached.
 
-    following, leads: of `successors` and `reachable`. Begins anew where none is left, which no dag knows.
+    following, leads: of `successors` and `reachable`, on a graph without circles.
     """
-    while True:
-        path = [s]
-        while path[-1] != t:
-            onward = [node for node in following[path[-1]] if leads[node, t] and node not in path]
-            if not onward:
-                break
-            path.append(onward[int(rng.random() * len(onward))])
-        else:
-            return path
-
-
-def acyclic(following: list[list[int]], length: int, rng: np.random.Generator) -> list[int]:
-    """The nodes of a random path of `length` edges without a node twice; begins anew where none is left."""
-    while True:
-        path = [int(rng.integers(len(following)))]
-        while len(path) <= length:
-            onward = [node for node in following[path[-1]] if node not in path]
-            if not onward:
-                break
-            path.append(onward[int(rng.random() * len(onward))])
-        else:
-            return path
+    path = [s]
+    while path[-1] != t:
+        onward = [node for node in following[path[-1]] if leads[node, t]]
+        path.append(onward[int(rng.random() * len(onward))])
+    return path
 
 
 def degrees(lines: Iterable[Line], nodes: int) -> np.ndarray:
@@ -302,33 +320,3 @@ def degrees(lines: Iterable[Line], nodes: int) -> np.ndarray:
     first = behind(passed) & ~passed
     second = behind(first) & ~first & ~passed
     return np.where(passed, 0, np.where(first, 1, np.where(second, 2, 3)))
-
-
-State = frozenset[tuple[int, ...]]  # stacks of blocks, the lowest first
-
-
-def block_states(blocks: int) -> list[State]:
-    """All ways to stack so many blocks on a table, in a fixed order; 73 of four blocks."""
-    states: set[State] = {frozenset()}
-    for block in range(blocks):
-        states = {state | {(block,)} for state in states} | {
-            state - {stack} | {(*stack[:at], block, *stack[at:])}
-            for state in states
-            for stack in state
-            for at in range(len(stack) + 1)
-        }
-    return sorted(states, key=sorted)
-
-
-def moves(states: list[State]) -> np.ndarray:
-    """bool [V, V]: whether one block that lies on top, put on the table or another stack, makes one state the other."""
-    number = {state: i for i, state in enumerate(states)}
-    edges = np.zeros((len(states), len(states)), dtype=bool)
-    for state in states:
-        for stack in state:
-            block, rest = stack[-1], state - {stack} | ({stack[:-1]} if stack[1:] else set())
-            onto = [rest - {other} | {(*other, block)} for other in rest]
-            for after in [*onto, rest | {(block,)}]:
-                if after != state:
-                    edges[number[state], number[after]] = True
-    return edges
