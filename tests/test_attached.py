@@ -87,6 +87,8 @@ def test_a_copy_reads_its_own_register(tiny, tools, family):
         ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 61}, "its positions are biases by"),
         ("falcon", {"alibi": True, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
                     "vocab_size": 61}, "its positions are biases by"),
+        ("falcon", {"alibi": False, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                    "vocab_size": 61}, ""),
         ("llama", None, ""),
     ],
 )  # fmt: skip
@@ -126,6 +128,7 @@ def stub(model=(), config=(), base=()):
         ({"config": {"layer_types": ["conv", "full_attention"]}}, "it is recurrent"),
         ({"config": {"alibi": True}}, "its positions are biases by the order in the row (ALiBi), and registers stand"),
         ({"base": {"build_alibi_tensor": None}}, "its positions are biases"),
+        ({"config": {"alibi": False}, "base": {"use_alibi": False}}, ""),
     ],
 )
 def test_each_sign_of_what_can_not_be_held_is_enough(said, words):

@@ -51,7 +51,8 @@ def why_not(model: Any) -> str:
     config = model.config.get_text_config()
     if getattr(model, "_is_stateful", False) or carrying(config):
         return "it is recurrent: some layers carry a state along the row, whatever mask and positions say"
-    if getattr(config, "alibi", False) or any("alibi" in name for name in dir(model.base_model)):
+    # a Falcon has what ALiBi needs whether it is used or not; a Bloom has no word for it in its configuration
+    if getattr(config, "alibi", any("alibi" in name for name in dir(model.base_model))):
         return "its positions are biases by the order in the row (ALiBi), and registers stand behind all tokens"
     return ""
 
