@@ -202,6 +202,11 @@ def test_an_interval_with_zero_but_without_the_published_difference(direction, p
     assert alone.verdict == "inconclusive"
 
 
+def test_a_scale_with_too_few_seeds_leaves_a_claim_to_others(tmp_path):
+    heads = {name: of(judged(name, tmp_path), "Parallel heads are above")["verdict"] for name in ("laptop", "gpu")}
+    assert heads == {"laptop": "not at this scale", "gpu": "not run"}
+
+
 def test_best_of_all_is_held_against_each_other_setting(tmp_path):
     """d_max 4 above 2 and 3 but not clearly above 6: undecided, and 6 is what is shown."""
     scale = load_scale(ROOT, "paper")
@@ -286,6 +291,7 @@ def test_other_training_data_are_compared_problem_by_problem(tmp_path):
     [
         ({"table": "tabel1"}, "claim 1: table: 'tabel1' is unknown"),
         ({"metric": "accuracy"}, "claim 1: metric: 'accuracy' is unknown"),
+        ({"not_at": ["laptp"]}, "claim 1: not_at: 'laptp' is unknown, did you mean 'laptop'"),
         ({"ours": {"method": "mutr"}}, "claim 1: ours: method: 'mutr' is unknown, did you mean 'mutor'"),
         ({"direction": "better"}, "direction: 'better' is not allowed; allowed: above, below, equal"),
         ({"theirs": "luck"}, "theirs: 'luck' is unknown"),

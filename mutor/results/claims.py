@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from mutor.checks import choose, from_mapping, setting
-from mutor.config.load import read_config, table_names
+from mutor.config.load import read_config, scale_names, table_names
 from mutor.config.runs import Cell
 from mutor.files import write_text
 from mutor.registry import METHODS, TASKS, load
@@ -80,6 +80,7 @@ class Claim:
     direction: str = setting(doc="what is claimed of ours - theirs", choices=("above", "below", "equal"))
     margin: float = setting(0.0, doc="how far off still counts", low=0)
     headline: bool = setting(False, doc="whether README.md shows it: the paper says it in its abstract or main results")
+    not_at: list = setting([], doc="scales with too few seeds for it, by what they measured")
 
 
 Pair = tuple[Cell, Mapping[Any, Any]]  # a cell, and its row of the table's frame
@@ -92,6 +93,8 @@ def load_claims(evidence: Evidence) -> list[Claim]:
     for number, given in enumerate(read_config(evidence.root, "claims.yaml").get("claims") or [], start=1):
         here = f"{where}: claim {number}"
         claim = from_mapping(Claim, given, here)
+        for name in claim.not_at:
+            choose(name, scale_names(evidence.root), f"{here}: not_at")
         choose(claim.table, table_names(evidence.root), f"{here}: table")
         table = evidence.table(claim.table)
         choose(claim.metric, table.metrics, f"{here}: metric")
@@ -151,8 +154,8 @@ def _rows(evidence: Evidence, claim: Claim, pairs: list[Pair]) -> list[dict[str,
         "stands_in_for": "",
     }
     ours = [pair for pair in pairs if _fits(pair[0], claim.ours, claim)]
-    if not ours:
-        return [head | {"verdict": "not at this scale", "to_decide": "a scale with this model and data"}]
+    if not ours or evidence.scale.name in claim.not_at:
+        return [head | {"verdict": "not at this scale", "to_decide": "a scale with this model and data, and the seeds"}]
     out = []
     for pair in ours:
         cell, row = pair
