@@ -1,13 +1,17 @@
 """Tiny random models of many families, and small batches together with where each sequence lies in them."""
 
+import functools
 import gc
 import os
+import shutil
+import subprocess
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +22,11 @@ from torch import Tensor
 from mutor.mtp.layout import Example, TokenBatch, collate
 from mutor.registry import ATTENTION
 
+ROOT = Path(__file__).parent.parent
 VOCABULARY = 61
 FROZEN = [0]  # how many modules there were whenever the garbage collector was told to look at new objects only
-LONG = ("test_workflow.py", "test_distributed.py", "test_run.py")  # these begin, so that two processes end together
+# these begin, so that two processes end together
+LONG = ("test_workflow.py", "test_dry_runs.py", "test_distributed.py", "test_run.py")
 FAMILIES = (
     "llama", "gpt2", "gemma", "gemma2", "gemma3_text", "qwen3", "mistral", "gpt_neox", "phi3", "olmo2", "granite",
     "cohere",
@@ -262,6 +268,62 @@ def python(tmp_path_factory: Any) -> Iterator[str]:
 
     with forks.python(tmp_path_factory.mktemp("forks") / "python") as executable:
         yield executable
+
+
+@pytest.fixture(scope="session")
+def programs() -> Callable[[str], Callable[..., Any]]:
+    """programs(python)("snakemake", folder, ...): what `python -m snakemake ...` does in a folder."""
+
+    def of(python: str) -> Callable[..., Any]:
+        def program(name: str, folder: Path, *arguments: Any) -> Any:
+            environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+            command = [python, "-m", name, *map(str, arguments)]
+            return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+        return program
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def program(programs: Any, python: str) -> Callable[..., Any]:
+    """Programs by a Python that has imported what they need, and so have those that Snakemake starts."""
+    return programs(python)
+
+
+@pytest.fixture(scope="session")
+def snakemake(program: Callable[..., Any]) -> Callable[..., Any]:
+    """snakemake(folder, ...)"""
+    return functools.partial(program, "snakemake")
+
+
+@pytest.fixture(scope="session")
+def copied() -> Callable[[Path], Path]:
+    """copied(folder): a copy there of the project without its runs and results."""
+
+    def done(folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        for name in (
+            "Snakefile",
+            "workflow",
+            "config",
+            "profiles",
+            "mutor",
+            "baselines",
+            "benchmarks",
+            "environment.yml",
+        ):
+            source = ROOT / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+        return folder
+
+    return done
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: Any, copied: Callable[[Path], Path]) -> Path:
+    """A copy of the project, shared by tests, in a folder with a space and a quote."""
+    return copied(tmp_path_factory.mktemp("it's a project"))
 
 
 @pytest.fixture(scope="session")
