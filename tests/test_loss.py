@@ -10,7 +10,7 @@ from torch import nn
 
 from mutor.checks import from_mapping
 from mutor.mtp.layout import Example, collate
-from mutor.mtp.loss import LossTargets, head_loss
+from mutor.mtp.loss import LossTargets, head_loss, one_at_a_time
 from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
 
@@ -204,3 +204,55 @@ def test_packed_rows_hold_little_padding_and_change_nothing(name, tiny, tools):
     assert loose > 0.3 and tight < 0.05
     tools.close(packed, plain)
     tools.same_gradients(gradients, expected)
+
+
+def test_one_at_a_time_equals_the_plain_mean(tools):
+    """Values and gradients, of the hidden state and of all parameters, with some of them unused by some losses."""
+    torch.manual_seed(0)
+    weights = [torch.randn(6, 6, requires_grad=True) for _ in range(3)]
+    shared, start = torch.randn(6, requires_grad=True), torch.randn(2, 5, 6, requires_grad=True)
+    losses = [lambda h, w=w: (torch.tanh(h @ w) * shared).pow(2).mean() for w in weights]
+    results = []
+    for plain in (True, False):
+        hidden = torch.tanh(start)
+        if plain:
+            mean = torch.stack([loss(hidden) for loss in losses]).mean()
+        else:
+            mean, values = one_at_a_time(losses, hidden, [*weights, shared])
+            tools.close(values, torch.stack([loss(hidden) for loss in losses]).detach())
+        results.append((mean.detach(), *torch.autograd.grad(3 * mean + hidden.sum(), [start, shared, *weights])))
+    for ours, theirs in zip(*results, strict=True):
+        tools.close(ours, theirs, atol=1e-6)
+    frozen, _ = one_at_a_time(losses, torch.tanh(start).detach(), [*weights, shared])
+    for ours, theirs in zip(torch.autograd.grad(3 * frozen, [shared, *weights]), results[0][2:], strict=True):
+        tools.close(ours, theirs, atol=1e-6)
+    with torch.no_grad():
+        tools.close(one_at_a_time(losses, torch.tanh(start), [*weights, shared])[0], results[0][0])
+
+
+def test_sharded_parameters_take_the_plain_mean(tools):
+    """Those of FSDP have a mesh, and may not be named to autograd; values are given without their graph."""
+    weight, hidden = torch.ones(3, requires_grad=True), torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    seen = []
+    losses = [lambda h: (seen.append(h is hidden), (h * weight).sum())[1], lambda h: (h * weight).pow(2).sum()]
+    for sharded in (False, True):
+        if sharded:
+            weight.device_mesh = "as FSDP's"
+        mean, values = one_at_a_time(losses, hidden, [weight])
+        assert mean.item() == 10 and values.tolist() == [6, 14] and not values.requires_grad
+        assert seen.pop() == sharded and not seen
+        found = torch.autograd.grad(mean, [weight, hidden])
+        assert found[0].tolist() == [1.5, 5, 10.5] and found[1].tolist() == [[1.5, 2.5, 3.5]]
+
+
+def test_losses_without_gradients_are_only_computed():
+    """Nothing is differentiated under no_grad, nor where nothing is trained; what no loss reads gets no gradient."""
+    weight, idle, hidden = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True), torch.ones(1, 3)
+    enabled = []
+    losses = [lambda h: (enabled.append(torch.is_grad_enabled() and h.requires_grad), (h * weight).sum())[1]]
+    with torch.no_grad():
+        assert one_at_a_time(losses, hidden, [weight])[0] == 3
+    assert one_at_a_time(losses, hidden, [weight.detach()])[0] == 3
+    mean, _ = one_at_a_time(losses, hidden, [weight, idle])
+    mean.backward()
+    assert enabled == [False, False, True] and weight.grad.tolist() == [1, 1, 1] and idle.grad is None

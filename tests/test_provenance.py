@@ -367,20 +367,10 @@ def test_stale_runs_run_again_where_that_is_asked_for(tmp_path):
 
 def test_stale_lists_runs_with_the_definitions_that_changed(tmp_path, capsys):
     shown = {
-        "version": 1,
-        "scale": "smoke",
-        "train_data": "d",
-        "model": "m",
-        "method": "mutor",
-        "settings": {},
-        "config_hash": "",
-        "versions": {},
-        "curve": [],
-        "steps": 1,
-        "seconds_training": 1.0,
-        "trainable_parameters": 1,
-        "added_parameters": 0,
-    }
+        "version": 1, "scale": "smoke", "train_data": "d", "model": "m", "method": "mutor", "settings": {},
+        "config_hash": "", "versions": {}, "curve": [], "steps": 1, "seconds_training": 1.0,
+        "trainable_parameters": 1, "added_parameters": 0,
+    }  # fmt: skip
     checkpoints = [{"names": ["best", "last"], "step": 1, "metrics": {}}]
     fresh = {**shown, "checkpoints": checkpoints, **record_of("mutor", base="next_token")}
     fresh["config"] |= {"settings": {}, "recipe": {}}
