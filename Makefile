@@ -30,7 +30,7 @@ test: env check  ## check, then the tests: units, the workflow at smoke scale, d
 test-long: env  ## the tests that are too long for `make test`: every family of models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses 2
 
-mutants:  ## small bugs put into the library, statistics and scoring, which tests should notice: one to two hours
+mutants:  ## small bugs put into the library, statistics and scoring, which tests should notice: about an hour
 	@$(MAKE) --no-print-directory env EXTRAS=$(EXTRAS),mutants
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
