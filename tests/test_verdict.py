@@ -14,10 +14,12 @@ from mutor.config.runs import cells_of, run_cells
 from mutor.results import records
 from mutor.results.cells import Evidence
 from mutor.results.claims import claim_frame
-from mutor.results.gains import gains, sentences
+from mutor.results.gains import Gain, gains, sentences
 from mutor.results.plan import gpu_hours
 from mutor.results.render import PATH_ONLY, markdown
-from mutor.results.verdict import against_published, collect_verdict, three_answers
+from mutor.results.stats import Interval
+from mutor.results.verdict import _rightness, against_published, collect_verdict, three_answers
+from mutor.results.verdicts import Found
 from tests.test_claims import put
 
 ROOT = Path(__file__).parent.parent
@@ -35,17 +37,18 @@ def planted(folder, table, right, scale="smoke", count=200, metric="accuracy"):
             put(folder, cell, 42 + number, solved, count=count, metric=metric)
 
 
-def compared(ours, published, error, low, high, **more):
-    """What against_published says of one cell."""
+def compared(ours, published, error, low, high, gained=(), **more):
+    """What against_published says of one cell, and of next_token with 40 +- 1 published; gained: found gains."""
     row = {"data": "d", "ran": "m", "label": "x", "metric": "accuracy", "mean": ours, "ci_low": low, "ci_high": high}
     row |= {"reported": published, "reported_error": error, "stands_in_for": "", "n_seeds": 3, **more}
+    plain = {**row, "label": "next_token", "reported": 40.0, "reported_error": 1.0}
 
     class Told(Evidence):
         def frame(self, table):
-            return pd.DataFrame([row])
+            return pd.DataFrame([row, plain] if gained else [row])
 
     found = Told(ROOT, load_scale(ROOT, "smoke"), records.Records(ROOT / "none"))
-    return against_published(found, [load_table(ROOT, "table1")])
+    return against_published(found, [load_table(ROOT, "table1")], gained)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,28 @@ def compared(ours, published, error, low, high, **more):
 )  # fmt: skip
 def test_published_values_inside_the_combined_interval(published, error, inside):
     assert compared(50.0, published, error, 46.0, 53.0)["inside"].tolist() == [inside]
+
+
+@pytest.mark.parametrize(
+    ("published", "error", "inside"),
+    [
+        (54.9, None, "yes"), (55.0, None, "no"),  # 10 + (4.5^2 + 1.96^2)^0.5 = 14.91
+        (46.5, None, "yes"), (46.4, None, "no"),  # 10 - (3^2 + 1.96^2)^0.5 = 6.42
+        (55.7, 1.5, "yes"), (55.8, 1.5, "no"),  # 10 + (4.5^2 + 1.96^2 (1 + 1.5^2))^0.5 = 15.72
+    ],
+)  # fmt: skip
+def test_published_gains_inside_the_combined_interval(published, error, inside):
+    """Over next_token's published value, with both errors; the cell's own interval and the gain's are two things."""
+    gain = Gain("table1", "d, m", "mutor", "x", "accuracy", "percent", Found(Interval(10.0, 7.0, 14.5, "seeds"), 3))
+    found = compared(30.0, published, error, 29.0, 31.0, [gain])
+    assert found["gain inside"].tolist() == [inside, ""] and found["inside"].tolist() == ["no", "no"]
+    error = f" ± {1.96 * (1 + (error or 0) ** 2) ** 0.5:.1f}"
+    assert found["gain published"].tolist() == [f"{published - 40:+.2f}{error}", ""]
+    assert found["gain"].tolist() == ["+10.0 (+7.0 to +14.5)", ""]
+    first, *rest = _rightness(found)
+    one = int(inside == "yes")
+    assert first.startswith(f"0 of 2 published values and {one} of 1 published gains over next-token prediction lie")
+    assert rest[1].startswith(f"table1, gains over next-token prediction: {one} of 1")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +206,6 @@ def test_the_laptop_scale_draws_no_verdict_from_generated_problems():
     for name in scale.path_only:
         assert all(len(cell.spec.seeds) == 1 for cell in run_cells(load_table(ROOT, name), scale)), name
     seeds = {c.row.label or c.row.method: len(c.spec.seeds) for c in cells_of(load_table(ROOT, "figure4"), scale)}
-    assert {seeds[name] for name in ("next_token", "mutor", "parallel_mtp", "token_order")} == {10}
-    controls = {"teacherless": 9, "mutor, d = 1": 6, "mutor, shuffled targets": 6}
-    assert {name: seeds[name] for name in controls} == controls and min(seeds.values()) == 3
+    many = {"next_token": 20, "mutor": 20, "token_order": 20, "parallel_mtp": 10}
+    many |= {"teacherless": 9, "mutor, d = 1": 6, "mutor, shuffled targets": 6}
+    assert {name: seeds[name] for name in many} == many and min(seeds.values()) == 3

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from mutor.results.plan import gpu_hours
 from mutor.results.published import half_width
 from mutor.results.records import Records
 from mutor.results.render import answer, grid, plain
+from mutor.results.stats import Interval
 from mutor.results.verdicts import RULE
 
 RIGHT = "Are these implementations right?"
@@ -53,62 +55,84 @@ def _answers(evidence: Evidence, tables: Sequence[Table]) -> list[Answer]:
     yours = Answer(YOURS, _own(evidence, tables), pd.DataFrame())
     if any(table.drawing.answer for table in tables):  # one's own model and data alone
         return [yours]
-    beside = against_published(evidence, tables)
+    found = gains.gains(evidence, tables)
+    beside = against_published(evidence, tables, found)
     here, _ = claims.here_and_elsewhere(claims.claim_frame(evidence))
     said = [] if here.empty else claims.summary(here)
-    found = gains.sentences(gains.gains(evidence, tables))
     return [
         Answer(RIGHT, _rightness(beside), beside),
-        Answer(HELPS, [*found, *(f"Claims: {sentence}" for sentence in said)], pd.DataFrame()),
+        Answer(HELPS, [*gains.sentences(found), *(f"Claims: {sentence}" for sentence in said)], pd.DataFrame()),
         yours,
     ]
 
 
-def against_published(evidence: Evidence, tables: Sequence[Table]) -> pd.DataFrame:
+def against_published(evidence: Evidence, tables: Sequence[Table], found: Sequence[gains.Gain] = ()) -> pd.DataFrame:
     """A row for each cell in whose place nothing stands in: ours and the published value, and whether they agree.
 
     They do where the difference lies inside both 95% intervals in quadrature: of ours over seeds and problems, and of
-    the published mean, 1.96 of its standard errors where the source tells them, else none. A single seed of ours
-    decides nothing, and cells whose seeds are counted have no mean to compare.
+    the published mean, 1.96 of its standard errors where the source tells them, else none. So with the gain over
+    next-token prediction, where one is `found` and published, which leans less on what a source does not tell of its
+    optimiser. A single seed of ours decides nothing, and cells whose seeds are counted have no mean to compare.
     """
     rows = {}
+    gained = {(gain.data, gain.label, gain.metric): gain.found.difference for gain in found}
     for table in tables if evidence.runs else ():
-        for row in evidence.frame(table).to_dict("records"):
+        told = evidence.frame(table).to_dict("records")
+        plain = {(row["data"], row["ran"], row["metric"]): row for row in told if row["label"] == "next_token"}
+        for row in told:
             unknown = is_missing(row["reported"]) or is_missing(row["ci_low"]) or row["n_seeds"] == ""
             if unknown or row["stands_in_for"] or row["n_seeds"] < 2 or evidence.path_only(table):
                 continue
-            error = half_width(row["reported_error"])
-            apart = row["reported"] - row["mean"]
-            ends = row["ci_low"] - row["mean"], row["ci_high"] - row["mean"]
-            inside = -np.hypot(ends[0], error) <= apart <= np.hypot(ends[1], error)
-            told = f" ± {error:.1f}" if error else ""
-            key = (row["data"], row["label"], row["metric"])
+            here = Interval(row["mean"], row["ci_low"], row["ci_high"], "")
+            on, key = f"{row['data']}, {row['ran']}", (row["data"], row["label"], row["metric"])
             rows[key] = {
                 "table": table.name,
-                "on": f"{row['data']}, {row['ran']}",
+                "on": on,
                 "method": row["label"],
                 "metric": row["metric"],
-                "here": f"{row['mean']:.1f} ({row['ci_low']:.1f} to {row['ci_high']:.1f}; n={row['n_seeds']})",
-                "published": f"{row['reported']:g}{told}",
-                "inside": "yes" if inside else "no",
+                "here": f"{here.estimate:.1f} ({here.low:.1f} to {here.high:.1f}; n={row['n_seeds']})",
+                **_beside("", row["reported"], here, half_width(row["reported_error"])),
             }
-    return pd.DataFrame(list(rows.values()))
+            gain, other = gained.get((on, *key[1:])), plain.get((row["data"], row["ran"], row["metric"]), {})
+            if gain is not None and not np.isnan(gain.low) and not is_missing(other.get("reported")):
+                error = hypot(half_width(row["reported_error"]), half_width(other["reported_error"]))
+                rows[key] |= {"gain": f"{gain.estimate:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"}
+                rows[key] |= _beside("gain ", row["reported"] - other["reported"], gain, error)
+    return pd.DataFrame(list(rows.values())).fillna("")
+
+
+def _beside(what: str, published: float, here: Interval, error: float) -> dict[str, str]:
+    """The published value in words, and whether it lies inside; error: half the width of its interval, 0: not told."""
+    apart = published - here.estimate
+    inside = -hypot(here.low - here.estimate, error) <= apart <= hypot(here.high - here.estimate, error)
+    told = f"{published:+.2f}" if what else f"{published:g}"
+    return {
+        f"{what}published": told + (f" ± {error:.1f}" if error else ""),
+        f"{what}inside": "yes" if inside else "no",
+    }
 
 
 def _rightness(beside: pd.DataFrame) -> list[str]:
     if beside.empty:
         return ["No cell of this scale has published settings, models and data: there is nothing to compare."]
-    inside = int((beside["inside"] == "yes").sum())
-    out = [f"{inside} of {len(beside)} published values lie inside the combined 95% interval of theirs and ours."]
+    kinds = {"inside": "published values"}
+    if "gain inside" in beside:
+        kinds["gain inside"] = "published gains over next-token prediction"
+    counts = [f"{(beside[c] == 'yes').sum()} of {(beside[c] != '').sum()} {words}" for c, words in kinds.items()]
+    out = [f"{' and '.join(counts)} lie inside the combined 95% interval of theirs and ours."]
     for name, own in beside.groupby("table", sort=False):
-        outside = own[own["inside"] == "no"]
-        many = own["on"].nunique() > 1
-        missed = [
-            f"{method}{f' on {on}' if many else ''} ({', '.join(of['metric'])})"
-            for (on, method), of in outside.groupby(["on", "method"], sort=False)
-        ]
-        kept = int((own["inside"] == "yes").sum())
-        out.append(f"{name}: {kept} of {len(own)}{'; outside: ' + ', '.join(missed) if missed else ''}.")
+        for column, words in kinds.items():
+            known = own[own[column] != ""]
+            if known.empty:
+                continue
+            many = known["on"].nunique() > 1
+            missed = [
+                f"{method}{f' on {on}' if many else ''} ({', '.join(of['metric'])})"
+                for (on, method), of in known[known[column] == "no"].groupby(["on", "method"], sort=False)
+            ]
+            kept = int((known[column] == "yes").sum())
+            of = f"{name}, {words.removeprefix('published ')}"
+            out.append(f"{of}: {kept} of {len(known)}{'; outside: ' + ', '.join(missed) if missed else ''}.")
     return out
 
 
