@@ -8,8 +8,10 @@ second run tries what changed since; `--report` prints what the last one found; 
 """
 
 import argparse
+import fnmatch
 import sys
 import zlib
+from collections.abc import Sequence
 
 import libcst as cst
 import mutmut.__main__ as tool
@@ -52,19 +54,20 @@ def leaves_out_less(visitor: MutationVisitor, node: cst.CSTNode) -> bool:
     return leaves_out(visitor, node)
 
 
-def chosen(name: str, one_in: int) -> bool:
-    """Whether a mutant is one of the sample, whatever the others are; none of those that only a GPU runs."""
-    return "__cuda_" not in name and zlib.crc32(name.encode()) % one_in == 0
+def chosen(name: str, one_in: int, names: Sequence[str] = ()) -> bool:
+    """Whether a mutant is one of the sample, or named; none of those that only a GPU runs."""
+    wanted = any(fnmatch.fnmatch(name, each) for each in names) if names else zlib.crc32(name.encode()) % one_in == 0
+    return wanted and "__cuda_" not in name
 
 
-def report(one_in: int) -> float:
+def report(one_in: int, names: Sequence[str] = ()) -> float:
     """Print what survived, file by file; the share that was killed."""
     total = killed = 0
     for path in walk_mutatable_files():
         found = SourceFileMutationData(path=path)
         found.load()
         for name, code in found.exit_code_by_key.items():
-            if not chosen(name, one_in):
+            if code is None or not chosen(name, one_in, names):  # None: not tried yet
                 continue
             status = status_by_exit_code[code]
             total, killed = total + 1, killed + (status in NOTICED)
@@ -72,6 +75,9 @@ def report(one_in: int) -> float:
                 lines = get_diff_for_mutant(name, path=path).splitlines()
                 changed = [line for line in lines[2:] if line.startswith(("-", "+"))]
                 print(f"\n{name}: {status}", *changed, sep="\n")
+    if not total:
+        print(f"no mutant was tried{f' of {names}' if names else ''}")
+        return 0.0
     low, high = binomtest(killed, total).proportion_ci(method="wilson")
     every = f"one in {one_in}, so of all {low:.1%} to {high:.1%}" if one_in > 1 else "all"
     print(f"\n{killed} of {total} killed: {killed / total:.1%} ({every}); wanted: {WANTED:.0%}")
@@ -96,7 +102,7 @@ def main() -> int:
     tool.collect_source_file_mutation_data = sample
     if not args.report:
         tool._run(args.names, None)
-    return report(1 if args.all else ONE_IN) < WANTED
+    return report(1 if args.all or args.names else ONE_IN, args.names) < WANTED
 
 
 if __name__ == "__main__":
