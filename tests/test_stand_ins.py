@@ -71,6 +71,21 @@ def test_every_figure_says_what_ran(laptop, name):
         assert not any(re.search(r"(?<!steps for )\b\d+K\b", text) for text in found)
 
 
+@pytest.mark.parametrize("name", ["path_planning", "blocksworld", "sat", "figure4"])
+def test_every_seed_lies_inside_its_panel(name):
+    """Points are not clipped, so one beyond the axis would lie in another panel."""
+    evidence = Evidence(ROOT, LAPTOP, Records(ROOT / "results/reference/laptop/runs"))
+    drawn = resolve(evidence.table(name).drawing.figures[0].draw)(evidence, evidence.table(name))
+    points = 0
+    for axis in drawn.axes:
+        low, high = axis.get_xlim()
+        for line in axis.get_lines():
+            if line.get_marker() == "o":
+                assert all(low <= x <= high for x in line.get_xdata()), axis.get_xlabel()
+                points += len(line.get_xdata())
+    assert points > 20
+
+
 def test_a_panel_of_costs_is_named_by_what_is_measured(laptop):
     panels = dict.fromkeys(laptop.frame(laptop.table("rebuttal_latency"))["panel"])
     assert list(panels)[1] == "gemma-4x128, 0.2 x batch, 0.5 x lengths (case: Gemma 2B, 40 problems of GSM8K's lengths)"

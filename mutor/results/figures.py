@@ -158,6 +158,7 @@ def _by_metric(evidence: Evidence, table: Table, names: Sequence[str]) -> Figure
         axis.set_yticks(range(len(rows)), [_named(row) for row in rows])
         shown_ends = ("mean", "ci_low", "ci_high", "reported")
         ends = [row[end] for row in rows for end in shown_ends if not is_missing(row[end])]
+        ends += [value for row in rows if row["n_seeds"] for value in row["values"]]
         if ends:
             room = 0.1 * (max(ends) - min(ends)) + 0.5
             axis.set_xlim(max(0, min(ends) - room), max(ends) + room)
