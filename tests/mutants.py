@@ -102,7 +102,7 @@ def main() -> int:
     tool.collect_source_file_mutation_data = sample
     if not args.report:
         tool._run(args.names, None)
-    return report(1 if args.all or args.names else ONE_IN, args.names) < WANTED
+    return report(one_in, args.names) < WANTED
 
 
 if __name__ == "__main__":

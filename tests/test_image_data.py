@@ -5,16 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_images import SMALL
 
 from mutor.checks import from_mapping
 from mutor.models.llamagen import LlamaGenConfig, LlamaGenForCausalLM
 from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
 
-SMALL = {
-    "codes": 40, "classes": 3, "rows": 5, "columns": 6, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "hidden_size": 16, "intermediate_size": 24,
-}  # fmt: skip
 TINY = {
     "pixels": 8, "test_size": 100, "copies": 2, "codes": 16, "code_width": 4, "tokenizer_steps": 30,
     "classifier_steps": 60, "valid_samples": 20, "test_samples": 50,

@@ -78,7 +78,7 @@ def against_published(evidence: Evidence, tables: Sequence[Table], found: Sequen
     gained = {(gain.data, gain.label, gain.metric): gain.found.difference for gain in found}
     for table in tables if evidence.runs else ():
         told = evidence.frame(table).to_dict("records")
-        plain = {(row["data"], row["ran"], row["metric"]): row for row in told if row["label"] == "next_token"}
+        next_token = {(row["data"], row["ran"], row["metric"]): row for row in told if row["label"] == "next_token"}
         for row in told:
             unknown = is_missing(row["reported"]) or is_missing(row["ci_low"]) or row["n_seeds"] == ""
             if unknown or row["stands_in_for"] or row["n_seeds"] < 2 or evidence.path_only(table):
@@ -93,7 +93,7 @@ def against_published(evidence: Evidence, tables: Sequence[Table], found: Sequen
                 "here": f"{here.estimate:.1f} ({here.low:.1f} to {here.high:.1f}; n={row['n_seeds']})",
                 **_beside("", row["reported"], here, half_width(row["reported_error"])),
             }
-            gain, other = gained.get((on, *key[1:])), plain.get((row["data"], row["ran"], row["metric"]), {})
+            gain, other = gained.get((on, *key[1:])), next_token.get((row["data"], row["ran"], row["metric"]), {})
             if gain is not None and not np.isnan(gain.low) and not is_missing(other.get("reported")):
                 error = hypot(half_width(row["reported_error"]), half_width(other["reported_error"]))
                 rows[key] |= {"gain": f"{gain.estimate:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"}
