@@ -72,6 +72,30 @@ def test_exported_model_and_adapter_are_the_trained_model(tiny, batch, tmp_path,
     torch.testing.assert_close(adapted(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_state_dict_is_exported_whatever_the_model_holds(tiny, batch, tmp_path, architecture):
+    """Sharded, a model holds a part of its weights and of its adapters' alone."""
+    from peft import PeftModel
+
+    model, method = tiny(architecture), made("lora_mutor", rank=4, lora_alpha=12)
+    method.attach(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.1)
+    ids, base = batch.rows.ids, tiny(architecture)
+    wanted, state = model(ids).logits, {n: v.clone() for n, v in model.state_dict().items()}
+    frozen = {n: v for n, v in state.items() if ".lora_" not in n and not n.startswith("mtp.")}
+    base.load_state_dict({n.replace(".base_layer", ""): v for n, v in frozen.items()})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    method.export(model, tmp_path, state)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(plain(ids).logits, wanted, rtol=1e-3, atol=1e-3)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(adapted(ids).logits, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_size_for_gemma_2b():
     """About 39M trainable parameters at rank 32 (paper, Table 5): counted by hand, and on the meta device."""
     config = AutoConfig.for_model(

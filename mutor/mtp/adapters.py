@@ -104,7 +104,10 @@ def taken_in(model: Any) -> None:
 
 
 def folded(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the plain model, from that of a model with adapters by `inject`, whose own stay as they are."""
+    """The plain model's state dict from a state dict of the model with adapters by `inject`.
+
+    All values are the state dict's: a sharded model holds a part of each weight alone.
+    """
     from peft.tuners.lora import LoraLayer
 
     layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -114,18 +117,24 @@ def folded(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         owner = name.rpartition(".base_layer.")[0]
         if owner in layers and name.endswith(".weight"):
-            value = value + layers[owner].get_delta_weight("default").to(value.dtype)
+            layer = layers[owner]
+            down, up = (state[f"{owner}.lora_{part}.default.weight"] for part in "AB")
+            change = up @ down * layer.scaling["default"]
+            value = value + (change.T if layer.fan_in_fan_out else change).to(value.dtype)
         plain[name.replace(".base_layer.", ".")] = value
     return plain
 
 
-def save(model: Any, folder: Path, leave_out: str) -> None:
-    """Save adapters by `inject` as peft does; leave_out: what names of weights that are none begin with."""
+def save(model: Any, state: dict[str, Tensor], folder: Path, leave_out: str) -> None:
+    """Save adapters by `inject` as peft does, their weights from the model's state dict.
+
+    leave_out: what names of weights that are none begin with.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     model.peft_config["default"].save_pretrained(folder)
-    tensors = get_peft_model_state_dict(model, adapter_name="default")
+    tensors = get_peft_model_state_dict(model, state, adapter_name="default")
     tensors = {f"base_model.model.{k}": v.contiguous() for k, v in tensors.items() if not k.startswith(leave_out)}
     save_file(tensors, folder / "adapter_model.safetensors")
 

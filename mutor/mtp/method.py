@@ -340,8 +340,9 @@ class Method(Library):
 
         self.save_own(model, Path(folder) / "method", state)
         if self.trunk_settings.trunk == "lora":
-            state = adapters.folded(model, model.state_dict() if state is None else state)
-            adapters.save(model, folder / "adapter", leave_out=f"{EXTRA}.")
+            state = model.state_dict() if state is None else state
+            adapters.save(model, state, folder / "adapter", leave_out=f"{EXTRA}.")
+            state = adapters.folded(model, state)
         else:
             model = adapters.merged(model)
         whole = model.state_dict() if state is None else state
