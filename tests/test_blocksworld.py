@@ -10,8 +10,8 @@ from test_path_planning import distances
 from mutor.config.load import load_scale
 from mutor.results import records
 from mutor.results.cells import Evidence
-from mutor.tasks.blocksworld import Blocksworld, BlocksworldConfig, acyclic, block_states, moves, shortest
-from mutor.tasks.path_planning import successors
+from mutor.tasks.blocksworld import Blocksworld, acyclic, block_states, moves, shortest
+from mutor.tasks.path_planning import PathsConfig, successors
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +41,7 @@ def test_blocksworld_is_what_moving_one_free_block_gives():
 
 
 def test_blocksworld_is_trained_on_edges_and_as_many_acyclic_paths_of_each_length():
-    task = Blocksworld(BlocksworldConfig(paths=7), seed=4)
+    task = Blocksworld(PathsConfig(paths=7), seed=4)
     edges = int(task.edges.sum())
     assert task.lines[:edges] == [[s, t, s, t] for s, t in np.argwhere(task.edges).tolist()]
     assert Counter(len(line) - 3 for line in task.lines[edges:]) == dict.fromkeys(range(2, 7), 7)
@@ -62,7 +62,7 @@ def test_acyclic_paths_begin_anew_at_a_dead_end():
 
 def test_right_answers_are_shortest_paths():
     """Drawn ones would pass through up to all 73 states, and the model of this size has 32 positions."""
-    task = Blocksworld(BlocksworldConfig(paths=7, valid_size=200), seed=3)
+    task = Blocksworld(PathsConfig(paths=7, valid_size=200), seed=3)
     far = distances(task.edges)
     for split in ("valid", "test"):
         examples = task.examples(split)

@@ -8,8 +8,7 @@ are. All else is as in path planning on random graphs.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -21,19 +20,13 @@ BLOCKS = 4
 State = frozenset[tuple[int, ...]]  # stacks of blocks, the lowest first
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlocksworldConfig(PathsConfig):
-    """How much is trained on and asked."""
-
-
 class Blocksworld(Paths):
     """One graph for all seeds, with training lines and pairs of each seed's own."""
 
-    Config = BlocksworldConfig
-    config: BlocksworldConfig
+    Config = PathsConfig
 
     @staticmethod
-    def describe(config: BlocksworldConfig) -> str:
+    def describe(config: PathsConfig) -> str:
         """The name of this graph, with its training paths, in tables."""
         return f"blocksworld paths={config.paths}"
 
@@ -52,8 +45,7 @@ class Blocksworld(Paths):
         """The training lines: edges, then paths of each length."""
         rng = stream("path_planning", self.seed, 2)
         walks = (acyclic(self.following, length, rng) for length in LENGTHS for _ in range(self.config.paths))
-        edges = [[s, t, s, t] for s, t in np.argwhere(self.edges).tolist()]
-        return edges + [[walk[0], walk[-1], *walk] for walk in walks]
+        return self.edge_lines + [[walk[0], walk[-1], *walk] for walk in walks]
 
     def path(self, s: int, t: int, rng: np.random.Generator) -> Line:
         """The nodes of a shortest path: a drawn one may pass through all states, and a model has room for few."""
@@ -88,6 +80,7 @@ def shortest(following: list[list[int]], s: int, t: int) -> list[int]:
     return path[::-1]
 
 
+@cache
 def block_states(blocks: int) -> list[State]:
     """All ways to stack so many blocks on a table, in a fixed order; 73 of four blocks."""
     states: set[State] = {frozenset()}

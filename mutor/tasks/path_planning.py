@@ -94,6 +94,11 @@ class Paths(Task):
     def lines(self) -> list[Line]:
         """The training lines: edges, then paths."""
 
+    @property
+    def edge_lines(self) -> list[Line]:
+        """A line of each edge."""
+        return [[s, t, s, t] for s, t in np.argwhere(self.edges).tolist()]
+
     @abstractmethod
     def path(self, s: int, t: int, rng: np.random.Generator) -> Line:
         """The nodes of a right answer."""
@@ -264,9 +269,8 @@ class PathPlanning(Paths):
     @cached_property
     def lines(self) -> list[Line]:
         """The training lines: edges, then paths of edges and training pairs."""
-        rng, edges = stream("path_planning", self.seed, 2), np.argwhere(self.edges)
-        lines = [[s, t, s, t] for s, t in edges.tolist()]
-        for s, t in [*edges.tolist(), *self.pairs["train"].tolist()]:
+        rng, lines = stream("path_planning", self.seed, 2), self.edge_lines
+        for s, t in [*np.argwhere(self.edges).tolist(), *self.pairs["train"].tolist()]:
             lines += [[s, t, *self.path(s, t, rng)] for _ in range(self.config.paths)]
         return lines
 
