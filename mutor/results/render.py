@@ -50,30 +50,32 @@ def first_metric(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
 
 
 def rates_ahead(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
-    """The rates that a figure over how far ahead has; blank is what a method that ran does not predict."""
-    ran = frame.groupby("label")["n_seeds"].transform("max") > 0
-    return frame[frame["metric"].str.match("(accuracy|accepted)_ahead_") & ~(ran & (frame["n_seeds"] == 0))]
+    """The rates that a figure over how far ahead has."""
+    return frame[frame["metric"].str.match("(accuracy|accepted)_ahead_")]
 
 
 def published_shape(evidence: Evidence, table: Table) -> pd.DataFrame:
     """Rows are methods, columns datasets (and metrics, where several are shown): "mean ± std (seeds)".
 
-    What ran stands in the corner, or before each row where models of several roles did.
+    What ran stands in the corner, or before each row where models of several roles did. Blank is what a method that
+    ran does not measure, a token further ahead than it predicts.
     """
     return evidence.once("shape", table.name, lambda: _shape(printed_cells(evidence, table), table))
 
 
 def _shape(cells: pd.DataFrame, table: Table) -> pd.DataFrame:
     several_roles, several_metrics = (cells[column].nunique() > 1 for column in ("role", "metric"))
+    seeds = pd.to_numeric(cells["n_seeds"], errors="coerce")
+    blank = (seeds == 0) & (seeds.groupby([cells["label"], cells["data"]]).transform("max") > 0)
     shown: dict[str, dict[str, str]] = {}
     columns: dict[str, None] = {}  # in the order in which they come up, as the rows are
-    for row in cells.to_dict("records"):
+    for row, without in zip(cells.to_dict("records"), blank, strict=True):
         name = f"{row['ran']}: {row['label']}" if several_roles else row["label"]
         column = row["metric"]
         if table.needs_runs:
             column = f"{row['data']} {row['metric'] if several_metrics else ''}".strip() or row["metric"]
         columns[column] = None
-        shown.setdefault(name, {})[column] = _text(row)
+        shown.setdefault(name, {})[column] = "" if without else _text(row)
     texts = [[row.get(column, "") for column in columns] for row in shown.values()]
     corner = "" if several_roles else "; ".join(dict.fromkeys(cells["ran"]))
     return pd.DataFrame(texts, index=pd.Index(shown, name=corner), columns=list(columns), dtype=object)
