@@ -8,7 +8,7 @@ from mutor.checks import from_mapping
 from mutor.config.recipe import Recipe
 from mutor.mtp.method import ParameterGroup
 from mutor.registry import METHODS, load
-from mutor.training.optim import optimizer, schedule
+from mutor.training.optim import Muon, optimizer, schedule
 
 MATRICES = [
     f"model.layers.{n}.{part}_proj.weight"
@@ -88,6 +88,25 @@ def test_muon_without_anything_for_adamw(tiny):
     model = tiny("llama")
     ((names, rate, _),) = groups_of(model, "lora_next_token", "muon", rank=4)
     assert set(names) == {name for name, _ in model.named_parameters() if ".lora_" in name} and rate == 0.02
+
+
+def test_muon_orthogonalises_in_the_precision_of_the_weights():
+    """Its step, momentum at rest, is the published iteration of five steps; with torch's own, rounded to bfloat16."""
+    torch.manual_seed(0)
+    steps = {}
+    for kind in (Muon, torch.optim.Muon):
+        weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((48, 16), (16, 48), (24, 24))]
+        for number, p in enumerate(weights):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+        kind(weights, lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw").step()
+        steps[kind] = [-p.detach() / (0.2 * max(p.shape) ** 0.5) for p in weights]
+        gradients = [p.grad for p in weights]
+    for gradient, ours, theirs in zip(gradients, *steps.values(), strict=True):
+        wanted = gradient.double() / gradient.double().norm()
+        for _ in range(5):
+            square = wanted @ wanted.T
+            wanted = 3.4445 * wanted + (-4.7750 * square + 2.0315 * square @ square) @ wanted
+        assert (ours - wanted).abs().max() < 1e-5 < 1e-3 < (theirs - wanted).abs().max() < 5e-2
 
 
 def test_an_output_layer_with_biases_is_trained(tiny):
