@@ -71,6 +71,5 @@ def test_laptop_reference_shows_that_registers_help_and_broken_ones_do_not():
     runs = runs[(runs["method"] == "mutor") & (runs["train_data_role"] == "star_graph")]
     shuffled, near = runs["setting.register_targets"] == "shuffled", runs["setting.d_max"] == 1
     solved = runs["last.solve_rate"] >= 95
-    assert solved[~shuffled & ~near].mean() > 0.3 > solved[near].mean() and near.sum() >= 6  # none: nan
-    assert shuffled.sum() >= 6
-    assert ((runs["last.solve_rate"] - runs["last.chance"]).abs()[shuffled] <= 5).all()
+    assert solved[~shuffled & ~near].mean() > 0.4 > solved[near].mean() and near.sum() >= 6  # none: nan
+    assert shuffled.sum() >= 6 and not solved[shuffled].any()
