@@ -92,7 +92,6 @@ def test_muon_without_anything_for_adamw(tiny):
 
 def test_muon_orthogonalises_in_the_precision_of_the_weights():
     """Its step, momentum at rest, is the published iteration of five steps; with torch's own, rounded to bfloat16."""
-    torch.manual_seed(0)
     steps = {}
     for kind in (Muon, torch.optim.Muon):
         weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((48, 16), (16, 48), (24, 24))]

@@ -73,3 +73,4 @@ def test_laptop_reference_shows_that_registers_help_and_broken_ones_do_not():
     solved = runs["last.solve_rate"] >= 95
     assert solved[~shuffled & ~near].mean() > 0.4 > solved[near].mean() and near.sum() >= 6  # none: nan
     assert shuffled.sum() >= 6 and not solved[shuffled].any()
+    assert (runs["last.solve_rate"] - runs["last.chance"]).abs()[shuffled].median() <= 5
