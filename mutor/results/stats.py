@@ -210,6 +210,15 @@ def seeds_to_tell_apart(ours: float, theirs: float, max_seeds: int = 100) -> int
     return None
 
 
+def seeds_to_tell_from_half(share: float, more_than: int, max_seeds: int = 100) -> int | None:
+    """The fewest seeds with which the exact interval of such a share, 0 to 1, spares one half; None for more."""
+    for seeds in range(more_than + 1, max_seeds + 1):
+        low, high = clopper_pearson(round(share * seeds), seeds)
+        if low > 0.5 or high < 0.5:
+            return seeds
+    return None
+
+
 def seeds_needed(effect: float, spread: float, over_problems: float = 0.0, max_seeds: int = 1000) -> int | None:
     """The fewest seeds with which half the width of an interval is below `effect`; None for more than `max_seeds`."""
     for seeds in range(2, max_seeds + 1):

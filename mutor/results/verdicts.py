@@ -20,6 +20,7 @@ from mutor.results.stats import (
     over_seeds,
     paired,
     seeds_to_tell_apart,
+    seeds_to_tell_from_half,
     shares_apart,
     to_decide,
 )
@@ -164,9 +165,12 @@ def _by_test(direction: str, found: Found) -> str:
 
 def _more_seeds(found: Found) -> str:
     """How many seeds would decide, if the shares are as counted."""
-    (one, seeds_one), (other, seeds_other) = found.counts
-    seeds = seeds_to_tell_apart(one / seeds_one, other / seeds_other)
-    return "a larger effect" if seeds is None else f"about {max(seeds, found.seeds + 1)} seeds a side"
+    shares = [count / of for count, of in found.counts]
+    if len(shares) == 1:
+        seeds, a_side = seeds_to_tell_from_half(shares[0], found.seeds), ""
+    else:
+        seeds, a_side = seeds_to_tell_apart(shares[0], shares[1]), " a side"
+    return "a larger effect" if seeds is None else f"about {max(seeds, found.seeds + 1)} seeds{a_side}"
 
 
 def _seeds_against_number(
@@ -178,8 +182,8 @@ def _seeds_against_number(
     low, high = (100 * end for end in clopper_pearson(count, len(values)))
     share = Interval(100 * count / len(values), low, high, "seeds")
     verdict = "reproduced" if low > 50 else "contradicted" if high < 50 else "inconclusive"
-    more = "six seeds or more" if verdict == "inconclusive" else ""  # six of six: 54 to 100%
-    return Compared(published, Found(share, len(values), ((count, len(values)),)), verdict, more)
+    found = Found(share, len(values), ((count, len(values)),))
+    return Compared(published, found, verdict, "" if verdict != "inconclusive" else _more_seeds(found))
 
 
 def difference(
