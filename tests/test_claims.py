@@ -255,14 +255,17 @@ def test_problems_of_each_side_are_compared_by_seeds():
 
 def test_problems_of_each_seed_are_compared_seed_by_seed():
     """A graph a seed: what differs between graphs is not what differs between methods."""
-    rates = {42: (10.0, 12.0), 43: (50.0, 53.0), 44: (90.0, 94.0)}
+    rates = {42: (10.0, 12.0), 43: (50.0, 53.0), 44: (90.0, 94.0), 45: (30.0, 33.0)}
     ours, theirs = (
         {seed: Scored(pair[side], np.zeros(5), f"graph {seed}") for seed, pair in rates.items()} for side in (1, 0)
     )
     found = difference(ours, theirs, percent=True).difference
-    assert (found.estimate, found.covers, found.spread) == (3.0, "seeds", 1.0)
-    assert found.high - 3 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)  # t(0.975, 2), a standard deviation of 1
-    del theirs[44]  # not the same seeds: Welch's
+    assert (found.estimate, found.covers, found.spread) == (3.0, "seeds", pytest.approx((2 / 3) ** 0.5))
+    del theirs[45]  # the seeds that both have
+    fewer = difference(ours, theirs, percent=True)
+    assert (fewer.difference.estimate, fewer.seeds, fewer.difference.spread) == (3.0, 3, 1.0)
+    assert fewer.difference.high - 3 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)  # t(0.975, 2), a spread of 1
+    del ours[42]  # neither side has all seeds of the other: Welch's
     assert difference(ours, theirs, percent=True).difference.spread > 40
 
 

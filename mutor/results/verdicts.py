@@ -41,8 +41,9 @@ An interval is for other seeds and other problems of the same kind, and is cut t
 is Student's t. Its part for problems, where answers are right or wrong, is Wilson's for a rate and Bonett and Price's
 for the difference of two rates on the same problems, so that none right or all right leaves a width too; for other
 scores it is Student's t. The two are added in quadrature. Where only one number of each seed is known, it is Student's
-or Welch's t, and none if all seeds are equal; where each seed has problems of its own, Student's t of its differences.
-Student's t takes it that seeds spread about one mean.
+or Welch's t, and none if all seeds are equal; where each seed has problems of its own, the same on both sides, and one
+side has all seeds of the other, Student's t of the differences of those. Student's t takes it that seeds spread about
+one mean.
 
 Where a seed learns a task wholly or not at all, as the task says before any run, its seeds are counted. Two methods
 differ if Fisher's exact test of their solved seeds, two-sided, has p below 0.05 (three of three against none of three:
@@ -208,7 +209,7 @@ def difference(
     alike = all(same_problems(ours[s].test_data_hash, theirs[s].test_data_hash) for s in common)
     if alike and mine is not None and others is not None and mine.shape == others.shape:
         return Found(paired(mine, others).times(100), len(common))
-    if alike and common and ours.keys() == theirs.keys():  # each seed has problems of its own, the same on both sides
+    if alike and common and len(common) == min(len(ours), len(theirs)):  # each seed has problems of its own
         each = [ours[seed].value - theirs[seed].value for seed in common]
         return _by_seeds(each, None, (-100, 100), percent)
     one_each, other_each = ([scored.value for scored in side.values()] for side in (ours, theirs))
