@@ -25,7 +25,7 @@ from mutor.registry import METHODS, TASKS, load
 from mutor.results.cells import Evidence, stand_ins
 from mutor.results.numbers import is_missing
 from mutor.results.records import curve
-from mutor.results.render import solved
+from mutor.results.render import solved, unmeasured
 
 STYLE: Any = {
     "font.size": 9,
@@ -108,7 +108,7 @@ def _named(row: Mapping[Any, Any]) -> str:
 
 
 def _setting(axis: Axes, y: int, row: dict[Any, Any]) -> None:
-    """One setting's line of a panel: every seed a point, and the mean a bar with its interval.
+    """One setting's line of a panel: every seed a point, and the mean a stroke with its interval.
 
     Where a seed either learns the task or does not, a mean over seeds is no seed's rate: none is drawn.
     """
@@ -116,7 +116,7 @@ def _setting(axis: Axes, y: int, row: dict[Any, Any]) -> None:
     if row["n_seeds"]:
         colour, mean, values = colour_of(row["method"]), row["mean"], row["values"]
         if means:
-            axis.barh(y, mean, color=colour, alpha=0.25, height=0.7)
+            axis.plot(mean, y, "|", color=colour, ms=14, mew=2)
             low, high = (mean if is_missing(row[end]) else row[end] for end in ("ci_low", "ci_high"))
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color=colour, capsize=3, lw=1)
         else:
@@ -126,7 +126,7 @@ def _setting(axis: Axes, y: int, row: dict[Any, Any]) -> None:
         axis.plot(
             values, spread, "o", color=colour, ms=4 if means else 5, mec="white", mew=0.4, clip_on=False, zorder=3
         )
-    else:
+    elif not row.get("unmeasured"):
         where = axis.get_yaxis_transform()
         axis.text(0.01, y, "not run", va="center", color="#777777", style="italic", transform=where)
     if not is_missing(row["reported"]):
@@ -134,7 +134,7 @@ def _setting(axis: Axes, y: int, row: dict[Any, Any]) -> None:
 
 
 def methods(evidence: Evidence, table: Table) -> Figure:
-    """One panel for each of the first two metrics, a line a setting: every seed a point, mean and interval a bar."""
+    """One panel for each of the first two metrics, a line a setting: every seed a point, the mean a stroke."""
     return _by_metric(evidence, table, table.metrics[:2])
 
 
@@ -145,6 +145,7 @@ def metrics(evidence: Evidence, table: Table) -> Figure:
 
 def _by_metric(evidence: Evidence, table: Table, names: Sequence[str]) -> Figure:
     frame = evidence.frame(table)
+    frame = frame.assign(unmeasured=unmeasured(frame))
     if frame["data"].nunique() > 1:
         frame = frame.assign(label=frame["label"] + ", " + frame["data"])
     shown = [metric for metric in names if metric in set(frame["metric"])]

@@ -63,10 +63,15 @@ def published_shape(evidence: Evidence, table: Table) -> pd.DataFrame:
     return evidence.once("shape", table.name, lambda: _shape(printed_cells(evidence, table), table))
 
 
+def unmeasured(cells: pd.DataFrame) -> pd.Series:
+    """Of each cell, whether a method that ran does not measure it."""
+    seeds = pd.to_numeric(cells["n_seeds"], errors="coerce")
+    return (seeds == 0) & (seeds.groupby([cells["label"], cells["data"]]).transform("max") > 0)
+
+
 def _shape(cells: pd.DataFrame, table: Table) -> pd.DataFrame:
     several_roles, several_metrics = (cells[column].nunique() > 1 for column in ("role", "metric"))
-    seeds = pd.to_numeric(cells["n_seeds"], errors="coerce")
-    blank = (seeds == 0) & (seeds.groupby([cells["label"], cells["data"]]).transform("max") > 0)
+    blank = unmeasured(cells)
     shown: dict[str, dict[str, str]] = {}
     columns: dict[str, None] = {}  # in the order in which they come up, as the rows are
     for row, without in zip(cells.to_dict("records"), blank, strict=True):
