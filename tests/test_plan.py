@@ -38,9 +38,9 @@ def test_plan_judges_by_finished_runs(capsys, tmp_path):
     assert main(["plan", "figure4", "--scale", "laptop", "--runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     lines = {line.split()[-1]: line.split() for line in printed.splitlines() if "laptop/g2x4/" in line}
-    assert lines["laptop/g2x4/gpt2-4x64/next_token/default"][1:3] == ["24", "24.0"]
-    assert lines["laptop/g2x4/gpt2-4x64/mutor/a=0.5,d_max=3,d_min=2"][1:3] == ["24", "36.0"]
-    assert lines["laptop/g2x4/gpt2-4x64/ranking/default"][1:3] == ["3", "3.8"]  # the median of what ran there
+    assert lines["laptop/g2x4/gpt2-4x64/next_token/default"][1:3] == ["10", "10.0"]
+    assert lines["laptop/g2x4/gpt2-4x64/mutor/a=0.5,d_max=3,d_min=2"][1:3] == ["10", "15.0"]
+    assert lines["laptop/g2x4/gpt2-4x64/ranking/default"][1:3] == ["3", "11.2"]  # the median of what ran there, a step
     assert "mutor 1.25" in printed and "judged by 3 finished runs on a clock" in printed
     total = sum(float(line[2]) for line in map(str.split, printed.splitlines()) if line[-1].startswith("laptop/"))
     told = {
