@@ -119,7 +119,10 @@ def _rightness(beside: pd.DataFrame) -> list[str]:
     if "gain inside" in beside:
         kinds["gain inside"] = "published gains over next-token prediction"
     counts = [f"{(beside[c] == 'yes').sum()} of {(beside[c] != '').sum()} {words}" for c, words in kinds.items()]
-    out = [f"{' and '.join(counts)} lie inside the combined 95% interval of theirs and ours."]
+    out = [
+        f"{' and '.join(counts)} lie inside the combined 95% interval of theirs and ours. Whether a method computes what "
+        "its source says is held by tests against independent code and cases worked out by hand."
+    ]
     for name, own in beside.groupby("table", sort=False):
         for column, words in kinds.items():
             known = own[own[column] != ""]
