@@ -120,8 +120,8 @@ def _rightness(beside: pd.DataFrame) -> list[str]:
         kinds["gain inside"] = "published gains over next-token prediction"
     counts = [f"{(beside[c] == 'yes').sum()} of {(beside[c] != '').sum()} {words}" for c, words in kinds.items()]
     out = [
-        f"{' and '.join(counts)} lie inside the combined 95% interval of theirs and ours. Whether a method computes what "
-        "its source says is held by tests against independent code and cases worked out by hand."
+        f"{' and '.join(counts)} lie inside the combined 95% interval of theirs and ours. Whether a method computes "
+        "what its source says is held by tests against independent code and cases worked out by hand."
     ]
     for name, own in beside.groupby("table", sort=False):
         for column, words in kinds.items():
