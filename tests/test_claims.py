@@ -205,7 +205,8 @@ def test_an_interval_with_zero_but_without_the_published_difference(direction, p
 
 
 def test_a_scale_with_too_few_seeds_leaves_a_claim_to_others(tmp_path):
-    heads = {name: of(judged(name, tmp_path), "Parallel heads are above")["verdict"] for name in ("laptop", "gpu")}
+    words = "MuToR is above parallel heads on star graphs"
+    heads = {name: of(judged(name, tmp_path), words)["verdict"] for name in ("laptop", "gpu")}
     assert heads == {"laptop": "not at this scale", "gpu": "not run"}
 
 
