@@ -189,12 +189,12 @@ def markdown(evidence: Evidence, tables: Sequence[Table]) -> str:
     parts = ["# Does multi-token prediction help?", "", f"Scale: {evidence.scale.name} ({evidence.scale.description})."]
     for one in three_answers(evidence, tables):
         first, *rest = one.sentences
-        parts += ["", f"## {one.question}", "", plain(first), *([""] if rest else [])]
-        parts += [f"- {plain(sentence)}" for sentence in rest]
-        if len(one.table):
-            parts += ["", grid(one.table.set_index("table"))]
+        parts += ["", f"## {one.question}", "", plain(first)]
         if one.question == HELPS:
             parts += ["", "![Gain over next-token prediction by task and method](verdict.png)"]
+        parts += [*([""] if rest else []), *(f"- {plain(sentence)}" for sentence in rest)]
+        if len(one.table):
+            parts += ["", grid(one.table.set_index("table"))]
     here, _ = claims.here_and_elsewhere(claims.claim_frame(evidence))
     parts += ["", "## Claims", "", "Differences ours - theirs, with 95% intervals (n = seeds), or solved seeds.", ""]
     parts += [grid(claims.shown(here).set_index("claim")) if len(here) else "Nothing that is claimed is decided here."]
