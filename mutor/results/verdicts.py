@@ -48,8 +48,9 @@ one mean.
 Where a seed learns a task wholly or not at all, as the task says before any run, its seeds are counted. Two methods
 differ if Fisher's exact test of their solved seeds, two-sided, has p below 0.05 (three of three against none of three:
 0.10, four of four against none of four: 0.03); the interval of the difference is made of the exact ones (Clopper and
-Pearson) of both shares. Against a number, a seed counts for a claim or against it; the claim is reproduced if the exact
-interval of the share that is for it lies above one half, contradicted if below."""
+Pearson) of both shares, and holds the truth 92 times in 100 at the worst shares. Against a number, a seed counts for a
+claim or against it; the claim is reproduced if the exact interval of the share that is for it lies above one half,
+contradicted if below."""
 SMALLER = "smaller than published"
 WORDS = {
     "reproduced": "same direction",
