@@ -128,7 +128,7 @@ def compare(
         return Compared(published, None, "not run", command)
     if found.p is not None and direction != "equal" and not margin:
         verdict = _by_test(direction, found)
-        return Compared(published, found, verdict, "" if verdict != "inconclusive" else _more_seeds(found))
+        return Compared(published, found, verdict, _more_seeds(found, verdict))
     verdict = judge(direction, margin, found.difference)
     if verdict == "inconclusive" and smaller(direction, found, published, error):
         verdict = SMALLER
@@ -165,8 +165,10 @@ def _by_test(direction: str, found: Found) -> str:
     return "reproduced" if (found.difference.estimate > 0) == (direction == "above") else "contradicted"
 
 
-def _more_seeds(found: Found) -> str:
-    """How many seeds would decide, if the shares are as counted."""
+def _more_seeds(found: Found, verdict: str) -> str:
+    """How many seeds would decide what is not, if the shares are as counted."""
+    if verdict != "inconclusive":
+        return ""
     shares = [count / of for count, of in found.counts]
     if len(shares) == 1:
         seeds, a_side = seeds_to_tell_from_half(shares[0], found.seeds), ""
@@ -185,7 +187,7 @@ def _seeds_against_number(
     share = Interval(100 * count / len(values), low, high, "seeds")
     verdict = "reproduced" if low > 50 else "contradicted" if high < 50 else "inconclusive"
     found = Found(share, len(values), ((count, len(values)),))
-    return Compared(published, found, verdict, "" if verdict != "inconclusive" else _more_seeds(found))
+    return Compared(published, found, verdict, _more_seeds(found, verdict))
 
 
 def difference(
