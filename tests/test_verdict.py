@@ -136,6 +136,9 @@ def test_one_seed_neither_helps_nor_hurts(tmp_path):
     planted(tmp_path, "table1", {"next_token": (0,), "mutor": (200,)})
     found = evidence(tmp_path)
     assert [gain.word for gain in gains(found, [found.table("table1")])] == ["undecided"]
+    planted(tmp_path, "table1", {"next_token": (0, 1), "mutor": (200,), "parallel_mtp": (100, 101)})
+    found = evidence(tmp_path)
+    assert [gain.method for gain in gains(found, [found.table("table1")])] == ["parallel_mtp"]  # nor stands beside more
 
 
 def test_nothing_is_concluded_from_what_is_path_only(tmp_path):

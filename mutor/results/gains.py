@@ -48,14 +48,15 @@ def gains(evidence: Evidence, tables: Sequence[Table]) -> list[Gain]:
     """Every method that ran beside next-token prediction, once; without controls and tables that are path only.
 
     The metric is the log-likelihood where a table has it, all degrees of one that is graded by them, else its first one
-    if that is a rate: more is better.
+    if that is a rate: more is better. Single seeds, which decide nothing, do not stand beside several.
     """
     out: dict[tuple[str, str, str], Gain] = {}
     for table in tables:
         if table.needs_runs and not table.drawing.answer and not evidence.path_only(table):
             for gain in _of_table(evidence, table):
                 out.setdefault((gain.data, gain.label, gain.metric), gain)
-    return list(out.values())
+    several = {(gain.data, gain.metric) for gain in out.values() if gain.found.seeds > 1}
+    return [gain for gain in out.values() if gain.found.seeds > 1 or (gain.data, gain.metric) not in several]
 
 
 def _of_table(evidence: Evidence, table: Table) -> list[Gain]:
