@@ -132,7 +132,7 @@ def test_missing_seeds_are_listed(tmp_path):
             put(tmp_path / "runs", cell, seed, 100, metric="accuracy")
     assert len(listed()[0]) == 0
     assert set(listed(seeds=(43, 7))[0]["seeds"]) == {"7"}
-    file = next((tmp_path / "runs/laptop/word-problems/gemma-4x128/parallel_mtp").glob("default/seed43/metrics.json"))
+    file = tmp_path / "runs/laptop/word-problems/gemma-4x128/parallel_mtp/default/seed43/metrics.json"
     file.write_text("{")
     rows, problems = listed()
     row = rows.iloc[0]
