@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
 import sys
 from dataclasses import fields, replace
@@ -29,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser().parse_args(arguments)
     args.arguments = arguments
+    _keep_memory()
     try:
         root = find_root()
         project = load_project(root, {"scale": args.scale} if args.scale else None)
@@ -50,6 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {told}", file=sys.stderr)
         return 1
+
+
+def _keep_memory() -> None:
+    """On glibc, freed memory of up to 1 GB stays with the process: each step of training asks for as much again.
+
+    Given back to the system, it comes as new pages, which take 3 to 9% of a step on a CPU.
+    """
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another libc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that glibc takes: larger blocks are pages of their own
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def _of_a_file(error: Exception) -> str:
