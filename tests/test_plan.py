@@ -50,6 +50,19 @@ def test_plan_judges_by_finished_runs(capsys, tmp_path):
     assert told["task"] == told["table"] == pytest.approx(total, abs=1)
 
 
+@pytest.mark.parametrize("steps, minutes", [(2400, "10.0"), (800, "40.0")])
+def test_plan_takes_over_where_runs_ended_from_the_same_recipe_alone(capsys, tmp_path, steps, minutes):
+    """Runs ended after 600 steps, task solved: of 2,400, as now, the next ones will, too; of 800 nothing follows."""
+    for cell in cells_of(load_table(ROOT, "figure4"), load_scale(ROOT, "laptop")):
+        if cell.spec.path == "laptop/g2x4/gpt2-4x64/next_token/default":
+            config = cell.spec.as_dict()
+            config["recipe"] = {**config["recipe"], "steps": steps}
+            put(tmp_path, cell, 7, 100, config=config, steps=600, seconds_training=60.0, device="a clock")
+    assert main(["plan", "figure4", "--scale", "laptop", "--runs", str(tmp_path)]) == 0
+    lines = {line.split()[-1]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert lines["laptop/g2x4/gpt2-4x64/next_token/default"][1:3] == ["10", minutes]
+
+
 @pytest.mark.parametrize("name", ["paper", "gpu"])
 def test_plan_knows_how_large_models_are(name):
     """Parameters as transformers builds them from the published configurations."""

@@ -222,8 +222,9 @@ def _nearest(spec: Spec, measured: list[dict[str, Any]]) -> tuple[list[dict[str,
         near = [r for r in measured if test(r) and (r.get("steps") or not trains)]
         alike = [r["steps"] for r in near if r["train_data"] == spec.data]
         steps = _steps(spec, alike) if trains else 0
-        if near and test is tests[0] and spec.recipe.stop_at is not None:  # they end when they have solved their task
-            steps = min(steps, statistics.median(alike))
+        if test is tests[0] and spec.recipe.stop_at is not None:  # they end when they have solved their task
+            ended = [r["steps"] for r in near if r["config"]["recipe"]["steps"] == spec.recipe.steps]
+            steps = min(steps, statistics.median(ended)) if ended else steps
         if near and (steps or not trains):
             return near, steps
     return [], 0
