@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from mutor.checks import from_mapping
+from mutor.cli import keep_memory
 from mutor.config.cost_cases import cases_of, settings_of
 from mutor.config.load import find_root, load_scale, load_table
 from mutor.config.recipe import Recipe
@@ -242,6 +243,7 @@ def main():
     parser.add_argument("--profile", help="profile the case of this key instead")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    keep_memory()  # as training does
     root = find_root()
     scale = load_scale(root, args.scale)
     device = "cuda" if scale.device != "cpu" and torch.cuda.is_available() else "cpu"

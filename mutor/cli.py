@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser().parse_args(arguments)
     args.arguments = arguments
-    _keep_memory()
+    keep_memory()
     try:
         root = find_root()
         project = load_project(root, {"scale": args.scale} if args.scale else None)
@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """On glibc, freed memory of up to 1 GB stays with the process: each step of training asks for as much again.
 
-    Given back to the system, it comes as new pages, which take 3 to 9% of a step on a CPU.
+    Given back to the system, it comes as new pages, which take 2 to 8% of a step on a CPU.
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another libc
         libc = ctypes.CDLL(None)

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,3 +248,21 @@ def test_damaged_measurements_leave_their_table_and_stop_no_other(tmp_path, caps
     assert said.startswith(f"left out: {file}: {says}") and said.count("\n") == 1
     assert (pd.read_csv(tmp_path / "results/rebuttal_latency.csv")["n_seeds"] == 0).all()
     assert (tmp_path / "results/rebuttal_flops.csv").exists()
+
+
+def test_freed_memory_stays_with_the_process():
+    """128 MB that are asked for again after they were freed come with few of their 32,768 pages new."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another libc keeps memory as it likes")
+    code = (
+        "import resource, torch\n"
+        "from mutor.cli import keep_memory\n"
+        "keep_memory()\n"
+        "for _ in range(6):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    blocks = [torch.ones(1 << 21) for _ in range(16)]\n"
+        "    del blocks\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert int(found.stdout) < 1000
