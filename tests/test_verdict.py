@@ -156,17 +156,18 @@ def test_nothing_is_concluded_from_what_is_path_only(tmp_path):
 
 
 def test_seeds_of_rows(tmp_path):
-    """A number for a table, or one at the label of a row and one for the others."""
+    """A number for a table, or one at the label of a row and one for the others; one seed of what is path only."""
 
-    def seeds(given):
-        scale = load_scale(
-            ROOT, "smoke", {**scale_content(ROOT, "smoke"), "seeds": [1, 2, 3, 4], "max_seeds": {"figure4": given}}
-        )
+    def seeds(given, **more):
+        content = {**scale_content(ROOT, "smoke"), "seeds": [1, 2, 3, 4], "max_seeds": given and {"figure4": given}}
+        scale = load_scale(ROOT, "smoke", {**content, **more})
         return {c.row.label or c.row.method: len(c.spec.seeds) for c in cells_of(load_table(ROOT, "figure4"), scale)}
 
     told = seeds({"next_token": 4, "mutor, d = 1": 2, "others": 3})
     assert (told["next_token"], told["mutor, d = 1"], told["mutor"], told["ranking"]) == (4, 2, 3, 3)
     assert set(seeds(2).values()) == {2} and seeds({"mutor": 1})["ranking"] == 4
+    assert set(seeds({}).values()) == {4} and set(seeds({}, path_only=["figure4"]).values()) == {1}
+    assert seeds({"mutor": 3}, path_only=["figure4"])["mutor"] == 3
     with pytest.raises(ValueError, match=r"max_seeds: figure4: 'mutr' is unknown, did you mean 'mutor'"):
         seeds({"mutr": 3})
     with pytest.raises(ValueError, match=r"max_seeds: figure4: mutor: 0 is not allowed; allowed: 1, 2, \.\.\."):

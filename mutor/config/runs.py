@@ -289,8 +289,11 @@ def cells_of(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -
 
 
 def _most_seeds(scale: Scale, table: Table, row: Row) -> int | None:
-    """How many seeds a scale gives a row: the table's number, or the one at the row's label or method, or at others."""
-    given = scale.max_seeds.get(table.name)
+    """How many seeds a scale gives a row: the table's number, or the one at the row's label or method, or at others.
+
+    One where nothing is concluded.
+    """
+    given = scale.max_seeds.get(table.name, 1 if table.name in scale.path_only else None)
     return given.get(row.label or row.method, given.get("others")) if isinstance(given, dict) else given
 
 

@@ -102,7 +102,9 @@ class Scale:
         {}, doc="table -> only so many of the seeds for its rows, or a mapping: label of a row, or others -> so many"
     )
     path_only: tuple[str, ...] = setting(
-        (), doc="tables that show only that every step works, from prompt to cell: nothing is concluded from them"
+        (),
+        doc="tables that show only that every step works, from prompt to cell: nothing is concluded from them, "
+        "and one seed does where max_seeds says no more",
     )
     artifacts: tuple[str, ...] = setting(doc="the tables and figures of this scale, names of files in config/tables")
     models: dict = setting({}, doc="name -> model")
