@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -170,19 +171,26 @@ def run(args: argparse.Namespace, root: Path, project: Project) -> None:
         label=args.label,
         rerun_stale=args.rerun_stale or project.rerun_stale,
     )
-    try:
+    with _had(f"config/scales/{scale.name}.yaml: models: {spec.model}: pretrained", spec.model_config.pretrained):
         run_setting(spec, spec.seeds, env)
-    except OSError as error:  # with a number it is of a file, else of a library that looked for a model
-        if error.errno is not None or spec.model_config.pretrained is None:
-            raise
-        raise ValueError(
-            f"config/scales/{scale.name}.yaml: models: {spec.model}: pretrained: {spec.model_config.pretrained} can't "
-            f"be had ({str(error).splitlines()[0]}); allowed: a model of the hub, with a network, or a local folder"
-        ) from error
     if is_main():
         seeds = f"seed{'s' * (len(spec.seeds) > 1)} {', '.join(map(str, spec.seeds))}"
         print(f"{args.label}finished: {_shown(runs / spec.path, root)}, {seeds}", flush=True)
     leave()
+
+
+@contextlib.contextmanager
+def _had(where: str, pretrained: str | None) -> Iterator[None]:
+    """Inside, what a library says of a pretrained model that it can't find becomes one line."""
+    try:
+        yield
+    except OSError as error:  # with a number it is of a file
+        if error.errno is not None or pretrained is None:
+            raise
+        raise ValueError(
+            f"{where}: {pretrained} can't be had ({str(error).splitlines()[0]}); allowed: a model of the hub, with a "
+            "network, or a local folder"
+        ) from error
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
@@ -205,7 +213,8 @@ def attempt(args: argparse.Namespace, root: Path, project: Project) -> int:
     scale = own_scale(root, args.model, files, {**given, **_settings(args.set)})
     if project.seeds:
         scale = replace(scale, seeds=project.seeds)
-    return int(bool(run_all(root, scale, own_table(root, args.methods), args.out, quick=args.quick)))
+    with _had("MODEL", args.model):
+        return int(bool(run_all(root, scale, own_table(root, args.methods), args.out, quick=args.quick)))
 
 
 def collect(args: argparse.Namespace, root: Path, project: Project) -> None:

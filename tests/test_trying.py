@@ -321,6 +321,22 @@ def test_one_command_from_files_to_a_verdict(qwen3, tmp_path, capsys, monkeypatc
     assert record["config"]["task_options"]["prefix_lm"] is False
 
 
+def test_a_model_that_the_hub_does_not_give_is_one_line(files, tmp_path, capsys, monkeypatch):
+    """The tokenizer is asked for first: where there is no network, transformers' error has a page of traceback."""
+    from huggingface_hub import constants
+    from transformers import AutoTokenizer
+
+    def no_network(*args, **kwargs):
+        raise OSError("We couldn't connect to 'https://huggingface.co'.\nCheck your internet connection.")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", no_network)
+    call = ["try", "some/model", files["train_file"], files["test_file"], "--out", str(tmp_path / "tries")]
+    assert main(call) == 2
+    told = "MODEL: some/model can't be had (We couldn't connect to 'https://huggingface.co'.); allowed: a model of the"
+    assert capsys.readouterr().err == f"error: {told} hub, with a network, or a local folder\n"
+
+
 def test_what_a_method_is_refused_for_does_not_stop_the_others(qwen3, tmp_path, capsys, monkeypatch):
     """A quick pass: d_min above every answer's length; and how long the whole takes, in words."""
     train, test = write(tmp_path / "t.jsonl", sums(0, 8)), write(tmp_path / "new.jsonl", sums(50, 2))
