@@ -53,11 +53,16 @@ def attempt(root: Path, scale: Scale, table: Table, out: Path, *, quick: bool = 
 
 
 def _check(spec: Spec) -> None:
-    """Raise ValueError for what is wrong with the data, all of them, before anything is trained."""
-    from mutor.models.build import tokenizer
+    """Raise ValueError for a model that is not there, and for data that are wrong, before anything is trained."""
+    from mutor.models.build import check_pretrained, tokenizer
 
     task = load(TASKS, spec.dataset.task, "task")
-    own_words = tokenizer(spec.model_config) if task.needs_tokenizer(spec.task_config) else None
+    needed = task.needs_tokenizer(spec.task_config)
+    try:
+        check_pretrained(spec.model_config, needed)
+    except ValueError as error:
+        raise ValueError(f"MODEL: {error}") from None
+    own_words = tokenizer(spec.model_config) if needed else None
     task(spec.task_config, own_words).data_hash()
 
 

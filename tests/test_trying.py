@@ -321,6 +321,22 @@ def test_one_command_from_files_to_a_verdict(qwen3, tmp_path, capsys, monkeypatc
     assert record["config"]["task_options"]["prefix_lm"] is False
 
 
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("./none", "there is no folder ./none"),
+        ("empty", "{here}/empty is a folder without config.json"),
+        ("sums.jsonl", "{here}/sums.jsonl is a file; allowed: a folder, as save_pretrained writes it, or a .gguf file"),
+    ],
+)
+def test_a_model_that_is_none_is_one_line(files, tmp_path, capsys, monkeypatch, model, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert main(["try", model, files["train_file"], files["test_file"]]) == 2
+    assert capsys.readouterr().err == f"error: MODEL: {says.format(here=tmp_path)}\n"
+    assert not (tmp_path / "tries").exists()
+
+
 def test_a_model_that_the_hub_does_not_give_is_one_line(files, tmp_path, capsys, monkeypatch):
     """The tokenizer is asked for first: where there is no network, transformers' error has a page of traceback."""
     from huggingface_hub import constants
