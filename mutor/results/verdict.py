@@ -136,6 +136,8 @@ def _rightness(beside: pd.DataFrame) -> list[str]:
             kept = int((known[column] == "yes").sum())
             of = f"{name}, {words.removeprefix('published ')}"
             out.append(f"{of}: {kept} of {len(known)}{'; outside: ' + ', '.join(missed) if missed else ''}.")
+    if any((beside[column] == "no").any() for column in kinds):
+        out.append("Why values lie outside, as far as it was tested, is told in the notes of these tables.")
     return out
 
 
