@@ -31,7 +31,7 @@ AHEAD = 10  # the rows of foresight; at gpu scale 7 more, by characters
 # paths: five methods on a random graph and on Blocksworld; gpu: on graphs of three sizes and on five numbers of
 # Blocksworld's paths, three with another width, five more on the first size, three more on two numbers
 PATHS = 5 + 5
-PLANNED = 6  # formulas; gpu: with more heads, chains of facts, and countdown
+PLANNED = 5  # formulas; gpu: with more heads, chains of facts, and countdown
 JOBS = {
     "smoke": 12 + 4 + 3 + AHEAD + 3 + 1 + 3 * 2,
     "laptop": 12 + IMAGES + LANGUAGE - 6 + 3 + TUNED + AHEAD + PATHS + PLANNED,
