@@ -242,6 +242,9 @@ def _check(model: Any, method: Any, texts: list[Tensor], new_tokens: int, draft:
         raise ValueError(f"{key}: {value} is out of range, allowed: {low} or more")
     if not texts or min(map(len, texts)) < 1:
         raise ValueError("prompts: there is none, or an empty one; allowed: at least one, each of at least one token")
+    ids, vocabulary = torch.cat(texts), int(model.get_input_embeddings().weight.shape[0])
+    if len(wrong := ids[(ids < 0) | (ids >= vocabulary)]):  # they would be read as registers
+        raise ValueError(f"prompts: {int(wrong[0])} is no token of this model; allowed: 0 to {vocabulary - 1}")
     if draft and method is None:
         raise ValueError(f"draft: {draft}, and there is no method to draft; allowed: 0, or a method")
     if isinstance(method, Method):

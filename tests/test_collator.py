@@ -12,7 +12,8 @@ from test_library import collator_of, trainer_of
 
 from mutor import MuToR
 from mutor.mtp.collator import SAMPLES, sample_number
-from mutor.mtp.method import Method
+from mutor.mtp.layout import Example
+from mutor.mtp.method import Context, Method
 from mutor.mtp.passes import layout_of
 
 PLAIN = [{"input_ids": [*range(3 + n, 23 + n)], "prefix_length": 2} for n in range(12)]
@@ -63,7 +64,25 @@ def test_a_pickled_collator_leaves_the_model_behind(tiny):
     for name, value in collator(PLAIN).items():
         assert torch.equal(again(PLAIN)[name], value)
     with pytest.raises(ValueError, match="64"):
-        again([{"input_ids": list(range(65)) * 2, "prefix_length": 2}])
+        again([{"input_ids": list(range(50)) * 2, "prefix_length": 2}])
+
+
+@pytest.mark.parametrize("wrong", [61, 62, -1])
+def test_an_id_that_is_no_token_is_refused(tiny, wrong):
+    """A tokenizer with more tokens than the model: beyond its vocabulary of 61 stand registers, which it would be read
+    as. In the suite's own batches, too, and in what is only evaluated."""
+    mutor = MuToR.of(d_max=2)
+    mutor.attach(tiny())
+    ids = [3, wrong, 4, 5]
+    for collator in (collator_of(mutor), mutor.collator(0).plain()):
+        with pytest.raises(
+            ValueError, match=f": {wrong} is no token of this model, which has 61; take its own tokenizer"
+        ):
+            collator([{"input_ids": ids, "prefix_length": 2}])
+    with pytest.raises(ValueError, match=f": {wrong} is no token of this model"):
+        mutor.prepare_batch([Example(np.array(ids), 2)], Context(pad_id=70))
+    layout, _ = mutor.prepare_batch([Example(np.array(ids[2:]), 1), Example(np.arange(4), 1)], Context(pad_id=70))
+    assert int(layout.ids.max()) >= 61  # registers and padding may be
 
 
 class Seen(list):

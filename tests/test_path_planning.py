@@ -11,6 +11,7 @@ import torch
 from mutor.checks import from_mapping
 from mutor.config.load import load_scale
 from mutor.config.runs import cells_of, make_spec
+from mutor.mtp.facts import ModelFacts
 from mutor.mtp.layout import Example
 from mutor.mtp.method import Context
 from mutor.registry import METHODS, load
@@ -152,8 +153,10 @@ def test_degrees_are_those_of_the_definition(seed):
 def test_all_tokens_of_a_line_are_learned_and_foreseen():
     task = small()
     method = load(METHODS, "parallel_mtp", "method")
-    config = from_mapping(method.Config, {"d_max": 2, "a": 0.5}, "here")
-    layout, targets = method(config).prepare_batch([Example(np.array([3, 9, 3, 5, 9, 30]), 1)], Context(pad_id=31))
+    made = method(from_mapping(method.Config, {"d_max": 2, "a": 0.5}, "here"))
+    made.trunk = ModelFacts()
+    made.trunk.vocabulary = 32
+    layout, targets = made.prepare_batch([Example(np.array([3, 9, 3, 5, 9, 30]), 1)], Context(pad_id=31))
     assert layout.ids.tolist() == [[3, 9, 3, 5, 9]]
     assert targets["next_token"].target.tolist() == [9, 3, 5, 9, 30]
     assert targets["head_2"].target.tolist() == [3, 5, 9, 30] and targets["head_2"].index.tolist() == [0, 1, 2, 3]

@@ -332,6 +332,7 @@ def test_what_can_not_be_decoded_is_refused(tools, tiny):
         ("temperature: nan", {"temperature": float("nan")}),
         ("prompts: there is none, or an empty one", {"prompts": []}),
         ("prompts: there is none, or an empty one", {"prompts": [[3], []]}),
+        ("prompts: 61 is no token of this model; allowed: 0 to 60", {"prompts": [[3], [5, 61, 7]]}),
         ("draft: 1, and there is no method to draft", {"method": None}),
         ("MuToR: is not attached to this model", {"method": MuToR.of()}),
         ("MuToR: is not attached to this model", {"model": tiny()}),

@@ -165,6 +165,7 @@ class Collator(TrainerCallback):
         rows = [sequences(example, epoch) for example in examples]
         self._check(example for row in rows for example in row)
         laid = lay(rows, self.context.pad_id)
+        method.trunk.check_tokens(laid)
         layout = (method.eval_layout if self._plain else method.train_layout)(laid, self.context)
         method.trunk.check_lengths(layout)
         return batch_of(layout)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mutor.mtp.attention import attention_mask, sliding_window
-from mutor.mtp.layout import Layout
+from mutor.mtp.layout import Layout, TokenBatch
 
 
 class ModelFacts:
@@ -31,6 +31,15 @@ class ModelFacts:
     def mask(self, layout: Layout) -> Any:
         """Who sees whom, in the form that the model takes."""
         return attention_mask(layout, self.config, self.dtype, windows=self.exact_windows)
+
+    def check_tokens(self, rows: TokenBatch) -> None:
+        """Raise ValueError for an id beyond the vocabulary, which would be read as a register without a word."""
+        wrong = ((rows.ids < 0) | (rows.ids >= self.vocabulary)) & (rows.segment >= 0)
+        if wrong.any():
+            raise ValueError(
+                f"{self.name}: {int(rows.ids[wrong][0])} is no token of this model, which has {self.vocabulary}; take "
+                "its own tokenizer, or call resize_token_embeddings(len(tokenizer)) before attach"
+            )
 
     def check_lengths(self, layout: Layout) -> None:
         """Raise ValueError for a sequence beyond the model's positions, or beyond a window that no mask can tell.

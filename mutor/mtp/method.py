@@ -209,7 +209,9 @@ class Method(Library):
 
         if row_tokens is not None:
             row_tokens = max(row_tokens, *map(self.tokens, examples))
-        layout = self.train_layout(collate(examples, context.pad_id, row_tokens, self.tokens), context).compact()
+        rows = collate(examples, context.pad_id, row_tokens, self.tokens)
+        self.trunk.check_tokens(rows)
+        layout = self.train_layout(rows, context).compact()
         return layout, self.loss_targets(layout)
 
     def compute_loss(
