@@ -14,7 +14,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from mutor.mtp import blockwise, kernels
 from mutor.mtp.attention import bounds, dense_mask
 from mutor.mtp.backbone import Backbone
-from mutor.mtp.facts import ModelFacts
 from mutor.mtp.layout import Example, Layout, collate, regular
 from mutor.mtp.method import Context
 from mutor.mtp.mutor import MuToR
@@ -338,8 +337,7 @@ def test_a_kernel_without_masks_gets_none(monkeypatch):
 def test_a_gpu_gets_few_groups(lengths, dense, monkeypatch):
     """Each group is some dozens of small kernels a layer, which take longer than a dense mask."""
     method = MuToR.of()
-    method.trunk = ModelFacts()
-    method.trunk.vocabulary = 50
+    method.trunk = SimpleNamespace(vocabulary=50, check_tokens=lambda rows: None)
     layout, _ = method.prepare_batch([Example(np.arange(n + 1), 1, n) for n in lengths], Context(), None)
     plan = blockwise.planned(blockwise.bounds_mask(layout))
     assert len(plan.groups) == len(lengths) and not plan.masked
