@@ -99,6 +99,16 @@ def test_nothing_to_do_does_nothing(smoke, snakemake):
     assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
 
 
+def test_a_new_row_starts_no_finished_run_again(smoke, snakemake):
+    table = smoke / "config/tables/sat.yaml"
+    before = table.read_text()
+    table.write_text(f"{before}  - {{model: small-decoder, train_data: sat, method: mutor, settings: {{a: 0.125}}}}\n")
+    done = snakemake(smoke, "-n", "--config", "scale=smoke")
+    table.write_text(before)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.split("/")[-1] for path in re.findall(r"Training (\S+)", done.stdout)] == ["a=0.125,d_max=3,d_min=2"]
+
+
 def test_locks_of_a_dead_snakemake_are_removed_and_of_a_living_one_are_not(smoke, snakemake):
     locks = smoke / ".snakemake/locks"
     locks.mkdir(parents=True, exist_ok=True)

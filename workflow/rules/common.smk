@@ -156,13 +156,18 @@ def launcher(wildcards):
     return shlex.join(map(str, [*words, "--kill-on-bad-exit=1"])) + " "
 
 
+def label(wildcards):
+    """What a run's lines begin with: which of all runs it is."""
+    path = SPECS[wildcards.run].path
+    number = WANTED.index(path) + 1 if path in WANTED else 0
+    return f"[{number}/{len(WANTED)}] "
+
+
 def run_arguments(wildcards):
     """The command line that makes a run."""
     spec = SPECS[wildcards.run]
-    number = WANTED.index(spec.path) + 1 if spec.path in WANTED else 0
     words = ["--scale", spec.scale, "--data", spec.data, "--model", spec.model]
     words += ["--method", spec.method, "--seeds", *spec.seeds, "--runs", RUNS]
-    words += ["--label", f"[{number}/{len(WANTED)}] "]
     if spec.settings:
         words += ["--set", *(f"{k}={v}" for k, v in spec.settings.items())]
     if spec.budget_factor != 1:

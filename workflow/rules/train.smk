@@ -30,6 +30,7 @@ rule train:
         tasks_per_gpu=0,  # else SLURM starts the command once a GPU
         cpus_per_task=lambda wildcards: SCALE.threads if nodes(wildcards) > 1 else None,
         mpi=lambda wildcards: "srun" if nodes(wildcards) > 1 else None,
+        label=label,  # no parameter: a run that is added changes all of them, and would start each finished one again
     params:
         launcher=launcher,
         python=PYTHON,
@@ -39,7 +40,7 @@ rule train:
     message:
         "Training {wildcards.run}"
     shell:
-        "{params.launcher}{params.python:q} -m mutor run {params.arguments} --threads {threads} 2>&1 | tee -a {log:q}"
+        "{params.launcher}{params.python:q} -m mutor run {params.arguments} --label {resources.label:q} --threads {threads} 2>&1 | tee -a {log:q}"
 
 
 rule measure:
