@@ -72,4 +72,4 @@ def test_laptop_reference_shows_that_registers_help_and_broken_ones_do_not():
     solved = runs["last.solve_rate"] >= 95
     whole = ~shuffled & ~near
     assert whole.sum() >= 10 and solved[whole].mean() >= 0.9 and near.sum() >= 6
-    assert shuffled.sum() >= 4 and not solved[shuffled].any()
+    assert shuffled.sum() >= 3 and not solved[shuffled].any()

@@ -161,7 +161,11 @@ def test_seeds_of_rows(tmp_path):
     """A number for a table, or one at the label of a row and one for the others; one seed of what is path only."""
 
     def seeds(given, **more):
-        content = {**scale_content(ROOT, "smoke"), "seeds": [1, 2, 3, 4], "max_seeds": given and {"figure4": given}}
+        content = {
+            **scale_content(ROOT, "smoke"),
+            "seeds": [1, 2, 3, 4],
+            "max_seeds": {} if given == {} else {"figure4": given},
+        }
         scale = load_scale(ROOT, "smoke", {**content, **more})
         return {c.row.label or c.row.method: len(c.spec.seeds) for c in cells_of(load_table(ROOT, "figure4"), scale)}
 
@@ -172,8 +176,12 @@ def test_seeds_of_rows(tmp_path):
     assert seeds({"mutor": 3}, path_only=["figure4"])["mutor"] == 3
     with pytest.raises(ValueError, match=r"max_seeds: figure4: 'mutr' is unknown, did you mean 'mutor'"):
         seeds({"mutr": 3})
-    with pytest.raises(ValueError, match=r"max_seeds: figure4: mutor: 0 is not allowed; allowed: 1, 2, \.\.\."):
-        seeds({"mutor": 0})
+    few = seeds({"mutor": 2, "next_token": 4, "others": 0})
+    assert few == {"mutor": 2, "next_token": 4}  # no other row is there
+    with pytest.raises(ValueError, match=r"max_seeds: figure4: mutor: -1 is not allowed; allowed: 0, 1, \.\.\."):
+        seeds({"mutor": -1})
+    with pytest.raises(ValueError, match=r"max_seeds: figure4: 0 is not allowed; allowed: 1, 2, \.\.\."):
+        seeds(0)
     with pytest.raises(ValueError, match="path_only: 'tabel1' is unknown, did you mean 'table1'"):
         load_scale(ROOT, "smoke", {**scale_content(ROOT, "smoke"), "path_only": ["tabel1"]})
 
@@ -213,5 +221,5 @@ def test_the_laptop_scale_draws_no_verdict_from_generated_problems():
         assert all(len(cell.spec.seeds) == 1 for cell in run_cells(load_table(ROOT, name), scale)), name
     seeds = {c.row.label or c.row.method: len(c.spec.seeds) for c in cells_of(load_table(ROOT, "figure4"), scale)}
     many = {"next_token": 10, "mutor": 10, "token_order": 10, "parallel_mtp": 10}
-    many |= {"teacherless": 6, "mutor, d = 1": 6, "mutor, shuffled targets": 4}
+    many |= {"teacherless": 6, "mutor, d = 1": 6, "mutor, shuffled targets": 3}
     assert {name: seeds[name] for name in many} == many and min(seeds.values()) == 3

@@ -137,8 +137,9 @@ def load_scale(root: Path, name: str, content: Mapping[str, Any] | None = None) 
             for label, number in numbers.items():
                 choose(label, labels, f"{where}: {name}: {key}")
                 here = f"{where}: {name}: {key}{': ' * bool(label)}{label}"
-                if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                    raise ValueError(f"{here}: {number!r} is not allowed; allowed: 1, 2, ...")
+                least = 0 if label else 1
+                if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                    raise ValueError(f"{here}: {number!r} is not allowed; allowed: {least}, {least + 1}, ...")
     for key in scale.sharded:
         choose(str(key), scale.models, f"{where}: sharded")
         if scale.processes.get(key, 1) == 1:

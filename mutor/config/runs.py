@@ -264,12 +264,14 @@ def _check_processes(where: str, scale: Scale, model: str, recipe: Recipe, trunk
 def cells_of(table: Table, scale: Scale, seeds: tuple[int, ...] | None = None) -> list[Cell]:
     """All cells of a table at a scale, in the table's order: rows, then datasets, then variants, then metrics.
 
-    A row whose roles the scale does not fill has no cells there.
+    A row whose roles the scale does not fill, or to which it gives no seed, has no cells there.
     """
     out = []
     for row in table.rows:
         limits = [n for n in (row.max_seeds, _most_seeds(scale, table, row)) if n is not None]
         row = replace(row, max_seeds=min(limits, default=None))
+        if row.max_seeds == 0:
+            continue
         for data, dataset in scale.datasets.items():
             if dataset.role != row.train_data or (row.control and not dataset.controls):
                 continue

@@ -99,7 +99,9 @@ class Scale:
     minutes: int = setting(60, doc="longest time a run with its seeds is scheduled with", low=1)
     seeds: tuple[int, ...] = setting((42, 43, 44), doc="seeds of every run", low=0)
     max_seeds: dict = setting(
-        {}, doc="table -> only so many of the seeds for its rows, or a mapping: label of a row, or others -> so many"
+        {},
+        doc="table -> only so many of the seeds for its rows, or a mapping: label of a row, or others -> so many; "
+        "0: the scale does without the row",
     )
     path_only: tuple[str, ...] = setting(
         (),
