@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.text import Text
@@ -11,6 +12,7 @@ from mutor.config.load import load_scale
 from mutor.registry import resolve
 from mutor.results.cells import Evidence, stand_ins
 from mutor.results.claims import claim_frame, shown
+from mutor.results.figures import progress
 from mutor.results.readme import one_row_each
 from mutor.results.records import Records
 from mutor.results.render import latex, markdown, published_shape
@@ -117,6 +119,14 @@ def test_no_published_value_of_another_metric_stands_in_a_cell(tmp_path, scale):
         assert "classifier_fid" in set(frame["metric"]) and frame["reported"].isna().all()
         assert "[published" not in latex(found, table) and "| fid |" in markdown(found, table)  # listed below
         assert "| 360000 |" in markdown(found, table)
+
+
+@pytest.mark.parametrize("name", ["table8", "table9"])
+def test_settings_of_one_method_are_lines_that_can_be_told_apart(laptop, name):
+    lines = [line for line in progress(laptop, laptop.table(name)).axes[0].get_lines() if "(n=" in line.get_label()]
+    plt.close("all")
+    assert len({line.get_color() for line in lines}) == 1 < len(lines)
+    assert len({line.get_linestyle() for line in lines}) == len(lines)
 
 
 def test_claims_say_what_they_were_held_against(laptop):

@@ -82,8 +82,8 @@ def test_published_gains_inside_the_combined_interval(published, error, inside):
     first, *rest = _rightness(found)
     one = int(inside == "yes")
     assert first.startswith(f"0 of 2 published values and {one} of 1 published gains over next-token prediction lie")
-    assert rest[1].startswith(f"table1, gains over next-token prediction: {one} of 1")
-    assert rest[2].startswith("Why values lie outside")
+    assert rest[0] == f"table1: 0 of 2 values, {one} of 1 gains over next-token prediction."
+    assert rest[1].startswith("Why values lie outside")
     assert len(_rightness(compared(50.0, 50.0, None, 46.0, 53.0))) == 2  # all inside
 
 

@@ -45,6 +45,7 @@ COLOURS = [
 ]  # fmt: skip
 MARKERS = "os^Dv*P"  # of settings of a method
 DASHES = ("-", "--", ":", "-.")
+STROKES = ("-", "--", "-.")  # where dots are what was published
 ROW = 3  # panels side by side
 
 
@@ -187,16 +188,17 @@ def _lines(evidence: Evidence, table: Table, over: str, line: pd.Series) -> Figu
     """One panel a training set: mean a line with its interval, every seed a point, published dotted.
 
     A method without the setting (next-token prediction) is a horizontal line; published values are only drawn where
-    nothing stands in.
+    nothing stands in. Settings of a method differ by dashes and markers.
     """
     frame = evidence.frame(table).assign(line=line)
     metric, unit = frame["metric"].iloc[0], frame["unit"].iloc[0]
     frame = frame[frame["metric"] == metric].copy()
     frame.loc[frame["stands_in_for"] != "", "reported"] = None
     groups, lines = (list(dict.fromkeys(frame[key])) for key in ("data", "line"))
+    of_method = frame.drop_duplicates("line").groupby("method", sort=False).cumcount().tolist()  # 0: its first setting
     figure, axes = side_by_side(len(groups), (3.8, 3.1), 0.6)
     for axis, group in zip(axes, groups, strict=False):
-        for number, name in enumerate(lines):
+        for number, (name, nth) in enumerate(zip(lines, of_method, strict=True)):
             rows = frame[(frame["data"] == group) & (frame["line"] == name)]
             if rows.empty:
                 continue
@@ -207,14 +209,15 @@ def _lines(evidence: Evidence, table: Table, over: str, line: pd.Series) -> Figu
                     for value in rows[column].dropna():
                         axis.axhline(value, color=own, ls=style, lw=1.2)
             mean = rows["mean"].astype(float)
-            axis.plot(x, mean, "-", color=own, label=counted(name, rows), lw=1.4)
+            marker = MARKERS[nth % len(MARKERS)]
+            axis.plot(x, mean, color=own, ls=STROKES[nth % len(STROKES)], label=counted(name, rows), lw=1.4)
             axis.plot(x, rows["reported"].astype(float), "x:", color=own, lw=1, ms=5)
             apart = (number - (len(lines) - 1) / 2) * 0.012 * (max(x) - min(x))  # so that no interval hides another
             axis.errorbar(
                 [at + apart for at in x], mean, yerr=around(rows), fmt="none", color=own, capsize=2, lw=0.9, alpha=0.7
             )
             for at, values in zip(x, rows["values"], strict=True):
-                axis.plot([at + apart] * len(values), values, "o", color=own, ms=4, mec="white", mew=0.4)
+                axis.plot([at + apart] * len(values), values, marker, color=own, ms=4, mec="white", mew=0.4)
         axis.set(
             title=group,
             xlabel=over.replace("iterations", "training steps"),

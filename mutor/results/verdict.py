@@ -124,18 +124,12 @@ def _rightness(beside: pd.DataFrame) -> list[str]:
         "what its source says is held by tests against independent code and cases worked out by hand."
     ]
     for name, own in beside.groupby("table", sort=False):
-        for column, words in kinds.items():
-            known = own[own[column] != ""]
-            if known.empty:
-                continue
-            many = known["on"].nunique() > 1
-            missed = [
-                f"{method}{f' on {on}' if many else ''} ({', '.join(of['metric'])})"
-                for (on, method), of in known[known[column] == "no"].groupby(["on", "method"], sort=False)
-            ]
-            kept = int((known[column] == "yes").sum())
-            of = f"{name}, {words.removeprefix('published ')}"
-            out.append(f"{of}: {kept} of {len(known)}{'; outside: ' + ', '.join(missed) if missed else ''}.")
+        counts = [
+            f"{(own[c] == 'yes').sum()} of {(own[c] != '').sum()} {words.removeprefix('published ')}"
+            for c, words in kinds.items()
+            if (own[c] != "").any()
+        ]
+        out.append(f"{name}: {', '.join(counts)}.")
     if any((beside[column] == "no").any() for column in kinds):
         out.append("Why values lie outside, as far as it was tested, is told in the notes of these tables.")
     return out
