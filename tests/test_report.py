@@ -70,6 +70,10 @@ def more_rows(text, table):
     return json.loads(gzip.decompress(base64.b64decode(packed[1])))
 
 
+def test_words_that_are_typed_stand_as_code(page):
+    assert "<p><strong><code>python -m mutor try MODEL train.jsonl test.jsonl</code> " in page.read_text()
+
+
 def test_everything_stands_on_one_page(page):
     text = page.read_text()
     assert page.stat().st_size < 5e6
