@@ -112,24 +112,25 @@ def _beside(what: str, published: float, here: Interval, error: float) -> dict[s
     }
 
 
+def _inside(column: pd.Series) -> str:
+    """How many of those that are known, yes or no, are inside."""
+    return f"{(column == 'yes').sum()} of {(column != '').sum()}"
+
+
 def _rightness(beside: pd.DataFrame) -> list[str]:
     if beside.empty:
         return ["No cell of this scale has published settings, models and data: there is nothing to compare."]
     kinds = {"inside": "published values"}
     if "gain inside" in beside:
         kinds["gain inside"] = "published gains over next-token prediction"
-    counts = [f"{(beside[c] == 'yes').sum()} of {(beside[c] != '').sum()} {words}" for c, words in kinds.items()]
+    counts = [f"{_inside(beside[c])} {words}" for c, words in kinds.items()]
     out = [
         f"{' and '.join(counts)} lie inside the combined 95% interval of theirs and ours. Whether a method computes "
         "what its source says is held by tests against independent code and cases worked out by hand."
     ]
     for name, own in beside.groupby("table", sort=False):
-        counts = [
-            f"{(own[c] == 'yes').sum()} of {(own[c] != '').sum()} {words.removeprefix('published ')}"
-            for c, words in kinds.items()
-            if (own[c] != "").any()
-        ]
-        out.append(f"{name}: {', '.join(counts)}.")
+        known = {c: words.removeprefix("published ") for c, words in kinds.items() if own[c].any()}
+        out.append(f"{name}: {', '.join(f'{_inside(own[c])} {words}' for c, words in known.items())}.")
     if any((beside[column] == "no").any() for column in kinds):
         out.append("Why values lie outside, as far as it was tested, is told in the notes of these tables.")
     return out

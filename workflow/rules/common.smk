@@ -158,8 +158,7 @@ def launcher(wildcards):
 
 def label(wildcards):
     """What a run's lines begin with: which of all runs it is."""
-    path = SPECS[wildcards.run].path
-    number = WANTED.index(path) + 1 if path in WANTED else 0
+    number = WANTED.index(wildcards.run) + 1 if wildcards.run in WANTED else 0
     return f"[{number}/{len(WANTED)}] "
 
 
